@@ -1,0 +1,168 @@
+//! Differentiable wrappers of the fused ops: each calls `forward`, and records `backward` with what it needs.
+
+use nibble_tensor::{
+    DType, Error, Result, Tensor,
+    ops::{
+        Documents, attention, embedding, glu, lm_head_loss,
+        rms_norm::{self, Config as NormConfig},
+        rope::{self, RopeTable},
+    },
+};
+
+use crate::{Leaf, Tape, Var};
+
+/// Rows of `table` [V, C] for `tokens` U32 [T], times `scale`, in `dtype`: [T, C].
+///
+/// # Errors
+/// [`Error::TokenOutOfRange`], [`Error::OutOfMemory`].
+pub fn embedding(tape: &mut Tape<'_>, table: &Leaf, tokens: &Tensor, scale: f32, dtype: DType) -> Result<Var> {
+    let y = embedding::forward(&tape.params().value(table)?, tokens, scale, dtype)?;
+    let (param, tokens) = (table.param().cloned(), tokens.clone());
+    let [y] = tape.record([], [y], param.is_some(), move |[dy], grads| {
+        if let Some(dtable) = grads.leaf_mut(param.as_ref())? {
+            embedding::backward(&dy, &tokens, scale, dtable)?;
+        }
+        Ok([])
+    });
+    Ok(y)
+}
+
+/// RMSNorm over the last size; see [`rms_norm`].
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) -> Result<Var> {
+    let w = tape.params().value(weight)?;
+    let (x, id) = x.into_parts();
+    let (y, inv_rms) = rms_norm::forward(&x, &w, config)?;
+    let param = weight.param().cloned();
+    let [y] = tape.record([id], [y], param.is_some(), move |[dy], grads| {
+        Ok([Some(rms_norm::backward(&dy, &x, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?)])
+    });
+    Ok(y)
+}
+
+/// r = x + a, h = RMSNorm(r): the residual stream goes on as `r`, the next layer reads `h`.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
+    let w = tape.params().value(weight)?;
+    let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
+    let (r, h, inv_rms) = rms_norm::residual_forward(&x, a, &w, config)?;
+    drop(x);
+    let (param, saved) = (weight.param().cloned(), r.clone());
+    Ok(tape.record([x_id, a_id], [r, h], param.is_some(), move |[dr, dh], grads| {
+        let dx = rms_norm::residual_backward(dr, &dh, &saved, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
+        Ok([Some(dx.clone()), Some(dx)])
+    }))
+}
+
+/// h = RMSNorm(x + a) where the residual stream ends.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn final_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config: NormConfig) -> Result<Var> {
+    let w = tape.params().value(weight)?;
+    let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
+    let (r, h, inv_rms) = rms_norm::residual_forward(&x, a, &w, config)?;
+    drop(x);
+    let param = weight.param().cloned();
+    let [h] = tape.record([x_id, a_id], [h], param.is_some(), move |[dh], grads| {
+        let dx = rms_norm::backward(&dh, &r, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
+        Ok([Some(dx.clone()), Some(dx)])
+    });
+    Ok(h)
+}
+
+/// Rotary position embedding of `x` [T, H, D].
+///
+/// # Errors
+/// [`Error::Shape`], a position beyond the table.
+pub fn rope<'m>(tape: &mut Tape<'m>, x: Var, documents: &Documents, table: &'m RopeTable) -> Result<Var> {
+    let (x, id) = x.into_parts();
+    let positions = documents.positions().clone();
+    let y = rope::forward(x, &positions, table)?;
+    let [y] = tape.record([id], [y], false, move |[dy], _| Ok([Some(rope::backward(dy, &positions, table)?)]));
+    Ok(y)
+}
+
+/// Causal attention within the documents of a stream: q [T, H, D], k and v [T, K, D] to [T, H, D].
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents, config: attention::Config) -> Result<Var> {
+    let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
+    let (o, lse) = attention::forward(&q, &k, &v, documents, config)?;
+    let (documents, saved) = (documents.clone(), o.clone());
+    let [o] = tape.record([q_id, k_id, v_id], [o], false, move |[d_o], _| {
+        let (dq, dk, dv) = attention::backward(&d_o, &q, &k, &v, &saved, &lse, &documents, config)?;
+        Ok([Some(dq), Some(dk), Some(dv)])
+    });
+    Ok(o)
+}
+
+/// activation(gate) * up.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation) -> Result<Var> {
+    let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
+    let y = glu::forward(&gate, &up, activation)?;
+    let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], _| {
+        let (dgate, dup) = glu::backward(&dy, &gate, &up, activation)?;
+        Ok([Some(dgate), Some(dup)])
+    });
+    Ok(y)
+}
+
+/// Other sizes over the same memory.
+///
+/// # Errors
+/// [`Error::Shape`] when the number of elements differs.
+pub fn reshape<const N: usize>(tape: &mut Tape<'_>, x: Var, shape: [usize; N]) -> Result<Var> {
+    let (x, id) = x.into_parts();
+    let before = x.shape();
+    let y = x.reshape(shape)?;
+    drop(x);
+    let [y] = tape.record([id], [y], false, move |[dy], _| Ok([Some(dy.reshape(before)?)]));
+    Ok(y)
+}
+
+/// A loss and the number of labels it was taken over.
+#[derive(Debug)]
+pub struct Loss {
+    /// Σ over labelled rows of the cross entropy, times the scale of the config.
+    pub value: f64,
+    /// Labelled rows.
+    pub rows: usize,
+    /// The end of the graph: F32 [1].
+    pub var: Var,
+}
+
+/// Output head and cross entropy over the labelled rows of `h` [T, C] with `weight` [V, C]; see [`lm_head_loss`].
+///
+/// # Errors
+/// [`Error::TokenOutOfRange`] for a label, [`Error::OutOfMemory`].
+pub fn lm_head_loss(tape: &mut Tape<'_>, h: Var, weight: &Leaf, labels: &Tensor, config: lm_head_loss::Config) -> Result<Loss> {
+    let w = tape.params().value(weight)?;
+    let (h, id) = h.into_parts();
+    let param = weight.param().cloned();
+    let want_dh = tape.is_recording() && id.is_some();
+    let output = lm_head_loss::forward(&h, &w, labels, config, want_dh)?;
+    let value = Tensor::from_slice(h.arena(), &[output.loss as f32], [1])?;
+    let (labels, dh) = (labels.clone(), output.dh);
+    // The head's input is only needed again when the head itself trains.
+    let h = param.is_some().then_some(h);
+    let [var] = tape.record([id], [value], param.is_some(), move |[dloss], grads| {
+        let seed = dloss.to_f32_vec()?;
+        if seed != [1.0] {
+            return Err(Error::Argument { op: "lm_head_loss", argument: "gradient", expected: "1, as the loss is the end", found: 0 });
+        }
+        if let (Some(h), Some(dweight)) = (h, grads.leaf_mut(param.as_ref())?) {
+            lm_head_loss::backward_weight(&h, &w, &labels, config, dweight)?;
+        }
+        Ok([dh])
+    });
+    Ok(Loss { value: output.loss, rows: output.rows, var })
+}

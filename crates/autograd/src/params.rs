@@ -1,0 +1,196 @@
+//! Trained values: one flat buffer, and one of gradients beside it.
+
+use std::sync::Arc;
+
+use nibble_tensor::{Arena, DType, Result, Shape, Tensor, TensorMut};
+
+/// A trained tensor: its place in the flat buffer of a [`ParamStore`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// The name it is saved under.
+    pub name: Arc<str>,
+    /// First element in the flat buffer.
+    pub offset: usize,
+    /// Sizes.
+    pub shape: Shape,
+}
+
+/// A value an op reads: frozen memory, or a trained parameter.
+#[derive(Clone, Debug)]
+pub enum Leaf {
+    /// Part of the frozen base.
+    Frozen(Tensor),
+    /// Trained.
+    Param(Param),
+}
+
+impl Leaf {
+    /// The parameter, if this is one.
+    #[must_use]
+    pub fn param(&self) -> Option<&Param> {
+        match self {
+            Self::Frozen(_) => None,
+            Self::Param(param) => Some(param),
+        }
+    }
+
+    /// Sizes.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        match self {
+            Self::Frozen(tensor) => tensor.shape(),
+            Self::Param(param) => param.shape,
+        }
+    }
+}
+
+/// All trained values in one flat f32 buffer, so that the optimizer, the gradient norm and saving are each one pass over one
+/// slice.
+#[derive(Debug)]
+pub struct ParamStore {
+    data: Tensor,
+    params: Vec<Param>,
+}
+
+/// Collects parameters and their first values, then lays them out.
+#[derive(Debug, Default)]
+pub struct ParamStoreBuilder {
+    data: Vec<f32>,
+    params: Vec<Param>,
+}
+
+impl ParamStoreBuilder {
+    /// Adds a parameter whose first values are `values` (as many as `shape` says; what is missing is zero).
+    pub fn add(&mut self, name: impl Into<Arc<str>>, shape: impl Into<Shape>, values: Vec<f32>) -> Param {
+        let param = Param { name: name.into(), offset: self.data.len(), shape: shape.into() };
+        let end = param.offset + param.shape.numel();
+        if self.data.is_empty() {
+            self.data = values;
+        } else {
+            self.data.extend_from_slice(&values);
+        }
+        self.data.resize(end, 0.0);
+        self.params.push(param.clone());
+        param
+    }
+
+    /// Lays the parameters out on the arena's device.
+    ///
+    /// # Errors
+    /// [`nibble_tensor::Error::OutOfMemory`].
+    pub fn build(self, arena: &Arena) -> Result<ParamStore> {
+        let data = Tensor::from_slice(arena, &self.data, [self.data.len()])?;
+        Ok(ParamStore { data, params: self.params })
+    }
+}
+
+impl ParamStore {
+    /// A store without parameters, for inference.
+    ///
+    /// # Errors
+    /// [`nibble_tensor::Error::OutOfMemory`].
+    pub fn empty(arena: &Arena) -> Result<Self> {
+        ParamStoreBuilder::default().build(arena)
+    }
+
+    /// The parameters in the order of the buffer.
+    #[must_use]
+    pub fn params(&self) -> &[Param] {
+        &self.params
+    }
+
+    /// Number of trained values.
+    #[must_use]
+    pub fn numel(&self) -> usize {
+        self.data.numel()
+    }
+
+    /// The flat buffer, F32 [numel].
+    #[must_use]
+    pub fn data(&self) -> &Tensor {
+        &self.data
+    }
+
+    /// The flat buffer for the optimizer.
+    pub fn data_mut(&mut self) -> &mut Tensor {
+        &mut self.data
+    }
+
+    /// A view of one parameter.
+    ///
+    /// # Errors
+    /// When the parameter is not of this store.
+    pub fn get(&self, param: &Param) -> Result<Tensor> {
+        self.data.view(param.offset, param.shape)
+    }
+
+    /// A view of a leaf's value.
+    ///
+    /// # Errors
+    /// When the parameter is not of this store.
+    pub fn value(&self, leaf: &Leaf) -> Result<Tensor> {
+        match leaf {
+            Leaf::Frozen(tensor) => Ok(tensor.clone()),
+            Leaf::Param(param) => self.get(param),
+        }
+    }
+
+    /// Zero gradients in this store's layout.
+    ///
+    /// # Errors
+    /// [`nibble_tensor::Error::OutOfMemory`].
+    pub fn zero_grads(&self) -> Result<ParamGrads> {
+        Ok(ParamGrads { flat: Tensor::zeros(self.data.arena(), DType::F32, [self.data.numel()])? })
+    }
+}
+
+/// Gradients of all parameters, in the layout of their [`ParamStore`].
+#[derive(Debug)]
+pub struct ParamGrads {
+    flat: Tensor,
+}
+
+impl ParamGrads {
+    /// The flat buffer, F32 [numel].
+    #[must_use]
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
+    }
+
+    /// Sets all to zero.
+    ///
+    /// # Errors
+    /// When a view of the buffer lives.
+    pub fn zero(&mut self) -> Result<()> {
+        self.flat.as_mut_slice::<f32>()?.fill(0.0);
+        Ok(())
+    }
+
+    /// A view of one parameter's gradient.
+    ///
+    /// # Errors
+    /// When the parameter is not of this layout.
+    pub fn get(&self, param: &Param) -> Result<Tensor> {
+        self.flat.view(param.offset, param.shape)
+    }
+
+    /// Gradients of several different parameters, to be added to at the same time.
+    ///
+    /// # Errors
+    /// When two are the same or one is not of this layout.
+    pub fn get_mut(&mut self, params: &[&Param]) -> Result<Vec<TensorMut<'_>>> {
+        let parts: Vec<_> = params.iter().map(|param| (param.offset, param.shape)).collect();
+        self.flat.views_mut(&parts)
+    }
+
+    /// The gradient of a leaf, or nothing when it is frozen.
+    ///
+    /// # Errors
+    /// When the parameter is not of this layout.
+    pub fn leaf_mut(&mut self, param: Option<&Param>) -> Result<Option<TensorMut<'_>>> {
+        match param {
+            None => Ok(None),
+            Some(param) => Ok(self.get_mut(&[param])?.pop()),
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! The tape.
+
+use nibble_tensor::{DType, Result, Shape, Tensor};
+
+use crate::{ParamGrads, ParamStore};
+
+/// The place of an activation's gradient on its tape.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VarId(usize);
+
+/// An activation: move-only, consumed by the one op that uses it.
+#[derive(Debug)]
+pub struct Var {
+    tensor: Tensor,
+    id: Option<VarId>,
+}
+
+impl Var {
+    /// The value.
+    #[must_use]
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// Where its gradient goes; nothing when nothing upstream trains.
+    #[must_use]
+    pub fn id(&self) -> Option<VarId> {
+        self.id
+    }
+
+    /// The value, ending the variable.
+    #[must_use]
+    pub fn into_tensor(self) -> Tensor {
+        self.tensor
+    }
+
+    /// Value and place, for an op that records itself.
+    #[must_use]
+    pub fn into_parts(self) -> (Tensor, Option<VarId>) {
+        (self.tensor, self.id)
+    }
+}
+
+impl From<Tensor> for Var {
+    /// A value nothing upstream of which trains.
+    fn from(tensor: Tensor) -> Self {
+        Self { tensor, id: None }
+    }
+}
+
+/// Takes the gradients of an op's outputs, hands on those of its inputs.
+type Backward<'m> = Box<dyn FnOnce(&mut Slots, &mut ParamGrads) -> Result<()> + 'm>;
+
+/// One place a variable, filled when its consumer has run backward.
+type Slots = Vec<Option<Tensor>>;
+
+/// Recorded backwards of one forward pass.
+///
+/// `'m` is the borrow of the model and its parameters: they cannot change while a tape lives, and may again as soon as
+/// [`Tape::backward`] has consumed it.
+pub struct Tape<'m> {
+    params: &'m ParamStore,
+    nodes: Vec<Backward<'m>>,
+    variables: usize,
+    recording: bool,
+}
+
+impl std::fmt::Debug for Tape<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Tape").field("nodes", &self.nodes.len()).field("recording", &self.recording).finish_non_exhaustive()
+    }
+}
+
+impl<'m> Tape<'m> {
+    /// A tape that records, for training.
+    #[must_use]
+    pub fn new(params: &'m ParamStore) -> Self {
+        Self { params, nodes: Vec::new(), variables: 0, recording: true }
+    }
+
+    /// A tape that records nothing, for inference.
+    #[must_use]
+    pub fn inference(params: &'m ParamStore) -> Self {
+        Self { recording: false, ..Self::new(params) }
+    }
+
+    /// The trained values that ops on this tape read.
+    #[must_use]
+    pub fn params(&self) -> &'m ParamStore {
+        self.params
+    }
+
+    /// Whether backwards are kept.
+    #[must_use]
+    pub fn is_recording(&self) -> bool {
+        self.recording
+    }
+
+    /// A variable whose gradient [`Tape::backward`] returns.
+    pub fn input(&mut self, tensor: Tensor) -> Var {
+        let id = self.recording.then(|| self.next_id());
+        Var { tensor, id }
+    }
+
+    fn next_id(&mut self) -> VarId {
+        self.variables += 1;
+        VarId(self.variables - 1)
+    }
+
+    /// Makes an op's outputs variables and keeps its backward.
+    ///
+    /// `trains` says whether the op itself reads a trained parameter. `backward` is given the gradients of the outputs
+    /// (zeros for one that nobody used) and the parameters' gradients to add to, and returns the gradients of the inputs
+    /// (`None` where [`Option<VarId>`] was).
+    pub fn record<const N: usize, const M: usize>(
+        &mut self,
+        inputs: [Option<VarId>; N],
+        outputs: [Tensor; M],
+        trains: bool,
+        backward: impl FnOnce([Tensor; M], &mut ParamGrads) -> Result<[Option<Tensor>; N]> + 'm,
+    ) -> [Var; M] {
+        if !self.recording || !(trains || inputs.iter().any(Option::is_some)) {
+            return outputs.map(Var::from);
+        }
+        let templates: [(Shape, DType); M] = std::array::from_fn(|i| (outputs[i].shape(), outputs[i].dtype()));
+        let arena = outputs.first().map(|output| output.arena().clone());
+        let outputs = outputs.map(|tensor| Var { tensor, id: Some(self.next_id()) });
+        let ids: [Option<VarId>; M] = std::array::from_fn(|i| outputs[i].id);
+        self.nodes.push(Box::new(move |slots, grads| {
+            let mut found: [Option<Tensor>; M] = ids.map(|id| id.and_then(|id| slots[id.0].take()));
+            let Some(arena) = arena.filter(|_| found.iter().any(Option::is_some)) else { return Ok(()) };
+            for (slot, (shape, dtype)) in found.iter_mut().zip(templates) {
+                if slot.is_none() {
+                    *slot = Some(Tensor::zeros(&arena, dtype, shape)?);
+                }
+            }
+            // invariant: the loop above filled each place
+            let outputs = found.map(|slot| slot.expect("filled"));
+            for (id, gradient) in inputs.into_iter().zip(backward(outputs, grads)?) {
+                if let Some(id) = id {
+                    slots[id.0] = gradient;
+                }
+            }
+            Ok(())
+        }));
+        outputs
+    }
+
+    /// Runs `f` without keeping what it saves, and again in the backward pass: memory for the inputs alone, time for a
+    /// second forward. The gradients are bitwise those of running `f` on this tape.
+    ///
+    /// # Errors
+    /// What `f` returns.
+    pub fn checkpoint<const N: usize, const M: usize>(
+        &mut self,
+        inputs: [Var; N],
+        f: impl Fn(&mut Tape<'m>, [Var; N]) -> Result<[Var; M]> + 'm,
+    ) -> Result<[Var; M]> {
+        let params = self.params;
+        if !self.recording {
+            return f(self, inputs);
+        }
+        let ids: [Option<VarId>; N] = std::array::from_fn(|i| inputs[i].id);
+        let saved = inputs.map(Var::into_tensor);
+        let outputs = f(&mut Tape::inference(params), saved.clone().map(Var::from))?.map(Var::into_tensor);
+        Ok(self.record(ids, outputs, true, move |gradients, grads| {
+            let mut scratch = Tape::new(params);
+            let mut index = 0;
+            let inputs = saved.map(|tensor| {
+                let wanted = ids[index].is_some();
+                index += 1;
+                if wanted { scratch.input(tensor) } else { Var::from(tensor) }
+            });
+            let inner: [Option<VarId>; N] = std::array::from_fn(|i| inputs[i].id);
+            let outputs = f(&mut scratch, inputs)?;
+            scratch.backward(outputs, gradients, inner, grads)
+        }))
+    }
+
+    /// Runs the backwards in reverse, each consumed with what it saved, from the gradients of `outputs`; adds to `grads` and
+    /// returns the gradients of `inputs` (made by [`Tape::input`]).
+    ///
+    /// # Errors
+    /// What an op's backward returns.
+    pub fn backward<const N: usize, const M: usize>(
+        self,
+        outputs: [Var; M],
+        gradients: [Tensor; M],
+        inputs: [Option<VarId>; N],
+        grads: &mut ParamGrads,
+    ) -> Result<[Option<Tensor>; N]> {
+        let mut slots: Slots = vec![None; self.variables];
+        for (output, gradient) in outputs.into_iter().zip(gradients) {
+            if let Some(id) = output.id {
+                slots[id.0] = Some(gradient);
+            }
+        }
+        for node in self.nodes.into_iter().rev() {
+            node(&mut slots, grads)?;
+        }
+        Ok(inputs.map(|id| id.and_then(|id| slots[id.0].take())))
+    }
+}

@@ -1,0 +1,3 @@
+//! The binary `nibble`.
+
+fn main() {}

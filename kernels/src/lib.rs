@@ -1,0 +1,1 @@
+//! CUDA sources and the images compiled from them.
