@@ -1,0 +1,333 @@
+//! PEFT's `adapter_config.json`.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::{Error, Result};
+
+/// The method, as PEFT names it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeftType {
+    /// Low-rank adaptation.
+    #[default]
+    #[serde(rename = "LORA")]
+    Lora,
+}
+
+/// Which modules get an adapter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// `all-linear`, or a regular expression that must match the whole path.
+    Pattern(String),
+    /// Names: the whole path or its end after a dot.
+    Names(Vec<String>),
+}
+
+impl TargetModules {
+    /// Every linear layer but the output head.
+    pub const ALL_LINEAR: &str = "all-linear";
+}
+
+impl std::fmt::Display for TargetModules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Pattern(pattern) => write!(f, "`{pattern}`"),
+            Self::Names(names) => write!(f, "`{}`", names.join(",")),
+        }
+    }
+}
+
+/// Which biases train.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// All of the model's.
+    All,
+    /// Those of the layers with an adapter.
+    LoraOnly,
+}
+
+/// First values of A and B.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum InitLoraWeights {
+    /// A ~ U(-1/√in, 1/√in) (Kaiming with a = √5), B = 0.
+    #[default]
+    Default,
+    /// A ~ N(0, 1/r), B = 0.
+    Gaussian,
+    /// A and B both as a fresh linear layer: the adapter is not a no-op at the start (for tests).
+    Random,
+    /// A method that this crate does not act on.
+    Other(String),
+}
+
+impl Serialize for InitLoraWeights {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Default => serializer.serialize_bool(true),
+            Self::Random => serializer.serialize_bool(false),
+            Self::Gaussian => serializer.serialize_str("gaussian"),
+            Self::Other(name) => serializer.serialize_str(name),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for InitLoraWeights {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Value {
+            Flag(bool),
+            Name(String),
+        }
+        Ok(match Value::deserialize(deserializer)? {
+            Value::Flag(true) => Self::Default,
+            Value::Flag(false) => Self::Random,
+            Value::Name(name) if name == "gaussian" => Self::Gaussian,
+            Value::Name(name) => Self::Other(name),
+        })
+    }
+}
+
+/// A LoRA adapter's config, in PEFT's names. Fields that PEFT knows and this crate does not act on are refused when they
+/// would change the result ([`AdapterConfig::validate`]); unknown fields are ignored, as PEFT does.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdapterConfig {
+    /// Overrides of `lora_alpha`: a path's end (or a regular expression for it) to alpha.
+    #[serde(deserialize_with = "null_is_default")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// The base model's id or folder.
+    pub base_model_name_or_path: Option<String>,
+    /// Which biases train.
+    pub bias: Bias,
+    /// Modules left alone: names, or a regular expression.
+    pub exclude_modules: Option<TargetModules>,
+    /// Whether the base stores its weights transposed (GPT-2); not supported.
+    pub fan_in_fan_out: bool,
+    /// Written as true, as PEFT does.
+    pub inference_mode: bool,
+    /// First values.
+    pub init_lora_weights: InitLoraWeights,
+    /// The name of the list of layers in a path, for `layers_to_transform`.
+    pub layers_pattern: Option<OneOrMany<String>>,
+    /// Only these layers get adapters.
+    pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// α: the update is scaled by α / r (α / √r with `use_rslora`).
+    pub lora_alpha: f64,
+    /// Dropout on the adapter's input.
+    pub lora_dropout: f64,
+    /// Modules trained and saved whole.
+    pub modules_to_save: Option<Vec<String>>,
+    /// The method.
+    pub peft_type: PeftType,
+    /// Rank.
+    pub r: usize,
+    /// Overrides of `r`.
+    #[serde(deserialize_with = "null_is_default")]
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Revision of the base model.
+    pub revision: Option<String>,
+    /// Which modules get an adapter.
+    pub target_modules: Option<TargetModules>,
+    /// Always `CAUSAL_LM` here.
+    pub task_type: Option<String>,
+    /// Weight-decomposed adaptation; refused for now.
+    pub use_dora: bool,
+    /// Scale by α / √r.
+    pub use_rslora: bool,
+    /// Bias on B; refused.
+    #[serde(skip_serializing)]
+    pub lora_bias: bool,
+    /// Refused.
+    #[serde(skip_serializing)]
+    pub use_qalora: bool,
+    /// Refused.
+    #[serde(skip_serializing)]
+    pub layer_replication: Option<serde_json::Value>,
+    /// Refused.
+    #[serde(skip_serializing)]
+    pub trainable_token_indices: Option<serde_json::Value>,
+    /// Refused.
+    #[serde(skip_serializing)]
+    pub target_parameters: Option<serde_json::Value>,
+}
+
+/// A value or a list of them, as PEFT's files have either.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany<T> {
+    /// One.
+    One(T),
+    /// Several.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// All of them.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+}
+
+fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+impl Default for AdapterConfig {
+    /// PEFT's defaults (r 8, α 8, no dropout, no rsLoRA).
+    fn default() -> Self {
+        Self {
+            alpha_pattern: BTreeMap::new(),
+            base_model_name_or_path: None,
+            bias: Bias::None,
+            exclude_modules: None,
+            fan_in_fan_out: false,
+            inference_mode: false,
+            init_lora_weights: InitLoraWeights::Default,
+            layers_pattern: None,
+            layers_to_transform: None,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            modules_to_save: None,
+            peft_type: PeftType::Lora,
+            r: 8,
+            rank_pattern: BTreeMap::new(),
+            revision: None,
+            target_modules: None,
+            task_type: Some("CAUSAL_LM".to_owned()),
+            use_dora: false,
+            use_rslora: false,
+            lora_bias: false,
+            use_qalora: false,
+            layer_replication: None,
+            trainable_token_indices: None,
+            target_parameters: None,
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// Reads and validates `adapter_config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Json`], [`Error::Unsupported`].
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+        let config: Self = serde_json::from_str(&text).map_err(|source| Error::Json { path: path.to_path_buf(), source })?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Refuses what would train or compute something else than the config says.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the first such field.
+    pub fn validate(&self) -> Result<()> {
+        let refuse = |field, value: &dyn std::fmt::Display, expected| Err(Error::Unsupported { field, value: value.to_string(), expected });
+        if self.r == 0 || self.rank_pattern.values().any(|&r| r == 0) {
+            return refuse("r", &0, "at least 1");
+        }
+        if !(0.0..1.0).contains(&self.lora_dropout) {
+            return refuse("lora_dropout", &self.lora_dropout, "at least 0 and below 1");
+        }
+        if !self.lora_alpha.is_finite() || self.alpha_pattern.values().any(|alpha| !alpha.is_finite()) {
+            return refuse("lora_alpha", &self.lora_alpha, "a finite number");
+        }
+        let flags = [
+            ("fan_in_fan_out", self.fan_in_fan_out),
+            ("use_dora", self.use_dora),
+            ("lora_bias", self.lora_bias),
+            ("use_qalora", self.use_qalora),
+        ];
+        if let Some((field, _)) = flags.into_iter().find(|(_, set)| *set) {
+            return refuse(field, &true, "false");
+        }
+        let values = [
+            ("layer_replication", &self.layer_replication),
+            ("trainable_token_indices", &self.trainable_token_indices),
+            ("target_parameters", &self.target_parameters),
+        ];
+        for (field, value) in values {
+            if let Some(value) = value.as_ref().filter(|value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty())) {
+                return refuse(field, value, "null");
+            }
+        }
+        if let InitLoraWeights::Other(name) = &self.init_lora_weights {
+            // A saved adapter names how it began; only the values matter then.
+            if !self.inference_mode {
+                return refuse("init_lora_weights", name, "true, false or \"gaussian\"");
+            }
+        }
+        Ok(())
+    }
+
+    /// s of a layer with this rank and alpha.
+    #[must_use]
+    pub fn scaling(&self, rank: usize, alpha: f64) -> f64 {
+        if self.use_rslora { alpha / (rank as f64).sqrt() } else { alpha / rank as f64 }
+    }
+
+    /// The file's text, as PEFT writes it (sorted keys, two spaces), with `inference_mode` true.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let saved = Self { inference_mode: true, ..self.clone() };
+        let map: BTreeMap<String, serde_json::Value> =
+            serde_json::to_value(saved).ok().and_then(|value| serde_json::from_value(value).ok()).unwrap_or_default();
+        serde_json::to_string_pretty(&map).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_config_survives_its_file() {
+        let config = AdapterConfig {
+            r: 16,
+            lora_alpha: 32.0,
+            target_modules: Some(TargetModules::Names(vec!["q_proj".into(), "v_proj".into()])),
+            rank_pattern: [("q_proj".to_owned(), 4)].into(),
+            layers_to_transform: Some(OneOrMany::Many(vec![0, 2])),
+            use_rslora: true,
+            inference_mode: true,
+            ..AdapterConfig::default()
+        };
+        let back: AdapterConfig = serde_json::from_str(&config.to_json()).unwrap();
+        assert_eq!(back, config);
+    }
+
+    #[test]
+    fn nulls_and_unknown_fields_are_taken_as_peft_takes_them() {
+        let config: AdapterConfig =
+            serde_json::from_str(r#"{"peft_type":"LORA","rank_pattern":null,"loftq_config":{},"target_modules":"all-linear","r":4}"#).unwrap();
+        assert_eq!((config.r, config.rank_pattern.len()), (4, 0));
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn what_would_compute_something_else_is_refused_by_name() {
+        for text in [r#"{"use_dora":true}"#, r#"{"lora_bias":true}"#, r#"{"r":0}"#, r#"{"lora_dropout":1.0}"#, r#"{"init_lora_weights":"pissa"}"#] {
+            let config: AdapterConfig = serde_json::from_str(text).unwrap();
+            let field = text[2..].split('"').next().unwrap();
+            assert!(config.validate().unwrap_err().to_string().contains(field), "{text}");
+        }
+    }
+
+    #[test]
+    fn scaling_is_alpha_over_r_or_over_its_root() {
+        let mut config = AdapterConfig::default();
+        assert_eq!(config.scaling(16, 32.0), 2.0);
+        config.use_rslora = true;
+        assert_eq!(config.scaling(16, 32.0), 8.0);
+    }
+}

@@ -1,0 +1,146 @@
+//! A linear layer: frozen base, optional adapter.
+
+use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, Tape, Var};
+use nibble_tensor::{
+    Result, Rng, Tensor, Weight,
+    ops::linear::{self, Dropout, Part, PartGrads},
+};
+
+/// The base of a linear layer.
+#[derive(Clone, Debug)]
+pub enum Base {
+    /// As loaded, in any format.
+    Frozen(Weight),
+    /// Trained whole, without an adapter's help.
+    Trained(Param),
+}
+
+/// A trained update of a linear layer.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Adapter {
+    /// Low-rank.
+    Lora(Lora),
+}
+
+/// ΔW = s B A.
+#[derive(Clone, Debug)]
+pub struct Lora {
+    /// A [R, in].
+    pub a: Param,
+    /// B [out, R].
+    pub b: Param,
+    /// s: α / r, or α / √r.
+    pub scale: f32,
+    /// Probability of dropping an element of the adapter's input.
+    pub dropout: f32,
+}
+
+/// y = x W₀ᵀ + b + s · dropout(x) Aᵀ Bᵀ.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    /// The module's path in the Hugging Face model, such as `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// W₀ [out, in].
+    pub base: Base,
+    /// [out].
+    pub bias: Option<Leaf>,
+    /// The update, if this layer has one.
+    pub adapter: Option<Adapter>,
+}
+
+impl Linear {
+    /// A frozen layer without an adapter.
+    #[must_use]
+    pub fn new(path: impl Into<String>, weight: Weight, bias: Option<Tensor>) -> Self {
+        Self { path: path.into(), base: Base::Frozen(weight), bias: bias.map(Leaf::Frozen), adapter: None }
+    }
+
+    /// (out, in).
+    #[must_use]
+    pub fn sizes(&self) -> (usize, usize) {
+        let shape = match &self.base {
+            Base::Frozen(weight) => weight.shape(),
+            Base::Trained(param) => param.shape,
+        };
+        (shape.dims()[0], shape.dims()[1])
+    }
+
+    /// y for x [T, in]: [T, out]. `dropout` is the stream of this call's masks; nothing in evaluation.
+    ///
+    /// # Errors
+    /// As [`linear::forward`].
+    pub fn forward<'m>(&'m self, tape: &mut Tape<'m>, x: Var, dropout: Option<Rng>) -> Result<Var> {
+        let [y] = forward_fused(tape, [self], x, dropout)?;
+        Ok(y)
+    }
+
+    fn part(&self, params: &ParamStore, dropout: Option<Rng>) -> Result<Part> {
+        let weight = match &self.base {
+            Base::Frozen(weight) => weight.clone(),
+            Base::Trained(param) => Weight::Dense(params.get(param)?),
+        };
+        let bias = self.bias.as_ref().map(|bias| params.value(bias)).transpose()?;
+        let adapter = match &self.adapter {
+            None => None,
+            Some(Adapter::Lora(lora)) => Some(linear::Adapter {
+                a: params.get(&lora.a)?,
+                b: params.get(&lora.b)?,
+                scale: lora.scale,
+                dropout: dropout.filter(|_| lora.dropout > 0.0).map(|rng| Dropout { p: lora.dropout, rng }),
+            }),
+        };
+        Ok(Part { weight, bias, adapter })
+    }
+
+    /// Trained values in the order base, bias, A, B; `None` where there is none.
+    fn trained(&self) -> [Option<&Param>; 4] {
+        let base = match &self.base {
+            Base::Frozen(_) => None,
+            Base::Trained(param) => Some(param),
+        };
+        let (a, b) = match &self.adapter {
+            None => (None, None),
+            Some(Adapter::Lora(lora)) => (Some(&lora.a), Some(&lora.b)),
+        };
+        [base, self.bias.as_ref().and_then(Leaf::param), a, b]
+    }
+}
+
+/// The layers that share an input, as one op: one gradient of x, one decoding of each base.
+///
+/// # Errors
+/// As [`linear::forward`].
+pub fn forward_fused<'m, const N: usize>(tape: &mut Tape<'m>, layers: [&'m Linear; N], x: Var, dropout: Option<Rng>) -> Result<[Var; N]> {
+    let params = tape.params();
+    let mut parts = Vec::with_capacity(N);
+    for (i, layer) in layers.iter().enumerate() {
+        parts.push(layer.part(params, dropout.map(|rng| rng.stream(i as u64)))?);
+    }
+    let (x, id) = x.into_parts();
+    let (mut ys, mut hs) = (Vec::with_capacity(N), Vec::with_capacity(N));
+    for output in linear::forward(&x, &parts)? {
+        ys.push(output.y);
+        hs.push(output.h);
+    }
+    let mut ys = ys.into_iter();
+    // invariant: the op gives one output a part, and there are N parts
+    let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
+    let trains = layers.iter().any(|layer| layer.trained().iter().any(Option::is_some));
+    Ok(tape.record([id], outputs, trains, move |dys, grads| {
+        let grads = part_grads(&layers, grads)?;
+        Ok([linear::backward(&dys, &x, &hs, &parts, grads, id.is_some())?])
+    }))
+}
+
+/// Hands each part the gradients of its trained values.
+fn part_grads<'g>(layers: &[&Linear], grads: &'g mut ParamGrads) -> Result<Vec<PartGrads<'g>>> {
+    let trained: Vec<[Option<&Param>; 4]> = layers.iter().map(|layer| layer.trained()).collect();
+    let wanted: Vec<&Param> = trained.iter().flatten().filter_map(|param| *param).collect();
+    let mut views = grads.get_mut(&wanted)?.into_iter();
+    let mut next = |param: Option<&Param>| param.and_then(|_| views.next());
+    Ok(trained
+        .into_iter()
+        .map(|[base, bias, a, b]| PartGrads { weight: next(base), bias: next(bias), adapter: next(a).zip(next(b)) })
+        .collect())
+}

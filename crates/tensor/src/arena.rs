@@ -1,0 +1,217 @@
+//! The memory of a device: blocks are taken for tensors and given back when they drop.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::{Device, Error, Result};
+
+/// One cache line: the unit blocks are made of, so that every tensor starts on 64 bytes.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// How much larger than asked a reused block may be, in 1/8 of the size asked.
+const SLACK_EIGHTHS: usize = 1;
+
+/// A pool of memory on one device, with an account of it.
+///
+/// Blocks are kept when tensors drop and handed out again, so that a step that makes the same calls gets the same blocks and
+/// the system is not asked again. Cloning gives another handle to the same pool.
+#[derive(Clone, Debug)]
+pub struct Arena(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    device: Device,
+    limit: usize,
+    pool: Mutex<Pool>,
+}
+
+#[derive(Debug, Default)]
+struct Pool {
+    free: BTreeMap<usize, Vec<Vec<Line>>>,
+    stats: ArenaStats,
+}
+
+/// An account of an arena, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ArenaStats {
+    /// Held by tensors now.
+    pub live: usize,
+    /// The most that tensors held at once.
+    pub peak: usize,
+    /// Kept for reuse.
+    pub free: usize,
+    /// How many times the system was asked for memory.
+    pub system_allocations: usize,
+}
+
+impl Arena {
+    /// An arena without a limit.
+    #[must_use]
+    pub fn new(device: Device) -> Self {
+        Self::with_limit(device, usize::MAX)
+    }
+
+    /// An arena whose live tensors take at most `limit` bytes.
+    #[must_use]
+    pub fn with_limit(device: Device, limit: usize) -> Self {
+        Self(Arc::new(Inner { device, limit, pool: Mutex::default() }))
+    }
+
+    /// The device the memory is on.
+    #[must_use]
+    pub fn device(&self) -> Device {
+        self.0.device
+    }
+
+    /// The account so far.
+    #[must_use]
+    pub fn stats(&self) -> ArenaStats {
+        self.pool().stats
+    }
+
+    /// Starts the peak afresh from what is live now.
+    pub fn reset_peak(&self) {
+        let mut pool = self.pool();
+        pool.stats.peak = pool.stats.live;
+    }
+
+    /// Gives the blocks kept for reuse back to the system.
+    pub fn trim(&self) {
+        self.pool().release();
+    }
+
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes `bytes` of memory; its content is whatever was there (zero when fresh from the system).
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] when the limit would be passed.
+    pub(crate) fn take(&self, bytes: usize) -> Result<Block> {
+        let lines = bytes.div_ceil(64);
+        let mut pool = self.pool();
+        if pool.stats.live + lines * 64 > self.0.limit {
+            return Err(Error::OutOfMemory {
+                device: self.0.device.to_string(),
+                requested: bytes,
+                live: pool.stats.live,
+                limit: self.0.limit,
+            });
+        }
+        let memory = pool.take(lines);
+        pool.stats.live += memory.len() * 64;
+        pool.stats.peak = pool.stats.peak.max(pool.stats.live);
+        drop(pool);
+        Ok(Block { memory, arena: self.clone() })
+    }
+}
+
+impl Pool {
+    fn take(&mut self, lines: usize) -> Vec<Line> {
+        let most = lines + lines * SLACK_EIGHTHS / 8;
+        if let Some((&size, _)) = self.free.range(lines..=most).next() {
+            let blocks = self.free.entry(size).or_default();
+            let block = blocks.pop();
+            if blocks.is_empty() {
+                self.free.remove(&size);
+            }
+            if let Some(block) = block {
+                self.stats.free -= size * 64;
+                return block;
+            }
+        }
+        // Blocks of other sizes would pile up when lengths change from step to step: what is held never passes the peak.
+        if self.stats.live + self.stats.free + lines * 64 > self.stats.peak {
+            self.release();
+        }
+        self.stats.system_allocations += 1;
+        bytemuck::allocation::zeroed_vec(lines)
+    }
+
+    fn release(&mut self) {
+        self.free.clear();
+        self.stats.free = 0;
+    }
+}
+
+/// Memory taken from an arena; dropping gives it back.
+#[derive(Debug)]
+pub(crate) struct Block {
+    memory: Vec<Line>,
+    arena: Arena,
+}
+
+impl Block {
+    pub(crate) fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.memory)
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.memory)
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        let memory = std::mem::take(&mut self.memory);
+        let mut pool = self.arena.pool();
+        pool.stats.live -= memory.len() * 64;
+        pool.stats.free += memory.len() * 64;
+        pool.free.entry(memory.len()).or_default().push(memory);
+    }
+}
+
+impl std::fmt::Debug for Line {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Line")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_step_asks_the_system_for_nothing() {
+        let arena = Arena::new(Device::Cpu);
+        let step = || {
+            let a = arena.take(1000).unwrap();
+            let b = arena.take(50_000).unwrap();
+            drop(a);
+            let c = arena.take(960).unwrap();
+            (b.bytes().len(), c.bytes().len())
+        };
+        step();
+        let before = arena.stats();
+        step();
+        assert_eq!(arena.stats(), before);
+        assert_eq!(before.live, 0);
+    }
+
+    #[test]
+    fn changing_lengths_never_hold_more_than_the_peak_and_one_block() {
+        let arena = Arena::new(Device::Cpu);
+        for size in 1..200 {
+            drop(arena.take(size * 10_000).unwrap());
+            let stats = arena.stats();
+            assert!(stats.live + stats.free <= stats.peak, "{stats:?}");
+        }
+    }
+
+    #[test]
+    fn the_limit_is_an_error_with_the_facts() {
+        let arena = Arena::with_limit(Device::Cpu, 1024);
+        let _held = arena.take(512).unwrap();
+        let error = arena.take(1024).unwrap_err();
+        assert!(matches!(error, Error::OutOfMemory { requested: 1024, live: 512, limit: 1024, .. }), "{error}");
+    }
+}

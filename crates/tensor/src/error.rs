@@ -1,0 +1,91 @@
+//! The crate's error: facts a caller can match on.
+
+use std::path::PathBuf;
+
+use crate::{DType, Shape};
+
+/// What every fallible function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an op, an allocation or a file mapping failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An operand's shape does not fit the op.
+    #[error("{op}: `{operand}` has the wrong shape: expected {expected}, found {found}")]
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// The operand's name in the op's signature.
+        operand: &'static str,
+        /// The shape that fits.
+        expected: Shape,
+        /// The shape given.
+        found: Shape,
+    },
+    /// An operand's dtype is not one the op takes.
+    #[error("{op}: `{operand}` has the wrong dtype: expected {expected}, found {found}")]
+    DType {
+        /// The op.
+        op: &'static str,
+        /// The operand's name.
+        operand: &'static str,
+        /// What fits, in words.
+        expected: &'static str,
+        /// The dtype given.
+        found: DType,
+    },
+    /// A size or argument outside what the op takes.
+    #[error("{op}: `{argument}` must be {expected}, found {found}")]
+    Argument {
+        /// The op.
+        op: &'static str,
+        /// The argument.
+        argument: &'static str,
+        /// What fits, in words.
+        expected: &'static str,
+        /// The value given.
+        found: usize,
+    },
+    /// A token id or label at or beyond the vocabulary.
+    #[error("{op}: id {id} at position {position} is outside the vocabulary of {vocab_size}")]
+    TokenOutOfRange {
+        /// The op.
+        op: &'static str,
+        /// Position in the stream.
+        position: usize,
+        /// The id found.
+        id: i64,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// Memory written while another handle to it lives.
+    #[error("{op}: the tensor is shared and cannot be written in place")]
+    Shared {
+        /// The op.
+        op: &'static str,
+    },
+    /// The arena's limit is reached.
+    #[error("out of memory on {device}: {requested} bytes asked, {live} of {limit} bytes in use")]
+    OutOfMemory {
+        /// The device.
+        device: String,
+        /// Bytes asked for.
+        requested: usize,
+        /// Bytes in use.
+        live: usize,
+        /// The limit in bytes.
+        limit: usize,
+    },
+    /// The 4-bit or 8-bit format refused its input.
+    #[error(transparent)]
+    Quantization(#[from] nibble_nf4::Error),
+    /// A file could not be mapped.
+    #[error("cannot read `{}`: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}

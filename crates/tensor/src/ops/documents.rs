@@ -1,0 +1,91 @@
+//! Where the documents of a packed stream begin.
+
+use std::sync::Arc;
+
+use crate::{Arena, Error, Result, Tensor};
+
+/// The layout of a stream of T tokens that holds documents one after another, without padding.
+#[derive(Clone, Debug)]
+pub struct Documents {
+    /// Offsets on the host: `[0, len0, len0 + len1, ..., T]`.
+    cu_seqlens: Arc<[u32]>,
+    /// U32 [T]: the position of each token within its document (for rope).
+    positions: Tensor,
+}
+
+impl Documents {
+    /// From the offsets of the documents, ending with T.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when they do not begin with 0 or do not increase.
+    pub fn new(arena: &Arena, cu_seqlens: &[u32]) -> Result<Self> {
+        let fail = |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
+        match cu_seqlens {
+            [0, _, ..] => {}
+            [first, ..] => return Err(fail("a list that begins with 0 and has an end", *first)),
+            [] => return Err(fail("a list that begins with 0 and has an end", 0)),
+        }
+        if let Some(pair) = cu_seqlens.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return Err(fail("strictly increasing", pair[1]));
+        }
+        let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
+        let positions = Tensor::from_slice(arena, &positions, [positions.len()])?;
+        Ok(Self { cu_seqlens: cu_seqlens.into(), positions })
+    }
+
+    /// One document of `len` tokens whose first token has position `start` (a continuation of cached tokens).
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty document.
+    pub fn continuation(arena: &Arena, start: usize, len: usize) -> Result<Self> {
+        if len == 0 {
+            return Err(Error::Argument { op: "documents", argument: "len", expected: "at least 1", found: 0 });
+        }
+        let positions: Vec<u32> = (start as u32..(start + len) as u32).collect();
+        let positions = Tensor::from_slice(arena, &positions, [len])?;
+        Ok(Self { cu_seqlens: [0, len as u32].into(), positions })
+    }
+
+    /// T.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.positions.numel()
+    }
+
+    /// Offsets `[0, ..., T]`.
+    #[must_use]
+    pub fn cu_seqlens(&self) -> &[u32] {
+        &self.cu_seqlens
+    }
+
+    /// U32 [T].
+    #[must_use]
+    pub fn positions(&self) -> &Tensor {
+        &self.positions
+    }
+
+    /// The token ranges of the documents.
+    pub fn ranges(&self) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + '_ {
+        self.cu_seqlens.windows(2).map(|pair| pair[0] as usize..pair[1] as usize)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+
+    #[test]
+    fn positions_restart_with_each_document() {
+        let documents = Documents::new(&Arena::new(Device::Cpu), &[0, 3, 5]).unwrap();
+        assert_eq!(documents.positions().as_slice::<u32>().unwrap(), &[0, 1, 2, 0, 1]);
+    }
+
+    #[test]
+    fn offsets_must_begin_with_zero_and_increase() {
+        let arena = Arena::new(Device::Cpu);
+        for bad in [&[][..], &[0], &[1, 2], &[0, 2, 2], &[0, 3, 1]] {
+            assert!(Documents::new(&arena, bad).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,20 @@
+//! The ops of decoder-only transformers, each a file with formula, `forward`, `backward`, CPU code and tests.
+//!
+//! Letters: T tokens of the stream, C channels, H heads, K key/value heads, D head size, V vocabulary, R rank.
+//! A stream holds packed documents without padding; [`Documents`] says where each begins.
+//!
+//! Gradients of parameters are added (`+=`) to what is there, so that micro-batches accumulate; gradients of activations
+//! are written (`=`).
+
+mod documents;
+pub mod embedding;
+pub mod glu;
+pub mod rms_norm;
+pub mod rope;
+mod typed;
+pub mod linear;
+pub(crate) mod matmul;
+pub(crate) mod operand;
+pub mod simd;
+
+pub use documents::Documents;
