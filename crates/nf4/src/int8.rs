@@ -32,7 +32,7 @@ pub struct Int8Rows {
 impl Int8Rows {
     fn check(&self, op: &'static str) -> Result<(), Error> {
         let [rows, cols] = self.shape;
-        check_sizes(op, &[("CB", rows * cols, self.cb.len()), ("SCB", rows, self.scb.len())])
+        check_sizes(op, &[("CB", rows.saturating_mul(cols), self.cb.len()), ("SCB", rows, self.scb.len())])
     }
 
     fn row(&self, row: usize) -> &[i8] {
@@ -40,14 +40,14 @@ impl Int8Rows {
     }
 }
 
-/// Quantises each row of `w` ([rows, cols], row-major): `SCB[r] = max |w[r]|`, `CB = round_ties_even(w * (127 / SCB[r]))`.
+/// Quantises each row of `w` ([rows, cols], row-major): `SCB[r] = max |w[r]|`, `CB = round_ties_even(w * (127 * (1 / SCB[r])))`.
 ///
 /// # Errors
 /// [`Error::Sizes`]; [`Error::NonFinite`] with the first NaN or infinity.
 pub fn quantize_rows<T: Element>(w: &[T], shape: [usize; 2]) -> Result<Int8Rows, Error> {
     let op = "int8 quantize_rows";
     let [rows, cols] = shape;
-    check_sizes(op, &[("w", rows * cols, w.len())])?;
+    check_sizes(op, &[("w", rows.saturating_mul(cols), w.len())])?;
     let mut cb = vec![0i8; w.len()];
     let scb = if cols == 0 {
         vec![0.0; rows]
@@ -61,8 +61,9 @@ pub fn quantize_rows<T: Element>(w: &[T], shape: [usize; 2]) -> Result<Int8Rows,
 fn quantize_row<T: Element>(w: &[T], threshold: f32, codes: &mut [i8]) -> f32 {
     let kept = |v: &T| Some(v.to_f32()).filter(|v| v.abs() < threshold);
     let absmax = w.iter().filter_map(kept).fold(0.0f32, |a, v| a.max(v.abs()));
-    // A row of zeros: 0 * (127 / 0) is NaN, which converts to 0.
-    let scale = 127.0 / absmax;
+    // Times the reciprocal, as the reference's fast division: it decides which way exact halves fall.
+    // A row of zeros: 0 * (127 * (1 / 0)) is NaN, which converts to 0.
+    let scale = 127.0 * (1.0 / absmax);
     for (code, v) in codes.iter_mut().zip(w) {
         *code = kept(v).map_or(0, |v| (v * scale).round_ties_even() as i8);
     }
@@ -104,7 +105,7 @@ pub fn matmul(x: &[f16], x_shape: [usize; 2], w: &Int8Rows, threshold: f32) -> R
     let op = "int8 matmul";
     let [n, k] = x_shape;
     let [m, _] = w.shape;
-    check_sizes(op, &[("x", n * k, x.len()), ("columns of w", k, w.shape[1])])?;
+    check_sizes(op, &[("x", n.saturating_mul(k), x.len()), ("columns of w", k, w.shape[1])])?;
     w.check(op)?;
     if x.iter().any(|v| !v.is_finite()) {
         return Err(first_non_finite(op, x));

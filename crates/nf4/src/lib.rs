@@ -2,7 +2,8 @@
 //!
 //! * [`quantize`] and [`dequantize`]: NF4 and FP4 with or without double quantisation; [`BlocksView`] decodes any run.
 //! * [`quantize_dynamic`] and [`dequantize_dynamic`]: dynamic 8-bit blocks, as in 8-bit optimizers.
-
+//! * [`int8`]: LLM.int8's row-wise weights and its matmul with outlier columns.
+//! * [`bnb`]: the tensors under which bitsandbytes stores 4-bit weights.
 //!
 //! ```
 //! use nibble_nf4::{QuantConfig, dequantize, quantize};
@@ -16,6 +17,7 @@
 //! ```
 
 mod blocks;
+pub mod bnb;
 mod dynamic;
 mod element;
 mod error;

@@ -172,7 +172,6 @@ fn int8_rows_are_the_reference_ones() {
 }
 
 #[test]
-#[cfg(any())]
 fn int8_matmul_with_outlier_columns_is_the_reference_one() {
     each_file(|golden| {
         let w = Int8Rows { shape: [96, 128], cb: golden.get("int8.CB"), scb: golden.get("int8.SCB") };
