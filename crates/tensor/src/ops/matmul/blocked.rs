@@ -1,0 +1,278 @@
+//! The blocked product: panels of `b` shared by tasks over rows, or panels of `a` shared by tasks over columns.
+
+use super::kernels::{Kernel, Left, MAX_TILE};
+use super::pack::Packer;
+use super::scratch::{self, Role};
+use super::{Output, Precision, Problem, Source, each_chunk};
+use std::ops::Range;
+
+/// Most columns of `b` packed at once (with 320 steps, 4 MiB: shared in the last-level cache).
+const COLUMNS: usize = 3072;
+/// Most rows of a task (with 320 steps of f32, 120 KiB: half of a small second-level cache).
+const TASK_ROWS: usize = 96;
+/// Most columns of a task, where tasks are over columns.
+const TASK_COLUMNS: usize = 256;
+/// Multiply-adds under which waking another thread costs more than it saves.
+const SERIAL_WORK: usize = 1 << 16;
+/// Most words of a whole packed `a`.
+const SHARED_A: usize = 1 << 24;
+
+/// The product on the current thread pool.
+pub(super) fn gemm(problem: &Problem, mut c: Output) {
+    let parallel = problem.work() > SERIAL_WORK;
+    let threads = if parallel { rayon::current_num_threads() } else { 1 };
+    let plan = Plan::new(problem);
+    let slivers = problem.m.div_ceil(problem.kernel.mr());
+    let few_rows = slivers < 4 * threads && problem.n > problem.kernel.nr();
+    if threads > 1 && few_rows && problem.m * plan.steps <= SHARED_A {
+        over_columns(problem, &plan, &mut c, threads);
+        return;
+    }
+    for columns in parts(problem.n, COLUMNS, problem.kernel.nr()) {
+        if let Output::F32(c) = &mut c {
+            over_rows(problem, &plan, c, problem.n, columns.start, columns, threads);
+            continue;
+        }
+        let ld = columns.len();
+        scratch::with(Role::Stage, problem.m * ld, |stage| {
+            if problem.accumulate {
+                each_chunk(stage, ld, parallel, |i, row| {
+                    c.load(i * problem.n + columns.start, row, problem.kernel);
+                });
+            }
+            over_rows(problem, &plan, stage, ld, 0, columns.clone(), threads);
+            c.for_each_row(problem.n, parallel, |i, mut row| {
+                row.store(columns.start, &stage[i * ld..][..ld], problem.kernel);
+            });
+        });
+    }
+}
+
+/// The product on the calling thread, rows of `c` `ldc` apart.
+pub(super) fn single_thread(problem: &Problem, c: &mut [f32], ldc: usize) {
+    let plan = Plan::new(problem);
+    let c = &mut c[..(problem.m - 1) * ldc + problem.n];
+    for columns in parts(problem.n, COLUMNS, problem.kernel.nr()) {
+        over_rows(problem, &plan, c, ldc, columns.start, columns, 1);
+    }
+}
+
+/// How the reduction is cut: words in all, and words of a block. Depends on the `K`s alone.
+struct Plan {
+    steps: usize,
+    block: usize,
+}
+
+impl Plan {
+    fn new(problem: &Problem) -> Self {
+        let pair = problem.kernel.pair();
+        let steps = problem.segments.iter().map(|s| s.k.div_ceil(pair)).sum();
+        let blocks = usize::max(1, usize::div_ceil(steps, problem.kernel.max_steps()));
+        let block = usize::max(1, steps.div_ceil(blocks)).next_multiple_of(8);
+        Self { steps, block }
+    }
+
+    /// The blocks in order: at least one, which is empty where there is nothing to sum.
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> {
+        let count = usize::max(1, self.steps.div_ceil(self.block));
+        (0..count).map(|i| i * self.block..usize::min((i + 1) * self.block, self.steps))
+    }
+}
+
+/// Cuts `0..len` into equal parts of at most `most`, each but the last a multiple of `unit`.
+fn parts(len: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let part = len.div_ceil(len.div_ceil(most)).next_multiple_of(unit);
+    (0..len).step_by(part).map(move |start| start..usize::min(start + part, len))
+}
+
+/// Some columns of the product into `c`, where they start at `column`: tasks over rows share the packed `b`.
+fn over_rows(problem: &Problem, plan: &Plan, c: &mut [f32], ldc: usize, column: usize, columns: Range<usize>, threads: usize) {
+    let kernel = problem.kernel;
+    let right = Packer::right(problem);
+    let task_rows = task_size(problem.m, TASK_ROWS, kernel.mr(), threads);
+    let task_columns = task_size(columns.len(), TASK_COLUMNS, kernel.nr(), threads);
+    let parallel = threads > 1;
+    scratch::with(Role::B, right.len(columns.len(), plan.block), |b| {
+        for block in plan.blocks() {
+            let (first, last) = (block.start == 0, block.end == plan.steps);
+            let b = &mut b[..right.len(columns.len(), block.len())];
+            if !block.is_empty() {
+                each_chunk(b, task_columns * block.len(), parallel, |i, panels| {
+                    right.pack(columns.start + i * task_columns, block.clone(), panels);
+                });
+            }
+            let b = &*b;
+            each_chunk(c, task_rows * ldc, parallel, |i, c| {
+                let rows = i * task_rows..usize::min((i + 1) * task_rows, problem.m);
+                let tile = Tiles { kernel, steps: block.len(), ldc, columns: columns.len(), add: problem.accumulate || !first };
+                row_task(problem, &tile, rows.clone(), block.clone(), b, &mut c[column..]);
+                if let (true, Some(bias)) = (last, problem.bias) {
+                    for row in c[column..].chunks_mut(ldc).take(rows.len()) {
+                        add(&mut row[..columns.len()], &bias[columns.clone()]);
+                    }
+                }
+            });
+        }
+    });
+}
+
+/// One task of [`over_rows`]: packs its rows of `a`, or reads them where they are.
+fn row_task(problem: &Problem, tiles: &Tiles, rows: Range<usize>, block: Range<usize>, b: &[f32], c: &mut [f32]) {
+    let left = Packer::left(problem);
+    let mr = problem.kernel.mr();
+    let mut packed_from = rows.start;
+    if let Some((data, ld)) = unpacked_left(problem, &block) {
+        packed_from += rows.len() / mr * mr;
+        let data = &data[usize::min(rows.start * ld, data.len())..];
+        tiles.run(Slivers::Rows { data, ld }, packed_from - rows.start, b, c);
+    }
+    let rest = rows.end - packed_from;
+    if rest > 0 {
+        scratch::with(Role::A, left.len(rest, block.len()), |a| {
+            if !block.is_empty() {
+                left.pack(packed_from, block, a);
+            }
+            let c = &mut c[(packed_from - rows.start) * tiles.ldc..];
+            tiles.run(Slivers::Packed(a), rest, b, c);
+        });
+    }
+}
+
+/// Rows of `a` that the tile may read in place: for a few columns packing them would cost as much as using them.
+fn unpacked_left<'a>(problem: &Problem<'a>, block: &Range<usize>) -> Option<(&'a [f32], usize)> {
+    let [segment] = problem.segments else {
+        return None;
+    };
+    match segment.a.source {
+        Source::F32 { data, ld }
+            if !segment.a.transposed
+                && problem.n <= 4 * problem.kernel.nr()
+                && problem.precision == Precision::F32
+                && (segment.scale == 1.0 || problem.scales_b()) =>
+        {
+            Some((&data[block.start..], ld))
+        }
+        _ => None,
+    }
+}
+
+/// The whole product of a few rows: tasks over columns share the packed `a` and sum into pieces of their own.
+fn over_columns(problem: &Problem, plan: &Plan, c: &mut Output, threads: usize) {
+    let (kernel, m, n) = (problem.kernel, problem.m, problem.n);
+    let (left, right) = (Packer::left(problem), Packer::right(problem));
+    let ld = task_size(n, TASK_COLUMNS, kernel.nr(), threads);
+    let rows = m.next_multiple_of(kernel.mr());
+    let sum = |a: &[f32], i: usize, piece: &mut [f32], c: &Output| {
+        let columns = i * ld..usize::min((i + 1) * ld, n);
+        if problem.accumulate {
+            for (r, row) in piece.chunks_mut(ld).enumerate() {
+                c.load(r * n + columns.start, &mut row[..columns.len()], kernel);
+            }
+        }
+        scratch::with(Role::B, right.len(columns.len(), plan.block), |b| {
+            for block in plan.blocks() {
+                let b = &mut b[..right.len(columns.len(), block.len())];
+                if !block.is_empty() {
+                    right.pack(columns.start, block.clone(), b);
+                }
+                let tiles = Tiles {
+                    kernel,
+                    steps: block.len(),
+                    ldc: ld,
+                    columns: columns.len(),
+                    add: problem.accumulate || block.start > 0,
+                };
+                tiles.run(Slivers::Packed(&a[rows * block.start..]), m, b, piece);
+            }
+        });
+        if let Some(bias) = problem.bias {
+            for row in piece.chunks_mut(ld) {
+                add(&mut row[..columns.len()], &bias[columns.clone()]);
+            }
+        }
+    };
+    scratch::with(Role::Stage, m * n.next_multiple_of(ld), |stage| {
+        scratch::with(Role::A, rows * plan.steps, |a| {
+            each_chunk(a, rows * plan.block, true, |i, panels| {
+                let start = i * plan.block;
+                left.pack(0, start..usize::min(start + plan.block, plan.steps), panels);
+            });
+            let (a, c) = (&*a, &*c);
+            each_chunk(stage, m * ld, true, |i, piece| sum(a, i, piece, c));
+        });
+        let stage = &*stage;
+        c.for_each_row(n, m * n > SERIAL_WORK, |r, mut row| {
+            for (i, piece) in stage.chunks(m * ld).enumerate() {
+                let columns = i * ld..usize::min((i + 1) * ld, n);
+                let values = &piece[r * ld..][..columns.len()];
+                row.store(columns.start, values, kernel);
+            }
+        });
+    });
+}
+
+/// Rows or columns of a task: several tasks for each thread if there are enough, of equal size, whole tiles.
+fn task_size(len: usize, most: usize, unit: usize, threads: usize) -> usize {
+    let units = len.div_ceil(unit);
+    let tasks = len.div_ceil(most).next_multiple_of(threads).max(2 * threads);
+    let size = if threads == 1 { usize::max(1, most / unit) } else { units.div_ceil(tasks) };
+    size * unit
+}
+
+fn add(values: &mut [f32], bias: &[f32]) {
+    for (value, bias) in values.iter_mut().zip(bias) {
+        *value += bias;
+    }
+}
+
+/// The slivers of `mr` rows of `a` that a block's tiles read.
+#[derive(Clone, Copy)]
+enum Slivers<'a> {
+    Packed(&'a [f32]),
+    Rows { data: &'a [f32], ld: usize },
+}
+
+/// The tiles of one block.
+struct Tiles {
+    kernel: Kernel,
+    steps: usize,
+    ldc: usize,
+    columns: usize,
+    add: bool,
+}
+
+impl Tiles {
+    /// `c (+)= a b` for `rows` rows; a panel of `b` stays in the first-level cache while the slivers of `a` pass.
+    fn run(&self, a: Slivers, rows: usize, b: &[f32], c: &mut [f32]) {
+        let (mr, nr) = (self.kernel.mr(), self.kernel.nr());
+        for column in (0..self.columns).step_by(nr) {
+            let b = &b[column * self.steps..][..nr * self.steps];
+            for row in (0..rows).step_by(mr) {
+                let a = match a {
+                    Slivers::Packed(a) => Left::Packed(&a[row * self.steps..][..mr * self.steps]),
+                    Slivers::Rows { data, ld } => Left::Rows { data: &data[row * ld..], ld },
+                };
+                let c = &mut c[row * self.ldc + column..];
+                if row + mr <= rows && column + nr <= self.columns {
+                    self.kernel.tile(self.steps, a, b, c, self.ldc, self.add);
+                } else {
+                    self.edge(a, b, c, usize::min(mr, rows - row), usize::min(nr, self.columns - column));
+                }
+            }
+        }
+    }
+
+    /// A tile of which only some rows and columns exist.
+    fn edge(&self, a: Left, b: &[f32], c: &mut [f32], rows: usize, columns: usize) {
+        let mut tile = [0.0; MAX_TILE];
+        let nr = self.kernel.nr();
+        self.kernel.tile(self.steps, a, b, &mut tile, nr, false);
+        for (c, tile) in c.chunks_mut(self.ldc).zip(tile.chunks(nr)).take(rows) {
+            if self.add {
+                add(&mut c[..columns], tile);
+            } else {
+                c[..columns].copy_from_slice(&tile[..columns]);
+            }
+        }
+    }
+}

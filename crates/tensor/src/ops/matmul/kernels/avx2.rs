@@ -1,0 +1,219 @@
+//! AVX2 and FMA: a tile of 6 x 16 in twelve of the sixteen registers.
+//!
+//! A step is two loads of `b`, six broadcasts of `a` and twelve multiply-adds: the two multiply-add units are the limit.
+
+#![allow(clippy::wildcard_imports)] // the instructions
+
+use super::{Left, portable};
+use half::bf16;
+use std::arch::x86_64::*;
+
+pub(super) const MR: usize = 6;
+pub(super) const NR: usize = 16;
+
+/// # Safety
+/// AVX2 and FMA; lengths as [`super::Kernel::tile`] checks them.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn tile(steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
+    // SAFETY: the caller checked that `mr` rows of `nr` words, `ldc` apart, lie in `c`; prefetching reads nothing.
+    unsafe {
+        for r in 0..MR {
+            _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().add(r * ldc).cast());
+            _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().add(r * ldc + NR - 1).cast());
+        }
+    }
+    // SAFETY: the caller checked that `a` has `mr` rows of `steps` words at these strides, and `b` `steps * nr` words.
+    unsafe {
+        match a {
+            Left::Packed(a) => sum::<true>(steps, a.as_ptr(), 1, b.as_ptr(), c.as_mut_ptr(), ldc, add),
+            Left::Rows { data, ld } => sum::<false>(steps, data.as_ptr(), ld, b.as_ptr(), c.as_mut_ptr(), ldc, add),
+        }
+    }
+}
+
+/// The sums of a tile, kept in registers, then written. A packed panel has rows side by side: their distances are part
+/// of the instructions. Stored rows are `ld` apart and have their steps side by side.
+///
+/// # Safety
+/// `a` has `MR` rows of `steps` words, `b` has `steps * NR` words, `c` has `MR` rows of `NR` words, `ldc` apart.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn sum<const PACKED: bool>(steps: usize, a: *const f32, ld: usize, mut b: *const f32, c: *mut f32, ldc: usize, add: bool) {
+    let mut sum = [[_mm256_setzero_ps(); 2]; MR];
+    let mut rows = [a; MR];
+    for (r, row) in rows.iter_mut().enumerate() {
+        *row = a.wrapping_add(r * ld);
+    }
+    macro_rules! step {
+        ($s:expr) => {{
+            // SAFETY: the caller's promise: this step of `a` and `b` exists.
+            unsafe {
+                let (b0, b1) = (_mm256_loadu_ps(b.add($s * NR)), _mm256_loadu_ps(b.add($s * NR + 8)));
+                for (r, sum) in sum.iter_mut().enumerate() {
+                    let x = if PACKED { rows[0].add($s * MR + r) } else { rows[r].add($s) };
+                    let x = _mm256_broadcast_ss(&*x);
+                    sum[0] = _mm256_fmadd_ps(x, b0, sum[0]);
+                    sum[1] = _mm256_fmadd_ps(x, b1, sum[1]);
+                }
+            }
+        }};
+    }
+    macro_rules! advance {
+        ($s:expr) => {
+            for row in &mut rows {
+                *row = row.wrapping_add(if PACKED { $s * MR } else { $s });
+            }
+            b = b.wrapping_add($s * NR);
+        };
+    }
+    for _ in 0..steps / 4 {
+        step!(0);
+        step!(1);
+        step!(2);
+        step!(3);
+        advance!(4);
+    }
+    for _ in 0..steps % 4 {
+        step!(0);
+        advance!(1);
+    }
+    for (r, sum) in sum.iter().enumerate() {
+        for (half, &sum) in sum.iter().enumerate() {
+            // SAFETY: row `r`, words `8 half .. 8 half + 8` of the tile, which the caller promised.
+            unsafe {
+                let out = c.add(r * ldc + 8 * half);
+                let sum = if add { _mm256_add_ps(_mm256_loadu_ps(out), sum) } else { sum };
+                _mm256_storeu_ps(out, sum);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// AVX2; lengths as [`super::Kernel::transpose`] checks them.
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn transpose(src: &[f32], ld: usize, lanes: usize, steps: usize, dst: &mut [f32], width: usize) {
+    let blocks = steps / 8 * 8;
+    let mut lane = 0;
+    while lane < lanes {
+        let count = match lanes - lane {
+            8.. => 8,
+            6.. => 6,
+            4.. => 4,
+            _ => break,
+        };
+        for s in (0..blocks).step_by(8) {
+            // SAFETY: rows `lane .. lane + count` have words `s .. s + 8`, and the panel has these lanes in 8 steps.
+            unsafe {
+                let (from, to) = (src.as_ptr().add(lane * ld + s), dst.as_mut_ptr().add(s * width + lane));
+                match count {
+                    8 => block::<8>(from, ld, to, width),
+                    6 => block::<6>(from, ld, to, width),
+                    _ => block::<4>(from, ld, to, width),
+                }
+            }
+        }
+        lane += count;
+    }
+    portable::transpose(src, ld, lane..lanes, 0..blocks, dst, width);
+    portable::transpose(src, ld, 0..lanes, blocks..steps, dst, width);
+}
+
+/// Eight words of `N` (4, 6 or 8) rows become `N` words of eight steps.
+///
+/// # Safety
+/// `N` rows of eight words at `from`, eight steps of `N` words at `to`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn block<const N: usize>(from: *const f32, ld: usize, to: *mut f32, width: usize) {
+    let mut rows = [_mm256_setzero_ps(); 8];
+    for (i, row) in rows.iter_mut().enumerate().take(N) {
+        // SAFETY: the caller's promise.
+        *row = unsafe { _mm256_loadu_ps(from.add(i * ld)) };
+    }
+    let mut pairs = rows;
+    for i in 0..4 {
+        pairs[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    for high in 0..2 {
+        let p = 4 * high;
+        rows[p] = _mm256_shuffle_ps::<0x44>(pairs[p], pairs[p + 2]);
+        rows[p + 1] = _mm256_shuffle_ps::<0xee>(pairs[p], pairs[p + 2]);
+        rows[p + 2] = _mm256_shuffle_ps::<0x44>(pairs[p + 1], pairs[p + 3]);
+        rows[p + 3] = _mm256_shuffle_ps::<0xee>(pairs[p + 1], pairs[p + 3]);
+    }
+    for s in 0..4 {
+        let first = _mm256_permute2f128_ps::<0x20>(rows[s], rows[s + 4]);
+        let second = _mm256_permute2f128_ps::<0x31>(rows[s], rows[s + 4]);
+        // SAFETY: the caller's promise.
+        unsafe {
+            store::<N>(to.add(s * width), first);
+            store::<N>(to.add((s + 4) * width), second);
+        }
+    }
+}
+
+/// Stores the first `N` (4, 6 or 8) words.
+///
+/// # Safety
+/// `N` words at `to`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store<const N: usize>(to: *mut f32, values: __m256) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if N == 8 {
+            _mm256_storeu_ps(to, values);
+        } else {
+            _mm_storeu_ps(to, _mm256_castps256_ps128(values));
+            if N == 6 {
+                let high = _mm_castps_pd(_mm256_extractf128_ps::<1>(values));
+                _mm_store_sd(to.add(4).cast(), high);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// AVX2 and FMA; slices of one length.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut sum = [_mm256_setzero_ps(); 4];
+    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<32>(), y.as_chunks::<32>());
+    for (x, y) in x.iter().zip(y) {
+        for (i, sum) in sum.iter_mut().enumerate() {
+            // SAFETY: eight of the chunk's 32 words, from word `8 i` on.
+            unsafe {
+                let x = _mm256_loadu_ps(x.as_ptr().add(8 * i));
+                let y = _mm256_loadu_ps(y.as_ptr().add(8 * i));
+                *sum = _mm256_fmadd_ps(x, y, *sum);
+            }
+        }
+    }
+    let sum = _mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3]));
+    let sum = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps::<1>(sum));
+    let sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    let sum = _mm_add_ss(sum, _mm_movehdup_ps(sum));
+    let rest: f32 = x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum();
+    _mm_cvtss_f32(sum) + rest
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn widen_bf16(src: &[bf16], out: &mut [f32]) {
+    portable::widen_bf16(src, out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn narrow_bf16(src: &[f32], out: &mut [bf16]) {
+    portable::narrow_bf16(src, out);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn round_bf16(values: &mut [f32]) {
+    portable::round_bf16(values);
+}
+
+#[target_feature(enable = "avx2")]
+pub(super) fn pair_bf16(low: &[f32], high: &[f32], out: &mut [f32]) {
+    portable::pair_bf16(low, high, out);
+}

@@ -1,0 +1,223 @@
+//! Register tiles and the conversions around them, one module for each instruction set.
+//!
+//! A tile adds `steps` outer products of an `mr`-column panel of `a` and an `nr`-row panel of `b` into an `mr x nr`
+//! piece of `c`. Panels are made of 32-bit words, `mr` (or `nr`) to a step: a word is one f32, or, for the bf16 tile,
+//! two bf16 that follow each other in the reduction (the first in the low half).
+
+#![allow(unsafe_code)] // vector instructions and their pointers, behind the checks of `Kernel`
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512bf16;
+mod portable;
+
+use super::Precision;
+use half::bf16;
+
+/// The most words a tile of any instruction set has.
+pub(super) const MAX_TILE: usize = 14 * 32;
+
+/// A set of instructions that this machine has: values are made by [`Kernel::available`] and [`Kernel::best`] alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Kernel(Isa);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Isa {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+/// The left operand of a tile: word `(r, step)` is `data[r * row_stride + step * step_stride]`.
+#[derive(Clone, Copy)]
+pub(super) enum Left<'a> {
+    /// A packed panel: rows follow each other, steps are `mr` apart.
+    Packed(&'a [f32]),
+    /// Rows of a stored f32 matrix, `ld` apart.
+    Rows { data: &'a [f32], ld: usize },
+}
+
+impl Isa {
+    /// Best first.
+    #[cfg(target_arch = "x86_64")]
+    const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
+    #[cfg(not(target_arch = "x86_64"))]
+    const ALL: [Self; 1] = [Self::Portable];
+
+    /// Whether this machine has it; the standard library caches the answer.
+    fn detected(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Self::Avx2.detected() && is_x86_feature_detected!("avx512f"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Self::Avx512.detected() && is_x86_feature_detected!("avx512bf16"),
+        }
+    }
+
+    fn serves(self, precision: Precision) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Self::Avx512Bf16 {
+            return precision == Precision::Bf16;
+        }
+        let _ = precision;
+        true
+    }
+}
+
+impl Kernel {
+    /// Every kernel of this machine that serves the precision, best first.
+    pub(super) fn available(precision: Precision) -> impl Iterator<Item = Self> {
+        Isa::ALL.into_iter().filter(move |isa| isa.serves(precision) && isa.detected()).map(Self)
+    }
+
+    /// The fastest kernel of this machine for the precision.
+    pub(super) fn best(precision: Precision) -> Self {
+        Self::available(precision).next().unwrap_or(Self(Isa::Portable))
+    }
+
+    /// Rows of a tile.
+    pub(super) fn mr(self) -> usize {
+        match self.0 {
+            Isa::Portable => portable::MR,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::MR,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 => avx512::MR,
+        }
+    }
+
+    /// Columns of a tile.
+    pub(super) fn nr(self) -> usize {
+        match self.0 {
+            Isa::Portable => portable::NR,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::NR,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 => avx512::NR,
+        }
+    }
+
+    /// Elements of the reduction in a word: 1, or 2 for pairs of bf16.
+    pub(super) fn pair(self) -> usize {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => 2,
+            _ => 1,
+        }
+    }
+
+    /// Most steps of a block of the reduction: a panel of `b` then stays in the first-level cache.
+    pub(super) fn max_steps(self) -> usize {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => 320,
+            _ => 256,
+        }
+    }
+
+    /// One tile: `c (+)= a b` over `steps` words; rows of `c` are `ldc` apart and at least `nr` long.
+    pub(super) fn tile(self, steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
+        let (mr, nr) = (self.mr(), self.nr());
+        match a {
+            Left::Packed(data) => assert!(data.len() >= steps * mr, "short panel of a"),
+            Left::Rows { data, ld } => {
+                assert!(self.pair() == 1, "rows of f32 are not pairs");
+                assert!(data.len() >= (mr - 1) * ld + steps, "short rows of a");
+            }
+        }
+        assert!(b.len() >= steps * nr, "short panel of b");
+        assert!(c.len() >= (mr - 1) * ldc + nr, "short tile of c");
+        match self.0 {
+            Isa::Portable => portable::tile(steps, a, b, c, ldc, add),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the instructions were detected when `self` was made; the lengths were checked above.
+            Isa::Avx2 => unsafe { avx2::tile(steps, a, b, c, ldc, add) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx512 => unsafe { avx512::tile(steps, a, b, c, ldc, add) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above; `a` is packed, since rows of f32 are refused for pairs.
+            Isa::Avx512Bf16 => unsafe { avx512bf16::tile(steps, a, b, c, ldc, add) },
+        }
+    }
+
+    /// `dst[s * width + lane] = src[lane * ld + s]` for `lanes <= width` rows of `steps` words.
+    pub(super) fn transpose(self, src: &[f32], ld: usize, lanes: usize, steps: usize, dst: &mut [f32], width: usize) {
+        if lanes == 0 || steps == 0 {
+            return;
+        }
+        assert!(lanes <= width, "more lanes than the panel has");
+        assert!(src.len() >= (lanes - 1) * ld + steps, "short rows");
+        assert!(dst.len() >= steps * width, "short panel");
+        match self.0 {
+            Isa::Portable => portable::transpose(src, ld, 0..lanes, 0..steps, dst, width),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every other instruction set includes AVX2; the lengths were checked above.
+            _ => unsafe { avx2::transpose(src, ld, lanes, steps, dst, width) },
+        }
+    }
+
+    /// The dot product of two slices of one length.
+    pub(super) fn dot(self, x: &[f32], y: &[f32]) -> f32 {
+        assert_eq!(x.len(), y.len(), "dot product of unequal lengths");
+        match self.0 {
+            Isa::Portable => portable::dot(x, y),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every other instruction set includes AVX2 and FMA; the lengths are equal.
+            _ => unsafe { avx2::dot(x, y) },
+        }
+    }
+
+    /// Widens bf16 to f32, exactly.
+    pub(super) fn widen_bf16(self, src: &[bf16], out: &mut [f32]) {
+        assert_eq!(src.len(), out.len(), "widening to another length");
+        match self.0 {
+            Isa::Portable => portable::widen_bf16(src, out),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every other instruction set includes AVX2.
+            _ => unsafe { avx2::widen_bf16(src, out) },
+        }
+    }
+
+    /// Rounds f32 to bf16, ties to even.
+    pub(super) fn narrow_bf16(self, src: &[f32], out: &mut [bf16]) {
+        assert_eq!(src.len(), out.len(), "narrowing to another length");
+        match self.0 {
+            Isa::Portable => portable::narrow_bf16(src, out),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every other instruction set includes AVX2.
+            _ => unsafe { avx2::narrow_bf16(src, out) },
+        }
+    }
+
+    /// Rounds f32 to the nearest bf16 in place, ties to even.
+    pub(super) fn round_bf16(self, values: &mut [f32]) {
+        match self.0 {
+            Isa::Portable => portable::round_bf16(values),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every other instruction set includes AVX2.
+            _ => unsafe { avx2::round_bf16(values) },
+        }
+    }
+
+    /// `out[i]` = the word of `low[i]` and `high[i]`, both rounded to bf16.
+    pub(super) fn pair_bf16(self, low: &[f32], high: &[f32], out: &mut [f32]) {
+        assert!(low.len() == out.len() && high.len() == out.len(), "pairs of unequal lengths");
+        match self.0 {
+            Isa::Portable => portable::pair_bf16(low, high, out),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: every other instruction set includes AVX2.
+            _ => unsafe { avx2::pair_bf16(low, high, out) },
+        }
+    }
+}
