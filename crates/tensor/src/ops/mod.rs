@@ -9,12 +9,14 @@
 mod documents;
 pub mod embedding;
 pub mod glu;
-pub mod rms_norm;
-pub mod rope;
-mod typed;
 pub mod linear;
 pub(crate) mod matmul;
 pub(crate) mod operand;
+pub mod rms_norm;
+pub mod rope;
+#[cfg(test)]
+mod samples;
 pub mod simd;
+mod typed;
 
 pub use documents::Documents;

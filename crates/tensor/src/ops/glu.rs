@@ -1,0 +1,262 @@
+//! Gated linear unit: y = act(gate) · up (Shazeer 2020), act one of SiLU and GELU.
+//!
+//! Backward: dgate = dy · up · act′(gate), dup = dy · act(gate). Saved for backward: gate and up.
+//!
+//! Shapes: gate, up, y, dgate, dup [T, F] (any, all equal), of one type.
+
+use super::typed;
+use crate::{Device, Result, Tensor, dtype::with_float};
+
+const OP: &str = "glu";
+
+/// What the gate goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// x σ(x), σ the logistic function.
+    Silu,
+    /// GELU by tanh: ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), `gelu_pytorch_tanh` of the reference stack.
+    GeluTanh,
+    /// x Φ(x), Φ the distribution function of the standard normal: `gelu` of the reference stack.
+    Gelu,
+}
+
+/// y, in the type of `gate`.
+///
+/// # Errors
+/// [`Error::Shape`] and [`Error::DType`] when `up` differs from `gate` or they are integers, [`Error::OutOfMemory`].
+pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    check("up", up, gate)?;
+    let mut y = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
+    match gate.device() {
+        Device::Cpu => with_float!(gate.dtype(), OP, "gate", E => {
+            cpu::forward::<E>(gate.as_slice()?, up.as_slice()?, activation, y.as_mut_slice()?);
+            Ok(())
+        })?,
+    }
+    Ok(y)
+}
+
+/// (dgate, dup).
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<(Tensor, Tensor)> {
+    check("up", up, gate)?;
+    check("dy", dy, gate)?;
+    let mut dgate = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
+    let mut dup = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
+    match gate.device() {
+        Device::Cpu => with_float!(gate.dtype(), OP, "gate", E => {
+            let (gate, up) = (gate.as_slice()?, up.as_slice()?);
+            cpu::backward::<E>(dy.as_slice()?, gate, up, activation, dgate.as_mut_slice()?, dup.as_mut_slice()?);
+            Ok(())
+        })?,
+    }
+    Ok((dgate, dup))
+}
+
+fn check(name: &'static str, tensor: &Tensor, gate: &Tensor) -> Result<()> {
+    tensor.expect_shape(OP, name, gate.shape())?;
+    typed::expect_dtype(OP, name, tensor, gate.dtype())
+}
+
+mod cpu {
+    use rayon::prelude::*;
+
+    use super::Activation;
+    use crate::{
+        Float,
+        ops::simd::{exp, multiversion},
+    };
+
+    /// Elements of a task.
+    const TASK: usize = 8192;
+
+    pub(super) fn forward<E: Float>(gate: &[E], up: &[E], activation: Activation, y: &mut [E]) {
+        let body = match activation {
+            Activation::Silu => forward_silu::<E>,
+            Activation::GeluTanh => forward_gelu_tanh::<E>,
+            Activation::Gelu => forward_gelu::<E>,
+        };
+        (y.par_chunks_mut(TASK), gate.par_chunks(TASK), up.par_chunks(TASK))
+            .into_par_iter()
+            .for_each(|(y, gate, up)| body(gate, up, y));
+    }
+
+    pub(super) fn backward<E: Float>(dy: &[E], gate: &[E], up: &[E], activation: Activation, dgate: &mut [E], dup: &mut [E]) {
+        let body = match activation {
+            Activation::Silu => backward_silu::<E>,
+            Activation::GeluTanh => backward_gelu_tanh::<E>,
+            Activation::Gelu => backward_gelu::<E>,
+        };
+        (dgate.par_chunks_mut(TASK), dup.par_chunks_mut(TASK), dy.par_chunks(TASK), gate.par_chunks(TASK), up.par_chunks(TASK))
+            .into_par_iter()
+            .for_each(|(dgate, dup, dy, gate, up)| body(dy, gate, up, dgate, dup));
+    }
+
+    /// The loops of one activation, from its function of (act(x), act′(x)).
+    macro_rules! loops {
+        ($forward:ident, $backward:ident, $act:ident) => {
+            multiversion! {
+                fn $forward<E: Float>(gate: &[E], up: &[E], y: &mut [E]) {
+                    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+                        *y = E::from_f32($act(gate.to_f32()).0 * up.to_f32());
+                    }
+                }
+            }
+            multiversion! {
+                fn $backward<E: Float>(dy: &[E], gate: &[E], up: &[E], dgate: &mut [E], dup: &mut [E]) {
+                    for ((((dgate, dup), dy), gate), up) in dgate.iter_mut().zip(dup).zip(dy).zip(gate).zip(up) {
+                        let (act, slope) = $act(gate.to_f32());
+                        let dy = dy.to_f32();
+                        *dgate = E::from_f32(dy * up.to_f32() * slope);
+                        *dup = E::from_f32(dy * act);
+                    }
+                }
+            }
+        };
+    }
+    loops!(forward_silu, backward_silu, silu);
+    loops!(forward_gelu_tanh, backward_gelu_tanh, gelu_tanh);
+    loops!(forward_gelu, backward_gelu, gelu);
+
+    #[inline(always)]
+    fn silu(x: f32) -> (f32, f32) {
+        let s = 1.0 / (1.0 + exp(-x));
+        (x * s, s + x * s * (1.0 - s))
+    }
+
+    /// ½ (1 + tanh z) = σ(2z): no cancellation where x is negative.
+    #[inline(always)]
+    fn gelu_tanh(x: f32) -> (f32, f32) {
+        const TWICE_ROOT: f32 = 1.595_769; // 2 √(2/π)
+        let square = x * x;
+        let s = 1.0 / (1.0 + exp(-TWICE_ROOT * x * (1.0 + 0.044_715 * square)));
+        (x * s, s + x * s * (1.0 - s) * (TWICE_ROOT * (1.0 + 0.134_145 * square)))
+    }
+
+    #[inline(always)]
+    fn gelu(x: f32) -> (f32, f32) {
+        const ROOT: f32 = 0.398_942_3; // 1/√(2π)
+        let cdf = normal_cdf(x);
+        (x * cdf, cdf + x * (ROOT * exp(-0.5 * x * x)))
+    }
+
+    /// Φ(x) by ½ erfc(z), z = |x|/√2: erfc(z) = t exp(−z² + p(t)), t = 1/(1 + z/2), with p of degree 9 through the Chebyshev
+    /// nodes of 0.16 ≤ t ≤ 1 (5e-8 off at most; erfc is below f32's smallest number beyond).
+    #[inline(always)]
+    fn normal_cdf(x: f32) -> f32 {
+        const P: [f32; 10] = [
+            -1.265_459_5,
+            9.988_684e-1,
+            3.846_063_7e-1,
+            4.436_234_3e-2,
+            -2.751_209e-2,
+            -2.599_468_3e-2,
+            -7.619_841_9e-1,
+            1.206_169_5,
+            -7.018_472_7e-1,
+            1.487_911_6e-1,
+        ];
+        let z = x.abs() * std::f32::consts::FRAC_1_SQRT_2;
+        let t = 1.0 / (1.0 + 0.5 * z);
+        let mut p = P[9];
+        for c in P[..9].iter().rev() {
+            p = p * t + c;
+        }
+        let tail = 0.5 * (t * exp(p - z * z));
+        if x < 0.0 { tail } else { 1.0 - tail }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_testkit::{UNIT_F32, assert_within, central_difference, reference, sizes};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        Arena, DType,
+        ops::samples::{float, normal, rounding, wide},
+    };
+
+    const ALL: [Activation; 3] = [Activation::Silu, Activation::GeluTanh, Activation::Gelu];
+
+    fn act(activation: Activation, x: f64) -> f64 {
+        match activation {
+            Activation::Silu => reference::silu(x),
+            Activation::GeluTanh => reference::gelu_tanh(x),
+            Activation::Gelu => reference::gelu(x),
+        }
+    }
+
+    fn slope(activation: Activation, x: f64) -> f64 {
+        central_difference(|x| act(activation, x[0]), &[x])[0]
+    }
+
+    /// A few roundings of σ or Φ, whose exponent is rounded relative to its size.
+    fn error(x: f64) -> f64 {
+        (24.0 + 4.0 * x * x) * UNIT_F32
+    }
+
+    proptest! {
+        #[test]
+        fn forward_is_the_formula([t, f] in sizes([5, 130]), dtype in float(), which in 0..3usize, seed in 0..1000u64) {
+            let (gate, up) = (normal(seed, dtype, [t, f]), normal(seed + 1, dtype, [t, f]));
+            let y = forward(&gate, &up, ALL[which]).unwrap();
+            let (gate, up) = (wide(&gate), wide(&up));
+            let want: Vec<f64> = gate.iter().zip(&up).map(|(g, u)| act(ALL[which], *g) * u).collect();
+            assert_within("y", &y.to_f32_vec().unwrap(), &want, |i| want[i].abs() * error(gate[i]) + rounding(dtype, want[i]));
+        }
+
+        #[test]
+        fn backward_is_the_central_difference([t, f] in sizes([5, 70]), dtype in float(), which in 0..3usize, seed in 0..1000u64) {
+            let [gate, up, dy] = [0, 1, 2].map(|s| normal(seed + s, dtype, [t, f]));
+            let (dgate, dup) = backward(&dy, &gate, &up, ALL[which]).unwrap();
+            let [gate, up, dy] = [gate, up, dy].map(|t| wide(&t));
+            let want: Vec<f64> = (0..t * f).map(|i| dy[i] * up[i] * slope(ALL[which], gate[i])).collect();
+            let size = |i: usize| (dy[i] * up[i]).abs() * (1.0 + gate[i].abs());
+            assert_within("dgate", &dgate.to_f32_vec().unwrap(), &want, |i| {
+                size(i) * (error(gate[i]) + 1e-9) + rounding(dtype, want[i])
+            });
+            let want: Vec<f64> = (0..t * f).map(|i| dy[i] * act(ALL[which], gate[i])).collect();
+            assert_within("dup", &dup.to_f32_vec().unwrap(), &want, |i| want[i].abs() * error(gate[i]) + rounding(dtype, want[i]));
+        }
+    }
+
+    #[test]
+    fn activations_hold_over_the_whole_range() {
+        let x: Vec<f32> = (-1300..=1300).map(|i| i as f32 * 0.01).collect();
+        let gate = Tensor::from_slice(&Arena::new(Device::Cpu), &x, [x.len()]).unwrap();
+        let one = Tensor::from_slice(gate.arena(), &vec![1.0f32; x.len()], [x.len()]).unwrap();
+        for activation in ALL {
+            let want: Vec<f64> = x.iter().map(|&x| act(activation, f64::from(x))).collect();
+            let y = forward(&gate, &one, activation).unwrap();
+            // GELU by tanh is x (1 + tanh z)/2 to f64's rounding only while the tail is above 1e-16.
+            assert_within("y", &y.to_f32_vec().unwrap(), &want, |i| {
+                want[i].abs() * error(f64::from(x[i])) * f64::from(x[i].abs()).max(1.0) + 1e-14
+            });
+        }
+    }
+
+    #[test]
+    fn large_gates_saturate_without_nan() {
+        let gate = Tensor::from_slice(&Arena::new(Device::Cpu), &[-1e4f32, -200.0, 200.0, 1e4], [4]).unwrap();
+        for activation in ALL {
+            let y = forward(&gate, &gate, activation).unwrap();
+            assert_eq!(y.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
+            let (dgate, dup) = backward(&gate, &gate, &gate, activation).unwrap();
+            assert_eq!(dgate.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
+            assert_eq!(dup.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
+        }
+    }
+
+    #[test]
+    fn operands_that_differ_are_named() {
+        let (gate, up) = (normal(1, DType::F32, [2, 3]), normal(1, DType::F32, [3, 2]));
+        let error = forward(&gate, &up, Activation::Silu).unwrap_err().to_string();
+        assert_eq!(error, "glu: `up` has the wrong shape: expected (2, 3), found (3, 2)");
+        let error = backward(&normal(1, DType::F16, [2, 3]), &gate, &gate, Activation::Silu).unwrap_err().to_string();
+        assert_eq!(error, "glu: `dy` has the wrong dtype: expected float32, found float16");
+    }
+}

@@ -1,0 +1,51 @@
+//! Operands as typed slices, with errors that name the op and the operand.
+
+use crate::{DType, Element, Error, Result, Tensor, TensorMut, dtype::with_float};
+
+const FLOATS: &str = "float32, bfloat16 or float16";
+
+/// The elements of `tensor`.
+pub(super) fn slice<'a, E: Element>(op: &'static str, operand: &'static str, tensor: &'a Tensor) -> Result<&'a [E]> {
+    expect_dtype(op, operand, tensor, E::DTYPE)?;
+    tensor.as_slice()
+}
+
+/// The elements of `view`, for writing.
+pub(super) fn slice_mut<'a, E: Element>(
+    op: &'static str,
+    operand: &'static str,
+    view: &'a mut TensorMut<'_>,
+) -> Result<&'a mut [E]> {
+    view.as_mut_slice().map_err(|error| match error {
+        Error::DType { expected, found, .. } => Error::DType { op, operand, expected, found },
+        other => other,
+    })
+}
+
+pub(super) fn expect_dtype(op: &'static str, operand: &'static str, tensor: &Tensor, expected: DType) -> Result<()> {
+    if tensor.dtype() == expected {
+        return Ok(());
+    }
+    Err(Error::DType { op, operand, expected: expected.name(), found: tensor.dtype() })
+}
+
+/// A parameter of any floating-point type, in f32 (shared, not copied, if it is f32 already).
+pub(super) fn widened(op: &'static str, operand: &'static str, tensor: &Tensor) -> Result<Tensor> {
+    if !tensor.dtype().is_float() {
+        return Err(Error::DType { op, operand, expected: FLOATS, found: tensor.dtype() });
+    }
+    tensor.to_dtype(DType::F32)
+}
+
+/// The tensor itself if it is the only handle to its memory, else a copy to write over.
+pub(super) fn writable(op: &'static str, operand: &'static str, tensor: Tensor) -> Result<Tensor> {
+    if tensor.is_unique() {
+        return Ok(tensor);
+    }
+    let mut copy = Tensor::empty(tensor.arena(), tensor.dtype(), tensor.shape())?;
+    with_float!(tensor.dtype(), op, operand, E => {
+        copy.as_mut_slice::<E>()?.copy_from_slice(tensor.as_slice::<E>()?);
+        Ok(())
+    })?;
+    Ok(copy)
+}
