@@ -7,24 +7,41 @@ use crate::dynamic::Scale;
 use crate::element::Element;
 use crate::format::Format;
 
-/// Decodes one run: its table of sixteen results first, then a look-up an element.
+/// Elements from which a table of the sixteen results is worth making.
+const TABLE_FROM: usize = 16;
+
+/// Decodes one run.
 #[inline]
 pub(super) fn decode_run<T: Element>(format: Format, run: Run<'_>, out: &mut [T]) {
-    let table = format.table().map(|level| T::from_f32(level * run.scale));
-    let mut out = out;
-    let mut packed = run.packed;
-    if run.odd
-        && let Some((first, rest)) = std::mem::take(&mut out).split_first_mut()
-    {
-        *first = table[usize::from(packed[0] & 15)];
-        (out, packed) = (rest, &packed[1..]);
+    let (run, out) = even_start(format, run, out);
+    if out.len() < TABLE_FROM {
+        decode_pairs(run.packed, out, |code| T::from_f32(format.table()[code] * run.scale));
+    } else {
+        let table = format.table().map(|level| T::from_f32(level * run.scale));
+        decode_pairs(run.packed, out, |code| table[code]);
     }
+}
+
+/// Decodes the first element of a run that begins in a low nibble, and gives what is left.
+#[inline]
+pub(super) fn even_start<'a, 'b, T: Element>(format: Format, run: Run<'a>, out: &'b mut [T]) -> (Run<'a>, &'b mut [T]) {
+    match (run.odd, run.packed, out) {
+        (true, [byte, packed @ ..], [first, out @ ..]) => {
+            *first = T::from_f32(format.table()[usize::from(byte & 15)] * run.scale);
+            (Run { packed, odd: false, ..run }, out)
+        }
+        (_, _, out) => (run, out),
+    }
+}
+
+#[inline]
+fn decode_pairs<T: Copy>(packed: &[u8], out: &mut [T], decode: impl Fn(usize) -> T) {
     let (pairs, last) = out.as_chunks_mut::<2>();
-    for (pair, byte) in pairs.iter_mut().zip(packed) {
-        *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
+    if let (Some(last), Some(byte)) = (last.first_mut(), packed.get(pairs.len())) {
+        *last = decode(usize::from(byte >> 4));
     }
-    if let (Some(last), Some(byte)) = (last.first_mut(), packed.last()) {
-        *last = table[usize::from(byte >> 4)];
+    for (pair, byte) in pairs.iter_mut().zip(packed) {
+        *pair = [decode(usize::from(byte >> 4)), decode(usize::from(byte & 15))];
     }
 }
 
@@ -33,23 +50,21 @@ pub(super) fn decode_run<T: Element>(format: Format, run: Run<'_>, out: &mut [T]
 pub(super) fn encode_block<T: Element>(format: Format, x: &[T], packed: &mut [u8]) -> f32 {
     // The bits of magnitudes order as the magnitudes do, with NaN above infinity.
     let absmax = f32::from_bits(x.iter().map(|v| v.to_f32().to_bits() & 0x7fff_ffff).max().unwrap_or(0));
-    let scale = Scale::new(absmax);
-    encode_scaled(format, x, scale, packed);
+    encode_scaled(format, x, Scale::new(absmax), packed);
     absmax
 }
 
-/// Encodes elements (an even number, or the array's last) of a block whose scale is known.
+/// Encodes a block whose scale is known.
 #[inline]
 pub(super) fn encode_scaled<T: Element>(format: Format, x: &[T], scale: Scale, packed: &mut [u8]) {
-    let code = |v: T| format.encode(scale.apply(v.to_f32()));
+    let code = |v: f32| format.encode(scale.apply(v));
     let (pairs, last) = x.as_chunks::<2>();
-    for (byte, pair) in packed.iter_mut().zip(pairs) {
-        *byte = (code(pair[0]) << 4) | code(pair[1]);
+    // The unused half byte of an odd length holds the code of 0, as the reference pads with zeros.
+    if let (Some(v), Some(byte)) = (last.first(), packed.last_mut()) {
+        *byte = (code(v.to_f32()) << 4) | code(0.0);
     }
-    if let (Some(&v), Some(byte)) = (last.first(), packed.last_mut()) {
-        // The unused half byte holds the code of 0, as the reference pads with zeros.
-        let padding = if scale.reciprocal().is_finite() { format.encode(0.0) } else { 0 };
-        *byte = (code(v) << 4) | padding;
+    for (byte, pair) in packed.iter_mut().zip(pairs) {
+        *byte = (code(pair[0].to_f32()) << 4) | code(pair[1].to_f32());
     }
 }
 
