@@ -8,6 +8,10 @@ use std::ops::Range;
 
 /// Most columns of `b` packed at once (with 320 steps, 4 MiB: shared in the last-level cache).
 const COLUMNS: usize = 3072;
+/// Most words of staged sums: more rows mean fewer columns at once.
+const STAGE: usize = 1 << 22;
+/// Rows of f32 this far apart share one set of a first-level cache.
+const ALIASING: usize = 1024;
 /// Most rows of a task (with 320 steps of f32, 120 KiB: half of a small second-level cache).
 const TASK_ROWS: usize = 96;
 /// Most columns of a task, where tasks are over columns.
@@ -28,24 +32,38 @@ pub(super) fn gemm(problem: &Problem, mut c: Output) {
         over_columns(problem, &plan, &mut c, threads);
         return;
     }
-    for columns in parts(problem.n, COLUMNS, problem.kernel.nr()) {
-        if let Output::F32(c) = &mut c {
-            over_rows(problem, &plan, c, problem.n, columns.start, columns, threads);
-            continue;
+    let direct = !aliases(problem.n) || plan.steps == plan.block;
+    let most = usize::clamp(STAGE / problem.m, TASK_COLUMNS, COLUMNS);
+    let staged = !direct || !matches!(c, Output::F32(_));
+    for columns in parts(problem.n, if staged { most } else { COLUMNS }, problem.kernel.nr()) {
+        match &mut c {
+            Output::F32(c) if direct => over_rows(problem, &plan, c, problem.n, columns.start, columns, threads),
+            _ => over_rows_staged(problem, &plan, &mut c, columns, threads),
         }
-        let ld = columns.len();
-        scratch::with(Role::Stage, problem.m * ld, |stage| {
-            if problem.accumulate {
-                each_chunk(stage, ld, parallel, |i, row| {
-                    c.load(i * problem.n + columns.start, row, problem.kernel);
-                });
-            }
-            over_rows(problem, &plan, stage, ld, 0, columns.clone(), threads);
-            c.for_each_row(problem.n, parallel, |i, mut row| {
-                row.store(columns.start, &stage[i * ld..][..ld], problem.kernel);
-            });
-        });
     }
+}
+
+/// Whether rows this far apart share sets of the caches: a column of tiles would not stay there between blocks.
+fn aliases(ld: usize) -> bool {
+    ld.is_multiple_of(ALIASING)
+}
+
+/// Some columns of the product by way of contiguous sums: for outputs of 16 bits, and of rows that share cache sets.
+fn over_rows_staged(problem: &Problem, plan: &Plan, c: &mut Output, columns: Range<usize>, threads: usize) {
+    let (kernel, m, n) = (problem.kernel, problem.m, problem.n);
+    let ld = columns.len() + if aliases(columns.len()) { 16 } else { 0 };
+    scratch::with(Role::Stage, m * ld, |stage| {
+        if problem.accumulate {
+            let c = &*c;
+            each_chunk(stage, ld, threads > 1, |i, row| {
+                c.load(i * n + columns.start, &mut row[..columns.len()], kernel);
+            });
+        }
+        over_rows(problem, plan, stage, ld, 0, columns.clone(), threads);
+        c.for_each_row(n, threads > 1, |i, mut row| {
+            row.store(columns.start, &stage[i * ld..][..columns.len()], kernel);
+        });
+    });
 }
 
 /// The product on the calling thread, rows of `c` `ldc` apart.

@@ -279,6 +279,16 @@ fn every_source_and_transposition_fits_every_path() {
 }
 
 #[test]
+fn rows_that_share_cache_sets_are_within_the_bound() {
+    for accumulate in [false, true] {
+        let mut case = Case::new(90, 1024, one_part(330, DENSE, (Kind::Bf16, true)));
+        (case.bias, case.accumulate) = (true, accumulate);
+        let data = Data::new(&case);
+        each_kernel(|kernel, precision| data.check(kernel, precision));
+    }
+}
+
+#[test]
 fn sums_over_several_blocks_of_the_reduction_are_within_the_bound() {
     for (k, b) in [(1025, (Kind::Nf4, true)), (641, (Kind::Bf16, false)), (1300, DENSE_T)] {
         let mut parts = one_part(k, DENSE, b);
@@ -316,7 +326,7 @@ fn segments_are_one_product_over_the_joined_reduction() {
 fn one_thread_and_several_give_the_same_bits() {
     let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
     let (one, two, five) = (pool(1), pool(2), pool(5));
-    let shapes = [(3, 400, 700), (16, 576, 512), (130, 192, 700), (512, 16, 192), (20, 3200, 65)];
+    let shapes = [(3, 400, 700), (16, 576, 512), (130, 192, 700), (512, 16, 192), (20, 3200, 65), (60, 1024, 650)];
     for (m, n, k) in shapes {
         let mut case = Case::new(m, n, one_part(k, DENSE, (Kind::Nf4, true)));
         (case.bias, case.accumulate) = (true, true);
