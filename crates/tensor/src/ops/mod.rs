@@ -6,10 +6,12 @@
 //! Gradients of parameters are added (`+=`) to what is there, so that micro-batches accumulate; gradients of activations
 //! are written (`=`).
 
+pub mod attention;
 mod documents;
 pub mod embedding;
 pub mod glu;
 pub mod linear;
+pub mod lm_head_loss;
 pub(crate) mod matmul;
 pub(crate) mod operand;
 pub mod rms_norm;
@@ -17,6 +19,7 @@ pub mod rope;
 #[cfg(test)]
 mod samples;
 pub mod simd;
+mod softcap;
 mod typed;
 
 pub use documents::Documents;

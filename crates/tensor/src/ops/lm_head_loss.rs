@@ -1,0 +1,360 @@
+//! The language-model head and its cross entropy in one, over the trained rows only, without the T x V logits.
+//!
+//! With labels y_t already shifted (y_t is the token that follows t) and -100 where nothing is trained:
+//!
+//! ```text
+//! s_t = W h_t,  z = cap tanh(s / cap)           (z = s without softcap)
+//! loss = scale Σ_t (ln Σ_v exp z_tv - z_t,y_t)  over rows with a label
+//! ds_tv = scale (exp z_tv / Σ_u exp z_tu - [v = y_t]) (1 - (z_tv / cap)²)
+//! dh_t = Wᵀ ds_t,  dW += ds hᵀ
+//! ```
+//!
+//! h [T, C], weight [V, C], labels I32 [T]. Nothing is saved for backward: the forward pass computes dh for a loss gradient
+//! of 1 along the way, the gradient written over the logits; the head's own gradient, where it trains, computes the logits
+//! again. Rows go in chunks of at most 128 whose logits take at most about 32 MiB.
+//!
+//! Products are as in [`super::linear`]: in f32 for f32 activations, with operands rounded to the activations' type for 16-bit
+//! ones, and sums in f32; ds of f16 activations stays f32, since it would underflow. A loss that is not finite is returned
+//! as it is.
+
+use crate::{DType, Device, Error, Result, Shape, Tensor, TensorMut};
+
+const OP: &str = "lm_head_loss";
+
+/// The label of a row that is not trained.
+pub const IGNORE: i32 = -100;
+
+/// How logits become a loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Config {
+    /// Factor of the sum: 1 / trained tokens of the whole step, over all micro-batches.
+    pub scale: f32,
+    /// Bound of the logits (Gemma 2's `final_logit_softcapping`).
+    pub softcap: Option<f32>,
+}
+
+/// The loss of one stream.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// scale x the sum over trained rows.
+    pub loss: f64,
+    /// Number of trained rows.
+    pub rows: usize,
+    /// [T, C] in h's dtype, for a loss gradient of 1; zero where nothing is trained.
+    pub dh: Option<Tensor>,
+}
+
+/// The loss, and with `want_dh` its gradient by h.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`], [`Error::TokenOutOfRange`] for a label outside the vocabulary that is not [`IGNORE`],
+/// [`Error::Argument`] for a softcap that is not positive, [`Error::OutOfMemory`].
+pub fn forward(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config, want_dh: bool) -> Result<Output> {
+    check(h, weight, config.softcap)?;
+    let trained = trained_rows(h, weight, labels)?;
+    match h.device() {
+        Device::Cpu => cpu::forward(h, weight, &trained, config, want_dh),
+    }
+}
+
+/// Adds the loss's gradient by the weight to `dweight` F32 [V, C].
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_weight(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config, mut dweight: TensorMut) -> Result<()> {
+    check(h, weight, config.softcap)?;
+    dweight.expect_shape(OP, "dweight", weight.shape())?;
+    let trained = trained_rows(h, weight, labels)?;
+    match h.device() {
+        Device::Cpu => cpu::backward_weight(h, weight, &trained, config, dweight.as_mut_slice()?),
+    }
+}
+
+/// The negative log likelihood alone, for evaluation: (scale x sum, trained rows).
+///
+/// # Errors
+/// As [`forward`].
+pub fn nll(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config) -> Result<(f64, usize)> {
+    let output = forward(h, weight, labels, config, false)?;
+    Ok((output.loss, output.rows))
+}
+
+/// The logits F32 [T, V] of every row, for generation.
+///
+/// # Errors
+/// As [`forward`].
+pub fn logits(h: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<Tensor> {
+    check(h, weight, softcap)?;
+    match h.device() {
+        Device::Cpu => cpu::logits(h, weight, softcap),
+    }
+}
+
+/// A row of h and its label.
+type Trained = (usize, usize);
+
+fn check(h: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<()> {
+    let (&[_, inputs], &[vocab, _]) = (h.dims(), weight.dims()) else {
+        let (operand, rank) = if h.dims().len() == 2 { ("weight", weight.dims().len()) } else { ("h", h.dims().len()) };
+        return Err(Error::Argument { op: OP, argument: operand, expected: "of two sizes", found: rank });
+    };
+    weight.expect_shape(OP, "weight", [vocab, inputs])?;
+    for (operand, tensor) in [("h", h), ("weight", weight)] {
+        if !tensor.dtype().is_float() {
+            return Err(Error::DType { op: OP, operand, expected: "float32, bfloat16 or float16", found: tensor.dtype() });
+        }
+    }
+    if softcap.is_some_and(|cap| cap <= 0.0 || !cap.is_finite()) {
+        return Err(Error::Argument { op: OP, argument: "softcap", expected: "positive and finite", found: 0 });
+    }
+    Ok(())
+}
+
+/// The rows with a label.
+fn trained_rows(h: &Tensor, weight: &Tensor, labels: &Tensor) -> Result<Vec<Trained>> {
+    labels.expect_shape(OP, "labels", [h.dims()[0]])?;
+    if labels.dtype() != DType::I32 {
+        return Err(Error::DType { op: OP, operand: "labels", expected: DType::I32.name(), found: labels.dtype() });
+    }
+    let vocab_size = weight.dims()[0];
+    let mut trained = Vec::new();
+    for (position, &label) in labels.as_slice::<i32>()?.iter().enumerate() {
+        match usize::try_from(label) {
+            Ok(label) if label < vocab_size => trained.push((position, label)),
+            _ if label == IGNORE => {}
+            _ => return Err(Error::TokenOutOfRange { op: OP, position, id: label.into(), vocab_size }),
+        }
+    }
+    Ok(trained)
+}
+
+mod cpu {
+    use rayon::prelude::*;
+
+    use super::{Config, Output, Result, Shape, Tensor, Trained};
+    use crate::{
+        DType, Error,
+        dtype::with_float,
+        ops::{
+            matmul::{self, Operand, Precision, Segment, Source, gemm},
+            operand::{dense, output, precision},
+            simd::{LANES, exp, multiversion},
+            softcap::{slope, softcap},
+        },
+    };
+
+    /// Most rows of a chunk: enough that the weight, read twice a chunk, costs little beside the products.
+    const MOST_ROWS: usize = 128;
+    /// Bytes that the logits of a chunk may take, if that leaves a row.
+    const MOST_BYTES: usize = 32 << 20;
+
+    /// Memory for the rows of a chunk.
+    struct Chunk<'a> {
+        h: &'a Tensor,
+        weight: &'a Tensor,
+        /// [rows, C], as h.
+        rows: Tensor,
+        /// F32 [rows, V].
+        logits: Tensor,
+    }
+
+    /// Rows a chunk holds: even shares of all.
+    fn chunk_rows(trained: usize, vocab: usize) -> usize {
+        let most = (MOST_BYTES / (4 * vocab)).clamp(1, MOST_ROWS);
+        trained.div_ceil(trained.div_ceil(most).max(1)).max(1)
+    }
+
+    impl<'a> Chunk<'a> {
+        fn new(h: &'a Tensor, weight: &'a Tensor, rows: usize) -> Result<Self> {
+            let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
+            let logits = Tensor::empty(h.arena(), DType::F32, [rows, vocab])?;
+            Ok(Self { h, weight, rows: Tensor::empty(h.arena(), h.dtype(), [rows, inputs])?, logits })
+        }
+
+        /// Uncapped logits of the trained rows.
+        fn compute(&mut self, trained: &[Trained]) -> Result<&mut [f32]> {
+            let (vocab, inputs) = (self.weight.dims()[0], self.weight.dims()[1]);
+            with_float!(self.h.dtype(), super::OP, "h", E => {
+                let from = self.h.as_slice::<E>()?;
+                for (to, (row, _)) in self.rows.as_mut_slice::<E>()?.chunks_exact_mut(inputs.max(1)).zip(trained) {
+                    to.copy_from_slice(&from[row * inputs..(row + 1) * inputs]);
+                }
+                Ok::<(), Error>(())
+            })?;
+            let rows = trained.len();
+            let logits = &mut self.logits.as_mut_slice()?[..rows * vocab];
+            product(logits, (rows, vocab, inputs), &self.rows, self.weight, precision(self.h.dtype()))?;
+            Ok(logits)
+        }
+    }
+
+    /// logits (m x n) = h weightᵀ.
+    fn product(
+        logits: &mut [f32],
+        (m, n, k): (usize, usize, usize),
+        h: &Tensor,
+        weight: &Tensor,
+        precision: Precision,
+    ) -> Result<()> {
+        let segment = Segment { a: Operand::new(dense(h)?), b: Operand::transpose(dense(weight)?), k, scale: 1.0 };
+        gemm(matmul::Output::F32(logits), false, m, n, &[segment], None, precision);
+        Ok(())
+    }
+
+    /// The precision of products with the gradient of the logits: its small values would underflow in f16.
+    fn gradient_precision(dtype: DType) -> Precision {
+        if dtype == DType::F16 { Precision::F32 } else { precision(dtype) }
+    }
+
+    pub(super) fn forward(h: &Tensor, weight: &Tensor, trained: &[Trained], config: Config, want_dh: bool) -> Result<Output> {
+        let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
+        let step = chunk_rows(trained.len(), vocab.max(1));
+        let mut dh = if want_dh { Some(Tensor::zeros(h.arena(), h.dtype(), h.shape())?) } else { None };
+        let mut loss = 0.0;
+        if trained.is_empty() {
+            return Ok(Output { loss, rows: 0, dh });
+        }
+        let mut chunk = Chunk::new(h, weight, step)?;
+        let mut d_rows = Tensor::empty(h.arena(), h.dtype(), if want_dh { Shape::from([step, inputs]) } else { [0].into() })?;
+        for trained in trained.chunks(step) {
+            let logits = chunk.compute(trained)?;
+            loss += rows_loss(logits, trained, config, want_dh);
+            let Some(dh) = &mut dh else { continue };
+            let gradient = Source::F32 { data: logits, ld: vocab };
+            let segment = Segment { a: Operand::new(gradient), b: Operand::new(dense(weight)?), k: vocab, scale: 1.0 };
+            let precision = gradient_precision(h.dtype());
+            let to = first_rows(output(&mut d_rows)?, trained.len() * inputs);
+            gemm(to, false, trained.len(), inputs, &[segment], None, precision);
+            with_float!(h.dtype(), super::OP, "h", E => {
+                let to = dh.as_mut_slice::<E>()?;
+                for (from, (row, _)) in d_rows.as_slice::<E>()?.chunks_exact(inputs.max(1)).zip(trained) {
+                    to[row * inputs..(row + 1) * inputs].copy_from_slice(from);
+                }
+                Ok::<(), Error>(())
+            })?;
+        }
+        Ok(Output { loss: loss * f64::from(config.scale), rows: trained.len(), dh })
+    }
+
+    fn first_rows(output: matmul::Output, len: usize) -> matmul::Output {
+        match output {
+            matmul::Output::F32(c) => matmul::Output::F32(&mut c[..len]),
+            matmul::Output::Bf16(c) => matmul::Output::Bf16(&mut c[..len]),
+            matmul::Output::F16(c) => matmul::Output::F16(&mut c[..len]),
+        }
+    }
+
+    pub(super) fn backward_weight(
+        h: &Tensor,
+        weight: &Tensor,
+        trained: &[Trained],
+        config: Config,
+        dweight: &mut [f32],
+    ) -> Result<()> {
+        let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
+        if trained.is_empty() {
+            return Ok(());
+        }
+        let step = chunk_rows(trained.len(), vocab);
+        let mut chunk = Chunk::new(h, weight, step)?;
+        for trained in trained.chunks(step) {
+            rows_loss(chunk.compute(trained)?, trained, config, true);
+            let gradient = Source::F32 { data: chunk.logits.as_slice()?, ld: vocab };
+            let segment =
+                Segment { a: Operand::transpose(gradient), b: Operand::new(dense(&chunk.rows)?), k: trained.len(), scale: 1.0 };
+            gemm(matmul::Output::F32(dweight), true, vocab, inputs, &[segment], None, gradient_precision(h.dtype()));
+        }
+        Ok(())
+    }
+
+    pub(super) fn logits(h: &Tensor, weight: &Tensor, cap: Option<f32>) -> Result<Tensor> {
+        let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
+        let mut logits = Tensor::empty(h.arena(), DType::F32, [h.dims()[0], vocab])?;
+        let z = logits.as_mut_slice::<f32>()?;
+        product(z, (h.dims()[0], vocab, inputs), h, weight, precision(h.dtype()))?;
+        if let Some(cap) = cap {
+            z.par_chunks_mut(vocab.max(1)).for_each(|row| cap_row(row, cap));
+        }
+        Ok(logits)
+    }
+
+    /// Σ (ln Σ exp z - z[label]) in order of the rows; with `gradient`, the logits become the gradient of the loss.
+    fn rows_loss(logits: &mut [f32], trained: &[Trained], config: Config, gradient: bool) -> f64 {
+        let vocab = logits.len() / trained.len();
+        let mut losses = [0.0; MOST_ROWS];
+        let rows = logits.par_chunks_exact_mut(vocab).zip(trained).zip(&mut losses[..trained.len()]);
+        rows.for_each(|((row, &(_, label)), loss)| {
+            if let Some(cap) = config.softcap {
+                cap_row(row, cap);
+            }
+            let (max, sum) = sum_exp(row);
+            *loss = f64::from(max) + sum.ln() - f64::from(row[label]);
+            if gradient {
+                let at_label = row[label];
+                softmax_gradient(row, max, (f64::from(config.scale) / sum) as f32, config.softcap);
+                let p = f64::from(exp(at_label - max)) / sum;
+                let slope = config.softcap.map_or(1.0, |cap| slope(at_label, cap));
+                row[label] = (f64::from(config.scale) * (p - 1.0)) as f32 * slope;
+            }
+        });
+        losses[..trained.len()].iter().sum()
+    }
+
+    multiversion! {
+        fn cap_row(row: &mut [f32], cap: f32) {
+            for z in row {
+                *z = softcap(*z, cap);
+            }
+        }
+    }
+
+    /// Logits whose exponentials are summed in f32, over fixed lanes; such sums are added in f64.
+    const BLOCK: usize = 1024;
+
+    multiversion! {
+        /// (max z, Σ exp(z - max)), in one pass over blocks that stay in the cache.
+        fn sum_exp(row: &[f32]) -> (f32, f64) {
+            // Finite, so that a row of -inf gives 0 and not NaN.
+            let (mut max, mut sum) = (f32::MIN, 0.0f64);
+            for block in row.chunks(BLOCK) {
+                let block_max = max_of(block).max(max);
+                if block_max > max {
+                    sum *= f64::from(max - block_max).exp();
+                    max = block_max;
+                }
+                sum += f64::from(crate::ops::simd::sum_lanes(block.len(), |i| exp(block[i] - max)));
+            }
+            (max, sum)
+        }
+    }
+
+    #[inline(always)]
+    fn max_of(values: &[f32]) -> f32 {
+        let mut lanes = [f32::MIN; LANES];
+        let (rows, rest) = values.as_chunks::<LANES>();
+        for row in rows {
+            for lane in 0..LANES {
+                lanes[lane] = if row[lane] > lanes[lane] { row[lane] } else { lanes[lane] };
+            }
+        }
+        rest.iter().chain(&lanes).fold(f32::MIN, |a, &b| if b > a { b } else { a })
+    }
+
+    multiversion! {
+        /// z becomes exp(z - max) factor, times the slope of the cap.
+        fn softmax_gradient(row: &mut [f32], max: f32, factor: f32, cap: Option<f32>) {
+            if let Some(cap) = cap {
+                for z in row {
+                    *z = exp(*z - max) * factor * slope(*z, cap);
+                }
+            } else {
+                for z in row {
+                    *z = exp(*z - max) * factor;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
