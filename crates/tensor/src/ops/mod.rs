@@ -6,9 +6,11 @@
 //! Gradients of parameters are added (`+=`) to what is there, so that micro-batches accumulate; gradients of activations
 //! are written (`=`).
 
+pub mod adamw;
 pub mod attention;
 mod documents;
 pub mod embedding;
+pub mod global_norm;
 pub mod glu;
 pub mod linear;
 pub mod lm_head_loss;
@@ -18,6 +20,7 @@ pub mod rms_norm;
 pub mod rope;
 #[cfg(test)]
 mod samples;
+pub mod sgd;
 pub mod simd;
 mod softcap;
 mod typed;
