@@ -6,14 +6,14 @@ use super::scratch::{self, Role};
 use super::{Output, Precision, Problem, Source, each_chunk};
 use std::ops::Range;
 
-/// Most columns of `b` packed at once (with 320 steps, 4 MiB: shared in the last-level cache).
-const COLUMNS: usize = 3072;
+/// Most columns of `b` packed at once (with 320 steps, 1.25 MiB: it stays in a last-level cache that others use too).
+const COLUMNS: usize = 1024;
 /// Most words of staged sums: more rows mean fewer columns at once.
 const STAGE: usize = 1 << 22;
 /// Rows of f32 this far apart share one set of a first-level cache.
 const ALIASING: usize = 1024;
-/// Most rows of a task (with 320 steps of f32, 120 KiB: half of a small second-level cache).
-const TASK_ROWS: usize = 96;
+/// Most rows of a task (with 320 steps, 240 KiB: half of a second-level cache of 512 KiB).
+const TASK_ROWS: usize = 192;
 /// Most columns of a task, where tasks are over columns.
 const TASK_COLUMNS: usize = 256;
 /// Multiply-adds under which waking another thread costs more than it saves.
