@@ -255,7 +255,7 @@ impl<'a, F: FnMut(&str) -> Option<StateRef<'a>>> Reader<'_, F> {
         let table = format.table();
         if map.len() != table.len() {
             self.note("quant_map", "16 values", map.len());
-        } else if let Some(i) = (0..16).find(|&i| !((map[i] - table[i]).abs() <= MAP_TOLERANCE)) {
+        } else if let Some(i) = (0..16).find(|&i| map[i].is_nan() || (map[i] - table[i]).abs() > MAP_TOLERANCE) {
             self.note(format!("quant_map[{i}]"), table[i], map[i]);
         }
     }

@@ -27,8 +27,8 @@ impl DynamicMap {
         static SIGNED: OnceLock<Codebook> = OnceLock::new();
         static UNSIGNED: OnceLock<Codebook> = OnceLock::new();
         match self {
-            Self::Signed => SIGNED.get_or_init(|| Codebook::new(levels(true))),
-            Self::Unsigned => UNSIGNED.get_or_init(|| Codebook::new(levels(false))),
+            Self::Signed => SIGNED.get_or_init(|| Codebook::new(&levels(true))),
+            Self::Unsigned => UNSIGNED.get_or_init(|| Codebook::new(&levels(false))),
         }
     }
 }
@@ -60,7 +60,7 @@ fn levels(signed: bool) -> [f32; 256] {
         // The reference's factor is a Python float, a double, rounded to f32 when it meets the tensor.
         let scale = 10f64.powi(i as i32 - 6) as f32;
         for pair in points.windows(2) {
-            let value = scale * ((pair[0] + pair[1]) / 2.0);
+            let value = scale * f32::midpoint(pair[0], pair[1]);
             values.push(value);
             if signed {
                 values.push(-value);
@@ -94,7 +94,7 @@ const KEY_MIN: u32 = (127 - 23) << 7;
 const KEY_MAX: u32 = 127 << 7;
 
 impl Codebook {
-    fn new(levels: [f32; 256]) -> Self {
+    fn new(levels: &[f32; 256]) -> Self {
         let thresholds: [f32; 256] = std::array::from_fn(|i| match levels.get(i + 1) {
             None => f32::INFINITY,
             Some(upper) => {
@@ -112,7 +112,7 @@ impl Codebook {
                 [below(lower_end), below(-upper_end)]
             })
             .collect();
-        Self { levels, thresholds, start }
+        Self { levels: *levels, thresholds, start }
     }
 
     /// The 256 levels, ascending.
@@ -126,16 +126,11 @@ impl Codebook {
     #[must_use]
     #[inline]
     pub fn nearest(&self, y: f32) -> u8 {
-        if y.is_nan() {
-            return 0;
-        }
         let key = ((y.to_bits() & 0x7fff_ffff) >> 16).clamp(KEY_MIN, KEY_MAX) - KEY_MIN;
-        let mut code = self.start[key as usize][usize::from(y.is_sign_negative())];
-        // One step at most for all but the bucket of the tiniest values and values beyond 1.
-        while y > self.thresholds[usize::from(code)] {
-            code += 1;
-        }
-        code
+        let code = self.start[key as usize][usize::from(y.is_sign_negative())];
+        // No bucket holds two thresholds: a test goes through them all.
+        let code = code + u8::from(y > self.thresholds[usize::from(code)]);
+        if y.is_nan() { 0 } else { code }
     }
 }
 
@@ -254,4 +249,64 @@ pub fn dequantize_dynamic<T: Element>(blocks: &DynamicBlocks, out: &mut [T]) -> 
             }
         });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// bitsandbytes' search, step by step: seven halvings from pivot 127, then the midpoint to the neighbour on the value's side.
+    fn reference(levels: &[f32; 256], y: f32) -> u8 {
+        let (mut pivot, mut lower, mut upper) = (127usize, 0usize, 255usize);
+        for step in [64, 32, 16, 8, 4, 2, 1] {
+            if y > levels[pivot] {
+                lower = pivot;
+                pivot += step;
+            } else {
+                upper = pivot;
+                pivot -= step;
+            }
+        }
+        let middle = |neighbour: usize| (levels[neighbour] + levels[pivot]) * 0.5;
+        let code = if y > levels[pivot] {
+            if y > middle(upper) { upper } else { pivot }
+        } else if y < middle(lower) {
+            lower
+        } else {
+            pivot
+        };
+        code as u8
+    }
+
+    #[test]
+    fn nearest_is_the_reference_search_around_every_threshold_level_and_bucket() {
+        for map in [DynamicMap::Signed, DynamicMap::Unsigned] {
+            let book = map.codebook();
+            let mut points: Vec<f32> = book.levels.iter().chain(&book.thresholds[..255]).copied().collect();
+            points.extend((KEY_MIN - 2..=KEY_MAX + 2).map(|key| f32::from_bits(key << 16)));
+            points.extend([0.0, f32::MIN_POSITIVE, 1.5, 100.0]);
+            for point in points {
+                for near in [point.next_down(), point, point.next_up()] {
+                    for y in [near, -near] {
+                        assert_eq!(book.nearest(y), reference(&book.levels, y), "{map:?} {y:e}");
+                    }
+                }
+            }
+            assert_eq!(book.nearest(f32::NAN), 0);
+            assert_eq!((book.nearest(f32::INFINITY), book.nearest(f32::NEG_INFINITY)), (255, 0));
+        }
+    }
+
+    #[test]
+    fn no_bucket_holds_two_thresholds() {
+        for map in [DynamicMap::Signed, DynamicMap::Unsigned] {
+            let book = map.codebook();
+            let mut keys: Vec<_> = book.thresholds[..255]
+                .iter()
+                .map(|t| (t.is_sign_negative(), (t.abs().to_bits() >> 16).clamp(KEY_MIN, KEY_MAX)))
+                .collect();
+            keys.dedup();
+            assert_eq!(keys.len(), 255);
+        }
+    }
 }

@@ -14,7 +14,7 @@ use crate::error::{Error, check_sizes};
 pub const OUTLIER_THRESHOLD: f32 = 6.0;
 
 /// 1 / 127 as the reference rounds it.
-const DEQUANT: f32 = 7.874015718698502e-3;
+const DEQUANT: f32 = 1.0 / 127.0;
 /// 1 / 127² as the reference's kernel has it, rounded to fewer digits.
 const MATMUL_DEQUANT: f32 = 6.200012e-05;
 

@@ -4,6 +4,7 @@
 //! table is two registers of eight (`vpermps` on the low three bits of the code, a blend on the fourth); for 16-bit types
 //! it is two byte planes, one `vpshufb` each. Encoding is a binary search whose thresholds come from registers.
 
+#[allow(clippy::wildcard_imports, reason = "seventy intrinsics, all of one family")]
 use std::arch::x86_64::*;
 
 use super::{Run, encode_blocks, for_each_run, portable, streamable};
@@ -237,7 +238,8 @@ fn encode_block<T: Element>(
         // SAFETY: `to` is sixteen bytes.
         unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), bytes) };
     };
-    let (bytes, rest) = packed.as_chunks_mut::<{ STEP / 2 }>();
+    let (bytes, rest) = packed.split_at_mut(steps.len() * STEP / 2);
+    let (bytes, _) = bytes.as_chunks_mut::<{ STEP / 2 }>();
     for (step, bytes) in steps.iter().zip(bytes) {
         encode_step(step, bytes);
     }

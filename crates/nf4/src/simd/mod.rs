@@ -114,3 +114,108 @@ fn encode_blocks<T>(
     }
     finite
 }
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+    use crate::{Absmax, Element, QuantizedBlocks};
+
+    /// Every instruction set of this CPU but the plain one.
+    fn vector_sets() -> Vec<Isa> {
+        let mut sets = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        if isa() != Isa::Portable {
+            sets.push(Isa::Avx2);
+        }
+        sets
+    }
+
+    /// Values on, and one step beside, every threshold of both formats, then pseudo-random ones; a zero and a subnormal block in front.
+    fn values(n: usize) -> Vec<f32> {
+        let mut x = vec![0.0; 32];
+        x.extend((0..32).map(|i| i as f32 * 1e-41));
+        for t in crate::format::NF4_THRESHOLDS.iter().chain(&crate::format::FP4_THRESHOLDS) {
+            x.extend([*t, t.next_up(), t.next_down(), -t, -t.next_up(), -t.next_down(), 1.0, -0.0]);
+        }
+        let noise = |i: u32| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0;
+        x.extend((0..n as u32).map(|i| noise(i) * noise(i.wrapping_mul(7)).powi(3)));
+        x.truncate(n);
+        x
+    }
+
+    fn encoded<T: Element>(isa: Isa, format: Format, block_size: usize, x: &[T]) -> (Vec<u8>, Vec<u32>, bool) {
+        let mut packed = vec![0xAA; x.len().div_ceil(2)];
+        let mut absmax = vec![-1.0f32; x.len().div_ceil(block_size)];
+        let finite = encode(isa, format, block_size, T::view(x), &mut packed, &mut absmax);
+        (packed, absmax.into_iter().map(f32::to_bits).collect(), finite)
+    }
+
+    fn decoded<T: Element>(isa: Isa, q: &QuantizedBlocks, start: usize, n: usize, stream: bool) -> Vec<u32> {
+        let mut out = vec![T::from_f32(7.0); n];
+        decode(isa, &q.view(), start, T::view_mut(&mut out), stream);
+        out.into_iter().map(|v| v.to_f32().to_bits()).collect()
+    }
+
+    fn agree<T: Element>() {
+        for format in [Format::Nf4, Format::Fp4] {
+            for (n, block_size) in [(1, 32), (31, 32), (63, 64), (500, 32), (1000, 64), (5000, 4096), (4097, 128)] {
+                let x: Vec<T> = values(n).into_iter().map(T::from_f32).collect();
+                let expected = encoded(Isa::Portable, format, block_size, &x);
+                assert!(expected.2);
+                let scales = expected.1.iter().map(|&bits| f32::from_bits(bits)).collect();
+                let q = QuantizedBlocks::from_parts(format, block_size, n, expected.0.clone(), Absmax::Plain(scales)).unwrap();
+                for isa in vector_sets() {
+                    assert_eq!(encoded(isa, format, block_size, &x), expected, "{isa:?} {format:?} {n} {block_size}");
+                    for start in [0, 1, 32, 33, 64, 250].into_iter().filter(|&s| s < n) {
+                        for len in [1, 17, 64, n - start].into_iter().filter(|&l| l <= n - start) {
+                            let plain = decoded::<T>(Isa::Portable, &q, start, len, false);
+                            for stream in [false, true] {
+                                assert_eq!(decoded::<T>(isa, &q, start, len, stream), plain, "{isa:?} {format:?} {start} {len}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn all_instruction_sets_give_the_same_bits() {
+        agree::<f32>();
+        agree::<bf16>();
+        agree::<f16>();
+    }
+
+    #[test]
+    fn all_instruction_sets_find_non_finite_elements_anywhere() {
+        for isa in vector_sets().into_iter().chain([Isa::Portable]) {
+            for at in 0..77 {
+                for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let mut x = vec![0.25f32; 77];
+                    assert!(encoded(isa, Format::Nf4, 32, &x).2);
+                    x[at] = bad;
+                    assert!(!encoded(isa, Format::Nf4, 32, &x).2, "{isa:?} {at}");
+                    let half: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect();
+                    assert!(!encoded(isa, Format::Nf4, 32, &half).2, "{isa:?} {at}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn scales_beyond_the_half_types_overflow_alike() {
+        for scale in [f32::NAN, f32::INFINITY, f32::MAX, 65520.0, 65519.0, 1e-30] {
+            let packed = (0..32).map(|i| (i * 16 + i) as u8).collect();
+            let q = QuantizedBlocks::from_parts(Format::Nf4, 64, 64, packed, Absmax::Plain(vec![scale])).unwrap();
+            for isa in vector_sets() {
+                let same = |a: Vec<u32>, b: Vec<u32>| {
+                    a.iter().zip(&b).all(|(a, b)| a == b || (f32::from_bits(*a).is_nan() && f32::from_bits(*b).is_nan()))
+                };
+                assert!(same(decoded::<f16>(isa, &q, 0, 64, false), decoded::<f16>(Isa::Portable, &q, 0, 64, false)));
+                assert!(same(decoded::<bf16>(isa, &q, 0, 64, false), decoded::<bf16>(Isa::Portable, &q, 0, 64, false)));
+            }
+        }
+    }
+}
