@@ -1,0 +1,102 @@
+//! The crate's error: facts a caller can match on.
+
+use nibble_tensor::Shape;
+
+/// What every fallible function of this crate returns.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why an optimizer or a schedule could not be made, stepped or loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A name that is no optimizer's.
+    #[error("optim: `{name}` is not an optimizer known here; the nearest name is `{nearest}`")]
+    UnknownOptimizer {
+        /// The name given.
+        name: String,
+        /// The known name closest to it.
+        nearest: &'static str,
+    },
+    /// A name that is no schedule's.
+    #[error("lr_scheduler_type: `{name}` is not a schedule known here; the nearest name is `{nearest}`")]
+    UnknownSchedule {
+        /// The name given.
+        name: String,
+        /// The known name closest to it.
+        nearest: &'static str,
+    },
+    /// A number outside what the option takes.
+    #[error("{of}: `{option}` must be {expected}, found {found}")]
+    Option {
+        /// The optimizer, schedule or function.
+        of: &'static str,
+        /// The option.
+        option: &'static str,
+        /// What fits, in words.
+        expected: &'static str,
+        /// The number given.
+        found: f64,
+    },
+    /// Options that the schedule does not read.
+    #[error("{schedule}: takes no option {}", quoted(options))]
+    UnusedOptions {
+        /// The schedule.
+        schedule: &'static str,
+        /// The options.
+        options: Vec<&'static str>,
+    },
+    /// `cosine_with_min_lr` without its floor, or with two.
+    #[error("cosine_with_min_lr: expected one of `min_lr` and `min_lr_rate`, found {found}")]
+    MinLr {
+        /// How many of the two were given.
+        found: usize,
+    },
+    /// A range without decay that is not within the parameters.
+    #[error("no_decay: range {start}..{end} is not within the {len} parameters")]
+    NoDecayRange {
+        /// First element.
+        start: usize,
+        /// One past the last element.
+        end: usize,
+        /// Number of parameters.
+        len: usize,
+    },
+    /// A saved state that is not this optimizer's; every mismatch is listed.
+    #[error("{optimizer}: the saved state does not fit:{}", lines(mismatches))]
+    State {
+        /// The optimizer.
+        optimizer: &'static str,
+        /// What does not fit.
+        mismatches: Vec<StateMismatch>,
+    },
+    /// A tensor operation failed.
+    #[error(transparent)]
+    Tensor(#[from] nibble_tensor::Error),
+}
+
+/// One tensor of a saved state that does not fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StateMismatch {
+    /// The tensor's name.
+    pub name: String,
+    /// The shape (of float32) that fits; nothing when the optimizer has no such tensor.
+    pub expected: Option<Shape>,
+    /// What was found, in words; nothing when it is missing.
+    pub found: Option<String>,
+}
+
+impl std::fmt::Display for StateMismatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { name, expected, found } = self;
+        let expected = expected.map_or("nothing".to_owned(), |shape| format!("float32 {shape}"));
+        write!(f, "{name}: expected {expected}, found {}", found.as_deref().unwrap_or("nothing"))
+    }
+}
+
+fn lines(mismatches: &[StateMismatch]) -> String {
+    mismatches.iter().fold(String::new(), |lines, mismatch| lines + "\n  " + &mismatch.to_string())
+}
+
+fn quoted(names: &[&str]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+}

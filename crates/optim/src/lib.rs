@@ -1,0 +1,39 @@
+//! Optimizers over one flat buffer of parameters, gradient clipping, and learning-rate schedules.
+//!
+//! All trainable parameters lie in one f32 tensor and their gradients in another, so that each of these is one call over one
+//! slice. Names and behaviour are those of the reference stack (torch, bitsandbytes, Hugging Face's Trainer).
+//!
+//! What this crate must not know: tapes, layers, files.
+//!
+//! ```
+//! use nibble_optim::{AdamWConfig, Optimizer, OptimizerConfig, clip_grad_norm};
+//! use nibble_tensor::{Arena, Device, Tensor};
+//! let arena = Arena::new(Device::Cpu);
+//! let mut params = Tensor::from_slice(&arena, &[1.0f32, -1.0], [2])?;
+//! let grads = Tensor::from_slice(&arena, &[3.0f32, 4.0], [2])?;
+//! let mut optimizer = Optimizer::new(&arena, 2, OptimizerConfig::AdamW(AdamWConfig::default()), &[])?;
+//! let clip = clip_grad_norm(&grads, 1.0)?;
+//! assert_eq!(clip.norm, 5.0);
+//! optimizer.step(&mut params, &grads, 0.1, clip.scale)?;
+//! assert!((params.as_slice::<f32>()?[0] - 0.9).abs() < 1e-6);
+//! # Ok::<(), nibble_optim::Error>(())
+//! ```
+
+#![forbid(unsafe_code)]
+
+mod adamw;
+mod clip;
+mod error;
+mod names;
+mod optimizer;
+mod ranges;
+mod schedule;
+mod sgd;
+
+pub use adamw::{AdamW, AdamWConfig};
+pub use clip::{ClipInfo, clip_grad_norm};
+pub use error::{Error, Result, StateMismatch};
+pub use nibble_tensor::ops::adamw::DecayOrder;
+pub use optimizer::{Optimizer, OptimizerConfig, OptimizerName};
+pub use schedule::{LrSchedule, ScheduleName, ScheduleOptions};
+pub use sgd::{Sgd, SgdConfig};
