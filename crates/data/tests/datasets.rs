@@ -292,3 +292,10 @@ fn answers_that_never_end_are_counted() {
     let set = Dataset::from_rows([row], &tokenizer, &template, &DatasetOptions::default()).unwrap();
     assert_eq!(set.summary().without_end_token, 1);
 }
+
+#[test]
+fn pre_tokenised_and_rendered_rows_agree() {
+    let rendered = kept(json!([{ "instruction": "hello", "output": "world" }]));
+    let row = json!({ "input_ids": rendered[0].tokens, "labels": rendered[0].labels });
+    assert_eq!(kept(json!([row])), rendered);
+}

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::LazyLock;
+
 use common::{data, json, llama_vocab, messages, smollm2_vocab, tiny};
 use nibble_data::{Error, GgufVocab, Message, Piece, TemplateSource, Tokenizer};
 use proptest::prelude::*;
@@ -191,10 +193,12 @@ fn a_folder_without_tokenizer_json_says_what_it_has() {
     assert!(matches!(&error, Error::NoTokenizerFile { found, .. } if found == &["`tokenizer.model`"]), "{error}");
 }
 
+static STREAMED: LazyLock<[Tokenizer; 2]> = LazyLock::new(|| [tiny(), Tokenizer::from_gguf(&llama_vocab()).unwrap()]);
+
 proptest! {
     #[test]
     fn streamed_text_is_the_decoded_text(text in "[a-z é😀你\n,.]{0,40}") {
-        for tokenizer in [tiny(), Tokenizer::from_gguf(&llama_vocab()).unwrap()] {
+        for tokenizer in STREAMED.iter() {
             let ids = tokenizer.encode(&text, false).unwrap();
             let mut stream = tokenizer.stream(false);
             let mut got = String::new();

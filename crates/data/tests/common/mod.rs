@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 
 use nibble_data::{GgufVocab, Message, Tokenizer};
 use serde_json::Value;
@@ -18,7 +19,9 @@ pub(crate) fn json(name: &str) -> Value {
 
 /// A byte-level BPE of 2,048 tokens with ChatML markers; `<|im_end|>` is its EOS.
 pub(crate) fn tiny() -> Tokenizer {
-    Tokenizer::from_folder(data("tiny")).unwrap()
+    // Read once: property tests ask for it hundreds of times.
+    static TINY: LazyLock<Tokenizer> = LazyLock::new(|| Tokenizer::from_folder(data("tiny")).unwrap());
+    TINY.clone()
 }
 
 /// The vocabulary of SmolLM2-135M-Instruct's GGUF, without the tokens and merges that the texts of tests/data cannot
