@@ -15,7 +15,7 @@ fn read(text: &str) -> Result<ModelConfig> {
 }
 
 /// A golden config with fields changed; `null` in `changes` removes.
-fn changed(name: &str, changes: Value) -> String {
+fn changed(name: &str, changes: &Value) -> String {
     let mut config: Value = serde_json::from_str(&golden(name)).unwrap();
     for (key, value) in changes.as_object().unwrap() {
         if value.is_null() {
@@ -81,14 +81,14 @@ fn old_and_new_spellings_say_the_same() {
 
 #[test]
 fn rope_type_reads_under_its_oldest_name() {
-    let text = changed("llama", json!({"rope_parameters": null, "rope_scaling": {"type": "linear", "factor": 2}}));
+    let text = changed("llama", &json!({"rope_parameters": null, "rope_scaling": {"type": "linear", "factor": 2}}));
     assert_eq!(read(&text).unwrap().rope.scaling, RopeScaling::Linear { factor: 2.0 });
 }
 
 #[test]
 fn ends_of_text_may_be_none_one_or_several() {
     for (value, want) in [(Value::Null, vec![]), (json!(7), vec![7]), (json!([7, 9]), vec![7, 9])] {
-        let text = changed("llama", json!({ "eos_token_id": value }));
+        let text = changed("llama", &json!({ "eos_token_id": value }));
         assert_eq!(read(&text).unwrap().eos_token_ids, want);
     }
 }
@@ -97,25 +97,25 @@ fn ends_of_text_may_be_none_one_or_several() {
 fn absent_fields_have_the_familys_defaults() {
     let absent = json!({"head_dim": null, "num_key_value_heads": null, "rope_parameters": null,
         "tie_word_embeddings": null, "hidden_act": null, "dtype": null});
-    let llama = read(&changed("llama", absent.clone())).unwrap();
+    let llama = read(&changed("llama", &absent)).unwrap();
     assert_eq!((llama.head_dim, llama.num_key_value_heads, llama.rope.theta), (16, 4, 10_000.0));
     assert_eq!((llama.tie_word_embeddings, llama.dtype), (false, None));
-    assert_eq!(read(&changed("qwen3", absent.clone())).unwrap().head_dim, 128);
-    let gemma = ModelConfig::describe(&changed("gemma", absent), "test").unwrap();
+    assert_eq!(read(&changed("qwen3", &absent)).unwrap().head_dim, 128);
+    let gemma = ModelConfig::describe(&changed("gemma", &absent), "test").unwrap();
     assert_eq!((gemma.head_dim, gemma.tie_word_embeddings), (256, true));
 }
 
 #[test]
 fn windows_follow_the_familys_rule() {
     let rule = json!({"layer_types": null, "use_sliding_window": true, "sliding_window": 9, "max_window_layers": 1});
-    assert_eq!(read(&changed("qwen2", rule)).unwrap().features.windows, [None, Some(9), Some(9)]);
+    assert_eq!(read(&changed("qwen2", &rule)).unwrap().features.windows, [None, Some(9), Some(9)]);
     let off = json!({"layer_types": null, "use_sliding_window": false, "sliding_window": 9});
-    assert_eq!(read(&changed("qwen2", off)).unwrap().features.windows, [None; 3]);
-    let gemma2 = ModelConfig::describe(&changed("gemma2", json!({ "layer_types": null })), "test").unwrap();
+    assert_eq!(read(&changed("qwen2", &off)).unwrap().features.windows, [None; 3]);
+    let gemma2 = ModelConfig::describe(&changed("gemma2", &json!({ "layer_types": null })), "test").unwrap();
     assert_eq!(gemma2.features.windows, [Some(12), None, Some(12)]);
     let listed = ModelConfig::describe(&golden("gemma2"), "test").unwrap();
     assert_eq!(gemma2.features, listed.features);
-    let gemma3 = ModelConfig::describe(&changed("gemma3", json!({ "layer_types": null })), "test").unwrap();
+    let gemma3 = ModelConfig::describe(&changed("gemma3", &json!({ "layer_types": null })), "test").unwrap();
     let listed = ModelConfig::describe(&golden("gemma3"), "test").unwrap();
     assert_eq!(gemma3.features.windows, listed.features.windows);
 }
@@ -192,7 +192,7 @@ fn unknown_architectures_are_refused_by_name() {
 fn every_problem_of_a_config_is_reported_at_once() {
     let text = changed(
         "llama",
-        json!({"hidden_size": null, "vocab_size": "many", "num_key_value_heads": 3, "hidden_act": "relu2",
+        &json!({"hidden_size": null, "vocab_size": "many", "num_key_value_heads": 3, "hidden_act": "relu2",
             "dtype": "float8", "eos_token_id": ["x"], "rope_parameters": {"rope_type": "yarn", "rope_theta": -1},
             "layer_types": ["full_attention"],
             "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}}),
@@ -218,7 +218,7 @@ fn every_problem_of_a_config_is_reported_at_once() {
 #[test]
 fn what_is_set_aside_is_noted() {
     assert_eq!(read(&golden("llama")).unwrap().notes, []);
-    let noted = read(&changed("llama", json!({"attention_dropout": 0.1, "pretraining_tp": 2}))).unwrap().notes;
+    let noted = read(&changed("llama", &json!({"attention_dropout": 0.1, "pretraining_tp": 2}))).unwrap().notes;
     assert_eq!(noted.iter().map(|note| note.field).collect::<Vec<_>>(), ["attention_dropout", "pretraining_tp"]);
 }
 

@@ -46,14 +46,18 @@ impl Builder {
     fn strings(self, key: &str, values: &[&str]) -> Self {
         let mut bytes = 8u32.to_le_bytes().to_vec();
         bytes.extend((values.len() as u64).to_le_bytes());
-        values.iter().for_each(|value| text(&mut bytes, value));
+        for value in values {
+            text(&mut bytes, value);
+        }
         self.pair(key, 9, &bytes)
     }
     /// `shape` outermost first, as torch has it.
     fn tensor(mut self, name: &str, shape: &[usize], code: u32, bytes: &[u8]) -> Self {
         text(&mut self.infos, name);
         self.infos.extend((shape.len() as u32).to_le_bytes());
-        shape.iter().rev().for_each(|&dim| self.infos.extend((dim as u64).to_le_bytes()));
+        for &dim in shape.iter().rev() {
+            self.infos.extend((dim as u64).to_le_bytes());
+        }
         self.infos.extend(code.to_le_bytes());
         self.infos.extend((self.data.len() as u64).to_le_bytes());
         self.tensors += 1;
@@ -159,7 +163,10 @@ fn whole_models_of_every_architecture_fit_the_config_they_amount_to() {
             open.check(&config).unwrap();
             assert_eq!((config.family, config.head_dim, config.num_key_value_heads), (family, 4, 1));
             assert_eq!((config.vocab_size, config.tie_word_embeddings, config.rms_norm_eps), (5, true, 1e-5));
-            assert_eq!((config.bos_token_id, &config.eos_token_ids[..], config.dtype), (Some(1), &[2][..], Some(StoredType::F32)));
+            assert_eq!(
+                (config.bos_token_id, &config.eos_token_ids[..], config.dtype),
+                (Some(1), &[2][..], Some(StoredType::F32))
+            );
             assert_eq!(open.gguf().unwrap().version(), version);
         }
     }
@@ -202,7 +209,8 @@ fn quantised_weights_read_as_bf16_and_floats_as_they_are() {
         q4_1.extend((0..16).map(|i| (i | (15 - i) << 4) as u8));
     }
     let halves: Vec<u8> = [0.1, 1000.5].iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
-    let builder = metadata("llama").tensor("blk.0.ffn_up.weight", &[2, 32], 3, &q4_1).tensor("blk.0.ffn_norm.weight", &[2], 1, &halves);
+    let builder =
+        metadata("llama").tensor("blk.0.ffn_up.weight", &[2, 32], 3, &q4_1).tensor("blk.0.ffn_norm.weight", &[2], 1, &halves);
     let (_folder, open) = open_bytes(&builder.build(3)).unwrap();
     let info = open.info("model.layers.0.mlp.up_proj.weight").unwrap();
     assert_eq!((info.stored, info.dtype, info.bytes), (StoredType::Q4_1, StoredType::BF16, 40));
@@ -220,21 +228,16 @@ fn quantised_weights_read_as_bf16_and_floats_as_they_are() {
 
 #[test]
 fn llama3_factors_become_the_scaling_they_come_from() {
-    let inv = |i: i32| 10_000f64.powf(-2.0 * f64::from(i) / 4.0);
-    let factor = |i: i32| {
-        let smooth = ((8192.0 / (2.0 * std::f64::consts::PI / inv(i)) - 1.0) / 3.0).clamp(0.0, 1.0);
-        (1.0 / ((1.0 - smooth) / 32.0 + smooth)) as f32
-    };
-    // With a head of four no frequency is low, so the base is raised until one is.
+    // With a head of four and the usual base no frequency is low, so the base is raised until one is.
     let base = 1e9f32;
-    let low = |i: i32| {
-        let f = f64::from(base).powf(-2.0 * f64::from(i) / 4.0);
-        let smooth = ((8192.0 / (2.0 * std::f64::consts::PI / f) - 1.0) / 3.0).clamp(0.0, 1.0);
+    let factor = |i: i32| {
+        let frequency = f64::from(base).powf(-2.0 * f64::from(i) / 4.0);
+        let smooth = ((8192.0 / (2.0 * std::f64::consts::PI / frequency) - 1.0) / 3.0).clamp(0.0, 1.0);
         (1.0 / ((1.0 - smooth) / 32.0 + smooth)) as f32
     };
-    assert_eq!([factor(0), factor(1)], [1.0, 1.0]);
-    assert_eq!([low(0), low(1)], [1.0, 32.0]);
-    let builder = model("llama").float("llama.rope.freq_base", base).f32s("rope_freqs.weight", &[2], &[low(0), low(1)]);
+    let factors = [factor(0), factor(1)];
+    assert_eq!(factors, [1.0, 32.0]);
+    let builder = model("llama").float("llama.rope.freq_base", base).f32s("rope_freqs.weight", &[2], &factors);
     let (_folder, open) = open_bytes(&builder.build(3)).unwrap();
     let config = open.config().unwrap();
     let RopeScaling::Llama3 { factor, original_max_position_embeddings, .. } = config.rope.scaling else {

@@ -108,7 +108,8 @@ fn answer(state: &mut State, path: &str, range: Option<usize>, store: &str) -> (
     if std::mem::take(&mut state.cut_next) {
         body.truncate(length / 2);
     }
-    (format!("HTTP/1.1 {status}\r\netag: W/\"tag-{name}\"\r\ncontent-length: {length}\r\n"), body)
+    let tag = name.replace('/', "-");
+    (format!("HTTP/1.1 {status}\r\netag: W/\"tag-{tag}\"\r\ncontent-length: {length}\r\n"), body)
 }
 
 fn options(endpoint: &str, cache: &Path) -> HubOptions {
