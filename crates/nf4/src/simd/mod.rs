@@ -4,6 +4,8 @@
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod portable;
 
 use crate::element::{Slice, SliceMut};
@@ -15,19 +17,39 @@ use crate::view::BlocksView;
 pub(crate) enum Isa {
     /// Plain Rust.
     Portable,
-    /// AVX2 and F16C: made by [`isa`] and `available` alone, after they asked the CPU.
+    /// AVX2 and F16C. This and the next are made by [`isa`] and [`has_avx2`]'s callers alone, after they asked the CPU.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 F, BW and VL.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 /// The best of this CPU. The standard library asks it once.
 #[inline]
 pub(crate) fn isa() -> Isa {
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
-        return Isa::Avx2;
+    {
+        if has_avx512() {
+            return Isa::Avx512;
+        }
+        if has_avx2() {
+            return Isa::Avx2;
+        }
     }
     Isa::Portable
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn has_avx2() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl")
 }
 
 /// Part of one block: `odd` if it begins in the low nibble of `packed[0]`.
@@ -44,7 +66,8 @@ struct Run<'a> {
 fn for_each_run<T>(view: &BlocksView<'_>, start: usize, out: &mut [T], mut decode: impl FnMut(Run<'_>, &mut [T])) {
     let mut rest = out;
     let mut at = start;
-    let mut block = start / view.block_size;
+    // Block sizes are powers of two, and a division would be the dearest part of a short run.
+    let mut block = start >> view.block_size.trailing_zeros();
     while !rest.is_empty() {
         let n = ((block + 1) * view.block_size - at).min(rest.len());
         let (head, tail) = rest.split_at_mut(n);
@@ -73,6 +96,9 @@ pub(crate) fn decode(isa: Isa, view: &BlocksView<'_>, start: usize, out: SliceMu
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the variant exists only where the CPU has AVX2 and F16C.
         Isa::Avx2 => unsafe { avx2::decode(view, start, out, stream) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the variant exists only where the CPU has AVX-512 F, BW and VL.
+        Isa::Avx512 => unsafe { avx512::decode(view, start, out, stream) },
     }
 }
 
@@ -91,6 +117,9 @@ pub(crate) fn encode(isa: Isa, format: Format, block_size: usize, x: Slice<'_>, 
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the variant exists only where the CPU has AVX2 and F16C.
         Isa::Avx2 => unsafe { avx2::encode(format, block_size, x, packed, absmax) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the variant exists only where the CPU has AVX-512 F, BW and VL.
+        Isa::Avx512 => unsafe { avx512::encode(format, block_size, x, packed, absmax) },
     }
 }
 
@@ -126,8 +155,9 @@ mod tests {
     fn vector_sets() -> Vec<Isa> {
         let mut sets = Vec::new();
         #[cfg(target_arch = "x86_64")]
-        if isa() != Isa::Portable {
-            sets.push(Isa::Avx2);
+        {
+            sets.extend(has_avx2().then_some(Isa::Avx2));
+            sets.extend(has_avx512().then_some(Isa::Avx512));
         }
         sets
     }
