@@ -1,0 +1,56 @@
+//! Parsers of values, with the range in the error.
+
+/// A whole number of at least 1.
+pub(super) fn positive(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".to_owned())
+}
+
+/// Tokens of a text of which one can be learned: the first is only read.
+pub(super) fn length(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&n| n > 1).ok_or_else(|| "expected a whole number of at least 2".to_owned())
+}
+
+/// A number above 0.
+pub(super) fn above_zero(text: &str) -> Result<f64, String> {
+    number(text, |x| x > 0.0, "expected a number above 0")
+}
+
+/// A number of at least 0.
+pub(super) fn not_negative(text: &str) -> Result<f64, String> {
+    number(text, |x| x >= 0.0, "expected a number of at least 0")
+}
+
+/// A share of a whole.
+pub(super) fn fraction(text: &str) -> Result<f64, String> {
+    number(text, |x| (0.0..=1.0).contains(&x), "expected a number from 0 to 1")
+}
+
+/// A probability of keeping something out: all of it would leave nothing.
+pub(super) fn dropout(text: &str) -> Result<f64, String> {
+    number(text, |x| (0.0..1.0).contains(&x), "expected a number from 0 to below 1")
+}
+
+/// A probability mass that some token has.
+pub(super) fn top_p(text: &str) -> Result<f32, String> {
+    number(text, |x| x > 0.0 && x <= 1.0, "expected a number above 0, at most 1").map(|x| x as f32)
+}
+
+/// A number of at least 0, in single precision.
+pub(super) fn temperature(text: &str) -> Result<f32, String> {
+    not_negative(text).map(|x| x as f32)
+}
+
+/// A number above 0, in single precision.
+pub(super) fn penalty(text: &str) -> Result<f32, String> {
+    above_zero(text).map(|x| x as f32)
+}
+
+/// A block size of the 4-bit formats.
+pub(super) fn block_size(text: &str) -> Result<usize, String> {
+    let fits = |&size: &usize| nibble_nf4::QuantConfig { block_size: size, ..Default::default() }.check().is_ok();
+    text.parse().ok().filter(fits).ok_or_else(|| "expected a power of two from 32 to 4096".to_owned())
+}
+
+fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|&x: &f64| x.is_finite() && fits(x)).ok_or_else(|| expected.to_owned())
+}

@@ -1,0 +1,263 @@
+//! The base model on the way into memory: opened, its tokenizer read, then loaded.
+
+use std::path::Path;
+
+use nibble_data::Tokenizer;
+use nibble_lora::AdapterFile;
+use nibble_model::{
+    LoadOptions, Transformer,
+    config::ModelConfig,
+    files::{Checkpoint, GgufVocab},
+};
+use nibble_nf4::{Format, QuantConfig};
+use nibble_tensor::{Arena, DType, Device};
+
+use crate::{
+    args::{ComputeDtype, DeviceName, PrecisionArgs, Quant},
+    error::{CliError, Result},
+    source::{ModelSource, only_gguf},
+    ui,
+};
+
+/// How a model is held and computed: what [`PrecisionArgs`] amount to on this machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Precision {
+    /// The format of the frozen linears; none: as stored.
+    pub(crate) quant: Option<QuantConfig>,
+    /// The type of activations.
+    pub(crate) compute_dtype: DType,
+    /// Where.
+    pub(crate) device: Device,
+}
+
+impl Precision {
+    /// Decides what was left open.
+    ///
+    /// # Errors
+    /// [`CliError::NoCuda`], and [`CliError::NoEffect`] for details of a format that is not used.
+    pub(crate) fn from_args(args: &PrecisionArgs) -> Result<Self> {
+        let device = match args.device {
+            DeviceName::Auto | DeviceName::Cpu => Device::Cpu,
+            DeviceName::Cuda => return Err(CliError::NoCuda),
+        };
+        let compute_dtype = match args.compute_dtype {
+            ComputeDtype::F32 => DType::F32,
+            ComputeDtype::Bf16 => DType::Bf16,
+            ComputeDtype::Auto if multiplies_bf16() => DType::Bf16,
+            ComputeDtype::Auto => DType::F32,
+        };
+        Ok(Self { quant: quant_config(args)?, compute_dtype, device })
+    }
+
+    /// One line about it.
+    pub(crate) fn describe(&self) -> String {
+        let why = if multiplies_bf16() { "the CPU has avx512_bf16" } else { "the CPU has no avx512_bf16" };
+        format!("{} on {} ({why})", self.compute_dtype, self.device)
+    }
+}
+
+/// QLoRA's format.
+impl Default for Precision {
+    fn default() -> Self {
+        let compute_dtype = if multiplies_bf16() { DType::Bf16 } else { DType::F32 };
+        Self { quant: Some(QuantConfig::default()), compute_dtype, device: Device::Cpu }
+    }
+}
+
+fn quant_config(args: &PrecisionArgs) -> Result<Option<QuantConfig>> {
+    let format = match args.quant {
+        Quant::Nf4 => Format::Nf4,
+        Quant::Fp4 => Format::Fp4,
+        Quant::None => {
+            let details =
+                [("--double-quant", args.double_quant.is_some()), ("--quant-block-size", args.quant_block_size.is_some())];
+            return match details.into_iter().find(|(_, given)| *given) {
+                Some((flag, _)) => Err(CliError::NoEffect { flag, with: "--quant none" }),
+                None => Ok(None),
+            };
+        }
+    };
+    let (block_size, double_quant) = (args.quant_block_size.unwrap_or(64), args.double_quant.unwrap_or(true));
+    Ok(Some(QuantConfig { format, block_size, double_quant }))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn multiplies_bf16() -> bool {
+    std::arch::is_x86_feature_detected!("avx512bf16")
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn multiplies_bf16() -> bool {
+    false
+}
+
+/// A model's files, open.
+#[derive(Debug)]
+pub(crate) struct Base {
+    /// Where they are.
+    pub(crate) source: ModelSource,
+    /// What the model is.
+    pub(crate) config: ModelConfig,
+    checkpoint: Checkpoint,
+}
+
+impl Base {
+    /// Opens a model by the name it was asked for.
+    ///
+    /// # Errors
+    /// What is wrong with the name, the files or the config.
+    pub(crate) fn open(model: &str) -> Result<Self> {
+        Self::from_source(ModelSource::resolve(model)?)
+    }
+
+    /// Opens a model's files.
+    ///
+    /// # Errors
+    /// What is wrong with the files or the config.
+    pub(crate) fn from_source(source: ModelSource) -> Result<Self> {
+        let checkpoint = Checkpoint::open(&source.path)?;
+        let config = checkpoint.config()?;
+        Ok(Self { source, config, checkpoint })
+    }
+
+    /// The tokenizer: the folder's, or the one a GGUF file carries.
+    ///
+    /// # Errors
+    /// When there is none, or it cannot be read.
+    pub(crate) fn tokenizer(&self) -> Result<Tokenizer> {
+        let folder = self.source.tokenizer_folder();
+        if let Some(folder) = folder.filter(|folder| folder.join("tokenizer.json").is_file()) {
+            return Ok(Tokenizer::from_folder(folder)?);
+        }
+        match self.checkpoint.gguf() {
+            Some(gguf) => {
+                let problem = |problem| nibble_model::Error::Gguf { path: self.checkpoint.path().to_path_buf(), problem };
+                Ok(Tokenizer::from_gguf(&vocabulary(gguf.vocab().map_err(problem)?))?)
+            }
+            None => Ok(Tokenizer::from_folder(folder.unwrap_or(&self.source.path))?),
+        }
+    }
+
+    /// Loads the weights and closes the files.
+    ///
+    /// # Errors
+    /// As [`Transformer::load`].
+    pub(crate) fn load(self, arena: &Arena, precision: &Precision, max_positions: usize) -> Result<Transformer> {
+        let options = LoadOptions { quant: precision.quant, compute_dtype: precision.compute_dtype, max_positions };
+        let bar = ui::Bar::new("loading", self.config.tensors().len());
+        let model = Transformer::load(&self.checkpoint, arena, &options, &mut |done, _| bar.set(done, "tensors"));
+        bar.finish();
+        Ok(model?)
+    }
+
+    /// What `base_model_name_or_path` is to say.
+    pub(crate) fn name(&self) -> &str {
+        &self.source.name
+    }
+
+    /// One line about it.
+    pub(crate) fn describe(&self) -> String {
+        let parameters: usize = self.config.tensors().iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
+        let family = format!("{:?}", self.config.family).to_lowercase();
+        let ModelConfig { num_hidden_layers, .. } = &self.config;
+        let millions = parameters as f64 / 1e6;
+        format!("{} ({family}, {num_hidden_layers} blocks, {millions:.1} M parameters)", self.source.name)
+    }
+}
+
+/// Opens an adapter's folder.
+///
+/// # Errors
+/// [`CliError::NotAnAdapter`], and what is wrong with its files.
+pub(crate) fn open_adapter(path: &Path) -> Result<AdapterFile> {
+    if !nibble_lora::is_adapter(path) {
+        let found = if path.is_dir() {
+            "a folder without it"
+        } else if path.exists() {
+            "a file"
+        } else {
+            "nothing"
+        };
+        return Err(CliError::NotAnAdapter { path: path.to_path_buf(), found });
+    }
+    Ok(AdapterFile::open(path)?)
+}
+
+/// Warns if an adapter names another model than this one.
+pub(crate) fn warn_of_other_base(adapter: &AdapterFile, base: &str) {
+    if let Some(trained_on) = other_base(adapter.config.base_model_name_or_path.as_deref(), base) {
+        ui::warn(format_args!("the adapter was trained on `{trained_on}`; it is now put on `{base}`"));
+    }
+}
+
+/// The model an adapter names, unless its last part is that of `base`: folders are moved and copied.
+fn other_base<'a>(trained_on: Option<&'a str>, base: &str) -> Option<&'a str> {
+    let last = |name: &str| name.trim_end_matches('/').rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
+    trained_on.filter(|name| !name.is_empty() && last(name) != last(base))
+}
+
+/// The vocabulary of a GGUF file as the tokenizer takes it.
+fn vocabulary(vocab: GgufVocab) -> nibble_data::GgufVocab {
+    let given = |empty: bool| !empty;
+    nibble_data::GgufVocab {
+        model: vocab.model,
+        pre: vocab.pre,
+        tokens: vocab.tokens,
+        scores: given(vocab.scores.is_empty()).then_some(vocab.scores),
+        token_types: given(vocab.token_types.is_empty()).then_some(vocab.token_types),
+        merges: given(vocab.merges.is_empty()).then_some(vocab.merges),
+        bos_id: vocab.bos_id,
+        eos_id: vocab.eos_id,
+        eot_id: vocab.eot_id,
+        unk_id: vocab.unk_id,
+        pad_id: vocab.pad_id,
+        add_bos: vocab.add_bos,
+        add_eos: vocab.add_eos,
+        add_space_prefix: vocab.add_space_prefix,
+        chat_template: vocab.chat_template,
+    }
+}
+
+/// The only GGUF file of a folder, or the path itself: for llama.cpp, which takes no folder of one.
+pub(crate) fn weights_path(source: &ModelSource) -> std::path::PathBuf {
+    only_gguf(&source.path).unwrap_or_else(|| source.path.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(quant: Quant) -> PrecisionArgs {
+        PrecisionArgs {
+            quant,
+            double_quant: None,
+            quant_block_size: None,
+            compute_dtype: ComputeDtype::F32,
+            device: DeviceName::Auto,
+        }
+    }
+
+    #[test]
+    fn the_defaults_are_qlora() {
+        let precision = Precision::from_args(&args(Quant::Nf4)).unwrap();
+        assert_eq!(precision.quant, Some(QuantConfig::default()));
+        assert_eq!(precision.compute_dtype, DType::F32);
+    }
+
+    #[test]
+    fn details_of_a_format_that_is_not_used_are_refused() {
+        let error = Precision::from_args(&PrecisionArgs { double_quant: Some(true), ..args(Quant::None) }).unwrap_err();
+        assert_eq!(error.to_string(), "`--double-quant` has no effect with `--quant none`");
+        assert!(Precision::from_args(&PrecisionArgs { quant_block_size: Some(64), ..args(Quant::None) }).is_err());
+        let cuda = Precision::from_args(&PrecisionArgs { device: DeviceName::Cuda, ..args(Quant::Nf4) });
+        assert!(matches!(cuda, Err(CliError::NoCuda)));
+    }
+
+    #[test]
+    fn a_moved_base_is_the_same_and_another_is_named() {
+        assert_eq!(other_base(Some("org/name"), "/models/name"), None);
+        assert_eq!(other_base(Some("org/name/"), "name"), None);
+        assert_eq!(other_base(None, "name"), None);
+        assert_eq!(other_base(Some("org/name"), "org/other"), Some("org/name"));
+    }
+}

@@ -1,0 +1,96 @@
+//! `nibble train`: data, model, adapter, the run, the folder.
+
+mod card;
+mod interrupt;
+mod memory;
+mod progress;
+mod run;
+mod settings;
+
+use nibble_data::{DataLoader, Dataset};
+use nibble_lora::{AdapterConfig, AdapterFile, Init};
+use nibble_tensor::Arena;
+use nibble_train::Trainer;
+
+pub(super) use interrupt::Interrupt;
+pub(super) use run::{Tuning, fine_tune};
+use settings::Settings;
+
+use crate::{
+    Ending,
+    args::TrainArgs,
+    base::{Base, open_adapter, warn_of_other_base},
+    dataset::Reader,
+    error::Result,
+    output::Staging,
+    ui,
+};
+
+/// # Errors
+/// Whatever is wrong, before anything is loaded where it can be known by then.
+pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
+    let settings = Settings::from_args(args)?;
+    let staging = Staging::new(&args.output.output, args.output.overwrite_output_dir)?;
+    let interrupt = Interrupt::install(staging.path())?;
+    let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
+    let base = Base::open(&args.model.model)?;
+    ui::fact("model", base.describe());
+    if let Some(adapter) = &adapter {
+        warn_of_other_base(adapter, base.name());
+    }
+
+    let mut reader = Reader::new(&base, args.data.data_format.as_deref(), args.data.max_length, args.data.train_on_prompt)?;
+    let data = reader.read(&args.data.data)?;
+    reader.report("data", &data);
+    let eval = args.data.eval_data.as_deref().map(|path| reader.read(path)).transpose()?;
+    if let Some(eval) = &eval {
+        reader.report("eval data", eval);
+    }
+
+    let source = base.source.clone();
+    let (mut trainer, config) = prepare(&settings, base, data, eval.as_ref(), &reader, adapter.as_ref(), &args.adapter)?;
+    let tuning = Tuning {
+        source: &source,
+        adapter: &config,
+        reader: &reader,
+        eval: eval.as_ref(),
+        train: &settings.config,
+        precision: &settings.precision,
+        interrupt: &interrupt,
+        model_flag: &args.model.model,
+        output: &args.output.output,
+    };
+    let finished = fine_tune(&mut trainer, &tuning, staging)?;
+    finished.report(&trainer);
+    tuning.usage().say();
+    Ok(finished.ending)
+}
+
+/// Loads the model, puts the adapter on it, and says what is going to be trained.
+fn prepare(
+    settings: &Settings,
+    base: Base,
+    data: Dataset,
+    eval: Option<&Dataset>,
+    reader: &Reader,
+    adapter: Option<&AdapterFile>,
+    adapter_path: &Option<std::path::PathBuf>,
+) -> Result<(Trainer, AdapterConfig)> {
+    let longest = data.summary().longest.max(eval.map_or(0, |eval| eval.summary().longest));
+    let loader = settings.loader.options(reader.max_length());
+    let largest = memory::largest_batch(&data, loader);
+    let arena = Arena::new(settings.precision.device);
+    let mut model = base.load(&arena, &settings.precision, longest)?;
+    let (config, init) = match (adapter, &settings.adapter) {
+        (Some(file), _) => (file.config.clone(), Init::File(file)),
+        (None, Some(config)) => (config.clone(), Init::Random(settings.config.seed)),
+        (None, None) => (AdapterConfig::default(), Init::Random(settings.config.seed)),
+    };
+    let params = model.attach(&config, init)?;
+    let held = memory::Memory::of(&model, params.numel(), settings.config.optim, settings.config.checkpointing, largest);
+    let loader = DataLoader::new(data.into(), loader)?;
+    let trainer = Trainer::new(model, params, loader, settings.config.clone())?;
+    run::show(&trainer, settings.precision, &config, adapter_path.as_deref(), &settings.config);
+    ui::fact("memory", held);
+    Ok((trainer, config))
+}

@@ -1,0 +1,113 @@
+//! What a run shows and logs while it goes on.
+
+use std::path::Path;
+
+use nibble_train::{Error as TrainError, EvalStats, LogEntry, MetricsFile, Observer, StepStats};
+
+use super::interrupt::Interrupt;
+use crate::{
+    error::Result,
+    ui::{self, Bar},
+};
+
+/// The screen and the log of a run.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    bar: Bar,
+    metrics: MetricsFile,
+    /// Why the log could not be written: the run ends.
+    failed: Option<TrainError>,
+    interrupt: Interrupt,
+    max_steps: usize,
+    seconds: Smoothed,
+    /// The last evaluation.
+    pub(crate) evaluation: Option<EvalStats>,
+    /// The last line of the log.
+    pub(crate) last: Option<LogEntry>,
+}
+
+impl Progress {
+    /// For a run of `max_steps`; the log goes into `folder`.
+    ///
+    /// # Errors
+    /// When the log cannot be created.
+    pub(crate) fn new(folder: &Path, max_steps: usize, interrupt: &Interrupt) -> Result<Self> {
+        Ok(Self {
+            bar: Bar::new("training", max_steps),
+            metrics: MetricsFile::create(&folder.join("metrics.jsonl"))?,
+            failed: None,
+            interrupt: interrupt.clone(),
+            max_steps,
+            seconds: Smoothed::default(),
+            evaluation: None,
+            last: None,
+        })
+    }
+
+    /// Takes the bar away; gives what went wrong with the log.
+    ///
+    /// # Errors
+    /// The log could not be written.
+    pub(crate) fn finish(&mut self) -> Result<()> {
+        self.bar.finish();
+        self.failed.take().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    fn keep(&mut self, done: Result<(), TrainError>) {
+        if let Err(error) = done {
+            self.failed.get_or_insert(error);
+        }
+    }
+
+    fn left(&self, step: usize) -> String {
+        ui::duration((self.max_steps - step.min(self.max_steps)) as f64 * self.seconds.0.unwrap_or(0.0))
+    }
+}
+
+impl Observer for Progress {
+    fn on_step(&mut self, stats: &StepStats) {
+        self.seconds.add(stats.seconds);
+        let rate = stats.tokens as f64 / stats.seconds.max(1e-9);
+        let StepStats { step, loss, learning_rate, grad_norm, .. } = *stats;
+        let left = self.left(step);
+        self.bar
+            .set(step, format!("loss {loss:.4}  lr {learning_rate:.2e}  norm {grad_norm:.3}  {rate:.0} tokens/s  {left} left"));
+    }
+
+    fn on_log(&mut self, entry: &LogEntry) {
+        let done = self.metrics.log(entry);
+        self.keep(done);
+        self.last = Some(*entry);
+        if !self.bar.is_drawn() {
+            let LogEntry { step, epoch, loss, grad_norm, learning_rate, tokens_per_second, .. } = *entry;
+            ui::say(format_args!(
+                "step {step}/{}  epoch {epoch:.2}  loss {loss:.4}  lr {learning_rate:.2e}  norm {grad_norm:.3}  \
+                 {tokens_per_second:.0} tokens/s  {} left",
+                self.max_steps,
+                self.left(step)
+            ));
+        }
+    }
+
+    fn on_evaluate(&mut self, step: usize, stats: &EvalStats) {
+        let done = self.metrics.evaluation(step, stats);
+        self.keep(done);
+        self.evaluation = Some(*stats);
+        let EvalStats { loss, perplexity, .. } = stats;
+        self.bar.line(format_args!("step {step}/{}  eval loss {loss:.4}  perplexity {perplexity:.3}", self.max_steps));
+    }
+
+    fn should_stop(&mut self) -> bool {
+        self.failed.is_some() || self.interrupt.is_asked()
+    }
+}
+
+/// A mean in which older values count less.
+#[derive(Clone, Copy, Debug, Default)]
+struct Smoothed(Option<f64>);
+
+impl Smoothed {
+    fn add(&mut self, value: f64) {
+        self.0 = Some(self.0.map_or(value, |mean| mean + 0.1 * (value - mean)));
+    }
+}

@@ -1,0 +1,242 @@
+//! From flags as typed to what a run uses. Nothing is read from disk here.
+
+use nibble_data::{LoaderOptions, Packer};
+use nibble_lora::{AdapterConfig, TargetModules};
+use nibble_model::Checkpointing;
+use nibble_optim::{ScheduleName, ScheduleOptions};
+use nibble_train::TrainConfig;
+
+use crate::{
+    args::{GradientCheckpointing, TrainArgs},
+    base::Precision,
+    error::{CliError, Result},
+};
+
+/// Rank of an adapter, unless asked otherwise.
+const DEFAULT_R: usize = 16;
+/// Its alpha.
+const DEFAULT_ALPHA: f64 = 32.0;
+/// Documents of a forward pass.
+const DEFAULT_BATCH: usize = 8;
+
+/// What a run uses.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Settings {
+    /// How the model is held.
+    pub(crate) precision: Precision,
+    /// The adapter to make; none: the one that `--adapter` names.
+    pub(crate) adapter: Option<AdapterConfig>,
+    /// The loop.
+    pub(crate) config: TrainConfig,
+    /// The order and grouping of examples, once the longest of a pack is known.
+    pub(crate) loader: Loader,
+}
+
+/// How examples are grouped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Loader {
+    /// Documents, or packs of `max_length` tokens.
+    pub(crate) batch_size: usize,
+    /// Whether those are packs.
+    pub(crate) packing: bool,
+    /// Whether each epoch has its own order.
+    pub(crate) shuffle: bool,
+    /// The seed of the order.
+    pub(crate) seed: u64,
+}
+
+impl Loader {
+    /// With `max_length` tokens in a pack. Documents of a stream need no padding and do not see each other, so several packs
+    /// of a forward pass are one larger pack.
+    pub(crate) fn options(self, max_length: usize) -> LoaderOptions {
+        let packer = if self.packing {
+            Packer::BestFitDecreasing { budget: self.batch_size * max_length }
+        } else {
+            Packer::Documents { batch_size: self.batch_size }
+        };
+        LoaderOptions { packer, seed: self.seed, shuffle: self.shuffle }
+    }
+}
+
+impl Settings {
+    /// # Errors
+    /// Flags that contradict each other, or would do nothing.
+    pub(crate) fn from_args(args: &TrainArgs) -> Result<Self> {
+        refuse_idle_flags(args)?;
+        let packing = args.data.packing;
+        let loader = Loader {
+            batch_size: args.per_device_train_batch_size.unwrap_or(if packing { 1 } else { DEFAULT_BATCH }),
+            packing,
+            shuffle: !args.data.no_shuffle,
+            seed: args.seed,
+        };
+        Ok(Self {
+            precision: Precision::from_args(&args.precision)?,
+            adapter: if args.adapter.is_some() { None } else { Some(adapter_config(args)) },
+            config: train_config(args),
+            loader,
+        })
+    }
+}
+
+fn refuse_idle_flags(args: &TrainArgs) -> Result<()> {
+    let lora = &args.lora;
+    let given = [
+        ("--lora-r", lora.lora_r.is_some()),
+        ("--lora-alpha", lora.lora_alpha.is_some()),
+        ("--lora-dropout", lora.lora_dropout.is_some()),
+        ("--use-rslora", lora.use_rslora),
+        ("--target-modules", lora.target_modules.is_some()),
+        ("--exclude-modules", lora.exclude_modules.is_some()),
+        ("--modules-to-save", !lora.modules_to_save.is_empty()),
+        ("--layers-to-transform", !lora.layers_to_transform.is_empty()),
+    ];
+    let flags: Vec<_> = given.into_iter().filter_map(|(flag, given)| given.then_some(flag)).collect();
+    if let Some(adapter) = args.adapter.clone().filter(|_| !flags.is_empty()) {
+        return Err(CliError::AdapterFlags { flags, adapter });
+    }
+    let with = "--lr-scheduler-type constant";
+    if args.lr_scheduler_type == ScheduleName::Constant {
+        if args.warmup_steps.is_some() {
+            return Err(CliError::NoEffect { flag: "--warmup-steps", with });
+        }
+        if args.warmup_ratio.is_some() {
+            return Err(CliError::NoEffect { flag: "--warmup-ratio", with });
+        }
+    }
+    Ok(())
+}
+
+fn adapter_config(args: &TrainArgs) -> AdapterConfig {
+    let lora = &args.lora;
+    let layers = &lora.layers_to_transform;
+    AdapterConfig {
+        r: lora.lora_r.unwrap_or(DEFAULT_R),
+        lora_alpha: lora.lora_alpha.unwrap_or(DEFAULT_ALPHA),
+        lora_dropout: lora.lora_dropout.unwrap_or(0.0),
+        use_rslora: lora.use_rslora,
+        target_modules: Some(modules(lora.target_modules.as_deref().unwrap_or(TargetModules::ALL_LINEAR))),
+        exclude_modules: lora.exclude_modules.as_deref().map(modules),
+        modules_to_save: (!lora.modules_to_save.is_empty()).then(|| lora.modules_to_save.clone()),
+        // The type of a list of layers has no public name; its JSON has.
+        layers_to_transform: (!layers.is_empty()).then(|| serde_json::from_value(layers.clone().into()).ok()).flatten(),
+        ..AdapterConfig::default()
+    }
+}
+
+/// Names with commas between, unless it is `all-linear` or has a character that only regular expressions have.
+fn modules(text: &str) -> TargetModules {
+    let is_pattern =
+        text == TargetModules::ALL_LINEAR || text.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '^', '$', '\\']);
+    if is_pattern {
+        return TargetModules::Pattern(text.to_owned());
+    }
+    TargetModules::Names(text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect())
+}
+
+fn train_config(args: &TrainArgs) -> TrainConfig {
+    TrainConfig {
+        num_train_epochs: args.num_train_epochs.unwrap_or(3.0),
+        max_steps: args.max_steps,
+        gradient_accumulation_steps: args.gradient_accumulation_steps,
+        learning_rate: args.learning_rate,
+        lr_scheduler_type: args.lr_scheduler_type,
+        lr_scheduler_kwargs: ScheduleOptions::default(),
+        warmup_steps: args.warmup_steps.unwrap_or(0),
+        warmup_ratio: args.warmup_ratio.unwrap_or(0.0),
+        weight_decay: args.weight_decay,
+        max_grad_norm: args.max_grad_norm,
+        optim: args.optim,
+        checkpointing: match args.gradient_checkpointing {
+            GradientCheckpointing::None => Checkpointing::None,
+            GradientCheckpointing::Full => Checkpointing::Full,
+        },
+        seed: args.seed,
+        logging_steps: args.logging_steps,
+        eval_steps: args.eval_steps,
+        eval_batch_size: args.per_device_eval_batch_size.unwrap_or(DEFAULT_BATCH),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn settings(flags: &str) -> Result<Settings> {
+        let line = format!("nibble train --model m --data d --output o {flags}");
+        match Cli::try_parse_from(line.split_whitespace()).unwrap().command {
+            Some(Command::Train(args)) => Settings::from_args(&args),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn every_training_flag_reaches_the_config() {
+        let flags = "--max-steps 7 --gradient-accumulation-steps 3 --lr 0.5 --lr-scheduler-type cosine --warmup-steps 2 \
+                     --weight-decay 0.25 --max-grad-norm 0.3 --optim sgd --gradient-checkpointing --seed 9 --logging-steps 4 \
+                     --eval-data e --eval-steps 5 --per-device-eval-batch-size 6";
+        let config = settings(flags).unwrap().config;
+        let expected = TrainConfig {
+            num_train_epochs: 3.0,
+            max_steps: Some(7),
+            gradient_accumulation_steps: 3,
+            learning_rate: 0.5,
+            lr_scheduler_type: ScheduleName::Cosine,
+            lr_scheduler_kwargs: ScheduleOptions::default(),
+            warmup_steps: 2,
+            warmup_ratio: 0.0,
+            weight_decay: 0.25,
+            max_grad_norm: 0.3,
+            optim: nibble_optim::OptimizerName::Sgd,
+            checkpointing: Checkpointing::Full,
+            seed: 9,
+            logging_steps: 4,
+            eval_steps: Some(5),
+            eval_batch_size: 6,
+        };
+        assert_eq!(config, expected);
+        let other = settings("--num-train-epochs 0.5 --warmup-ratio 0.1").unwrap().config;
+        assert_eq!((other.num_train_epochs, other.warmup_ratio, other.max_steps), (0.5, 0.1, None));
+    }
+
+    #[test]
+    fn every_adapter_flag_reaches_the_adapter() {
+        let flags = "--lora-r 4 --lora-alpha 6 --lora-dropout 0.1 --use-rslora --target-modules q_proj,v_proj \
+                     --exclude-modules .*\\.0\\..* --modules-to-save lm_head,embed_tokens --layers-to-transform 1,2";
+        let adapter = settings(flags).unwrap().adapter.unwrap();
+        assert_eq!((adapter.r, adapter.lora_alpha, adapter.lora_dropout, adapter.use_rslora), (4, 6.0, 0.1, true));
+        assert_eq!(adapter.target_modules, Some(TargetModules::Names(vec!["q_proj".into(), "v_proj".into()])));
+        assert_eq!(adapter.exclude_modules, Some(TargetModules::Pattern(".*\\.0\\..*".into())));
+        assert_eq!(adapter.modules_to_save, Some(vec!["lm_head".into(), "embed_tokens".into()]));
+        assert_eq!(adapter.layers_to_transform.unwrap().as_slice(), [1, 2]);
+        let default = settings("").unwrap().adapter.unwrap();
+        assert_eq!(default.target_modules, Some(TargetModules::Pattern("all-linear".into())));
+        assert_eq!((default.r, default.lora_alpha), (16, 32.0));
+    }
+
+    #[test]
+    fn packs_of_a_batch_are_one_budget() {
+        let loader = |flags| settings(flags).unwrap().loader.options(100);
+        assert_eq!(loader("").packer, Packer::Documents { batch_size: 8 });
+        assert_eq!(loader("--packing").packer, Packer::BestFitDecreasing { budget: 100 });
+        assert_eq!(loader("--packing --batch-size 4").packer, Packer::BestFitDecreasing { budget: 400 });
+        let LoaderOptions { seed, shuffle, .. } = loader("--no-shuffle --seed 7");
+        assert_eq!((seed, shuffle), (7, false));
+    }
+
+    #[test]
+    fn an_adapters_own_config_wins_and_flags_against_it_are_all_named() {
+        assert_eq!(settings("--adapter a").unwrap().adapter, None);
+        let error = settings("--adapter a --lora-r 4 --use-rslora").unwrap_err().to_string();
+        assert!(error.contains("`--lora-r`, `--use-rslora`"), "{error}");
+    }
+
+    #[test]
+    fn a_warmup_that_the_schedule_does_not_have_is_refused() {
+        assert!(settings("--lr-scheduler-type constant --warmup-steps 3").is_err());
+        assert!(settings("--lr-scheduler-type constant_with_warmup --warmup-steps 3").is_ok());
+    }
+}

@@ -1,0 +1,244 @@
+//! The error of the command line: what the libraries say, plus a hint where there is something to do.
+
+use std::{error::Error as StdError, io, path::PathBuf};
+
+use nibble_data::Error as DataError;
+use nibble_lora::{AdapterConfig, Error as LoraError, Mismatch};
+use nibble_model::{
+    Error as ModelError,
+    error::{GgufProblem, HubProblem},
+};
+use nibble_tensor::Error as TensorError;
+use nibble_train::Error as TrainError;
+
+/// What a command returns.
+pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
+
+/// Why a command ended early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    /// A model that looks like a path, and is not there.
+    #[error("open model `{model}`: no such file or folder")]
+    ModelNotFound { model: String },
+    /// An adapter's folder that is none.
+    #[error("open adapter `{}`: expected a folder with `adapter_config.json`, found {found}", path.display())]
+    NotAnAdapter { path: PathBuf, found: &'static str },
+    /// An output folder with something in it.
+    #[error("write `{}`: expected a new or empty folder, found {entries} entries in it", path.display())]
+    OutputExists { path: PathBuf, entries: usize },
+    /// An output folder that is a file.
+    #[error("write `{}`: expected a folder, found a file", path.display())]
+    OutputIsFile { path: PathBuf },
+    /// Flags that say what an adapter's own config says already.
+    #[error("train: {} cannot be given with `--adapter {}`, whose own config decides", listed(flags), adapter.display())]
+    AdapterFlags { flags: Vec<&'static str>, adapter: PathBuf },
+    /// A flag that would change nothing.
+    #[error("`{flag}` has no effect with `{with}`")]
+    NoEffect { flag: &'static str, with: &'static str },
+    /// `--device cuda`.
+    #[error("open device `cuda`: this build computes on the CPU only")]
+    NoCuda,
+    /// More positions than the model has.
+    #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
+    MaxLength { limit: usize, found: usize },
+    /// A line of a prompt file that is JSON without a prompt.
+    #[error("read prompts `{}`:{line}: expected a text in \"prompt\", found {found}", path.display())]
+    Prompt { path: PathBuf, line: usize, found: &'static str },
+    /// A prompt file without prompts.
+    #[error("read prompts `{}`: expected a prompt a line, found none", path.display())]
+    NoPrompts { path: PathBuf },
+    /// A run that stopped at a broken step; what it had learned until then is kept.
+    #[error("{source}")]
+    Stopped { source: Box<TrainError>, saved: PathBuf },
+    /// A file or folder the system refuses.
+    #[error("{op} `{}`: {source}", path.display())]
+    Io { op: &'static str, path: PathBuf, source: io::Error },
+    /// Standard output or input.
+    #[error("write the result: {0}")]
+    Stdout(io::Error),
+    /// An error of a command's own.
+    #[error("{source}")]
+    Command { source: Box<dyn StdError + Send + Sync>, hint: Option<String> },
+    /// From the model's files, loading and generation.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// From tokenizers, templates and datasets.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// From adapters.
+    #[error(transparent)]
+    Adapter(#[from] LoraError),
+    /// From training and evaluation.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// From an op.
+    #[error(transparent)]
+    Tensor(#[from] TensorError),
+}
+
+impl CliError {
+    /// What to do about it, where that is known.
+    pub(crate) fn hint(&self) -> Option<String> {
+        match self {
+            Self::ModelNotFound { .. } => {
+                Some("`--model` takes a folder, a .gguf file or a name on the Hub such as `org/name`".into())
+            }
+            Self::OutputExists { .. } => Some("choose another `--output`, or replace it with `--overwrite-output-dir`".into()),
+            Self::AdapterFlags { .. } => {
+                Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
+            }
+            Self::NoCuda => Some("use `--device cpu`; `nibble doctor` shows what this machine has".into()),
+            Self::Stopped { saved, .. } => {
+                Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
+            }
+            Self::Command { hint, .. } => hint.clone(),
+            Self::Model(error) => model_hint(error),
+            Self::Data(error) => data_hint(error),
+            Self::Adapter(error) => adapter_hint(error),
+            Self::Train(error) => train_hint(error),
+            Self::Tensor(error) => tensor_hint(error),
+            _ => None,
+        }
+    }
+
+    /// Whether the reader of standard output went away, which is no failure.
+    pub(crate) fn is_broken_pipe(&self) -> bool {
+        matches!(self, Self::Stdout(error) if error.kind() == io::ErrorKind::BrokenPipe)
+    }
+}
+
+/// Makes an [`CliError::Io`].
+pub(crate) fn io_error(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> CliError {
+    let path = path.into();
+    move |source| CliError::Io { op, path, source }
+}
+
+fn listed(flags: &[&str]) -> String {
+    flags.iter().map(|flag| format!("`{flag}`")).collect::<Vec<_>>().join(", ")
+}
+
+fn train_hint(error: &TrainError) -> Option<String> {
+    match error {
+        TrainError::NonFinite { .. } => Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into()),
+        TrainError::NothingTrains => Some("choose `--target-modules all-linear`".into()),
+        TrainError::TooLong { .. } => Some("cut long rows with `--max-length`".into()),
+        TrainError::Data(error) => data_hint(error),
+        TrainError::Model(error) => model_hint(error),
+        TrainError::Adapter(error) => adapter_hint(error),
+        TrainError::Tensor(error) => tensor_hint(error),
+        _ => None,
+    }
+}
+
+fn model_hint(error: &ModelError) -> Option<String> {
+    match error {
+        ModelError::Adapter(error) => adapter_hint(error),
+        ModelError::Tensor(error) => tensor_hint(error),
+        ModelError::NoCheckpoint { .. } => {
+            Some("weights are read from safetensors and GGUF files; convert a `pytorch_model.bin` with transformers' `save_pretrained`".into())
+        }
+        ModelError::Hub { problem, .. } => hub_hint(problem),
+        ModelError::Gguf { problem: GgufProblem::Metadata { .. }, .. } => {
+            Some("the file may come from an old converter; a fresh one is made by llama.cpp's convert_hf_to_gguf.py".into())
+        }
+        ModelError::TooLong { .. } => Some("shorten the prompt, or ask for fewer `--max-new-tokens`".into()),
+        ModelError::ModuleToSave { .. } => Some("give other modules to `--target-modules`: they get an adapter".into()),
+        _ => None,
+    }
+}
+
+fn hub_hint(problem: &HubProblem) -> Option<String> {
+    match problem {
+        HubProblem::Offline { .. } => Some("unset HF_HUB_OFFLINE, or give the folder of the model".into()),
+        HubProblem::Network { .. } => {
+            Some("check the connection, set HTTPS_PROXY or HF_ENDPOINT, or give a folder or a .gguf file; `nibble doctor` tests the Hub".into())
+        }
+        HubProblem::Denied { has_token: false, .. } => Some("set HF_TOKEN to a token from https://huggingface.co/settings/tokens".into()),
+        HubProblem::NotFound { what: "file", .. } => Some("the names of files are on the model's page, under Files".into()),
+        HubProblem::NotFound { .. } => {
+            Some("check the name; there is no local file or folder of it either, and a private model needs HF_TOKEN".into())
+        }
+        HubProblem::NoWeights { found } => found
+            .iter()
+            .find(|file| file.to_ascii_lowercase().ends_with(".gguf"))
+            .map(|file| format!("name one of its files: `--model org/name/{file}`")),
+        _ => None,
+    }
+}
+
+fn data_hint(error: &DataError) -> Option<String> {
+    match error {
+        DataError::NoTokenizerFile { .. } => Some(
+            "transformers writes it: AutoTokenizer.from_pretrained(...).save_pretrained(folder); rows with `input_ids` need none"
+                .into(),
+        ),
+        DataError::AllDropped { prompt_over_max_length: 1.., .. } => Some("raise `--max-length`".into()),
+        DataError::AllDropped { .. } => {
+            Some("rows without an answer teach nothing; `--train-on-prompt` learns the prompts too".into())
+        }
+        DataError::UnknownFormat { .. } | DataError::MissingColumns { .. } => {
+            Some("rename the columns, or name the format with `--data-format`".into())
+        }
+        DataError::TokenOutOfRange { .. } => Some("the rows were tokenised for another model".into()),
+        DataError::OverBudget { .. } => Some("raise `--max-length`".into()),
+        DataError::Row { source, .. } => data_hint(source),
+        _ => None,
+    }
+}
+
+fn tensor_hint(error: &TensorError) -> Option<String> {
+    match error {
+        TensorError::OutOfMemory { .. } => {
+            Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
+        }
+        _ => None,
+    }
+}
+
+fn adapter_hint(error: &LoraError) -> Option<String> {
+    let LoraError::Mismatches { path, mismatches } = error else { return None };
+    let config = AdapterConfig::read(&path.join("adapter_config.json")).ok();
+    let rank = mismatches.iter().find_map(other_rank);
+    if let Some((expected, found)) = rank {
+        return Some(format!("it was trained with `--lora-r {found}`, and its adapter_config.json says r = {expected}"));
+    }
+    let base = config.and_then(|config| config.base_model_name_or_path);
+    Some(base.map_or_else(|| "it was trained on another model".into(), |base| format!("it was trained on `{base}`")))
+}
+
+/// The rank asked for and the rank found, where they alone differ.
+fn other_rank(mismatch: &Mismatch) -> Option<(usize, usize)> {
+    let Mismatch::Shape { name, expected, found } = mismatch else { return None };
+    let (rank, other) = if name.ends_with("lora_A.weight") { (0, 1) } else { (1, 0) };
+    let (expected, found) = (expected.dims(), &found[..]);
+    let only_rank = name.contains(".lora_") && found.len() == 2 && expected[other] == found[other];
+    only_rank.then(|| (expected[rank], found[rank]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mismatch(name: &str, expected: [usize; 2], found: [usize; 2]) -> CliError {
+        let mismatches = vec![Mismatch::Shape { name: name.into(), expected: expected.into(), found: found.to_vec() }];
+        CliError::Adapter(LoraError::Mismatches { path: "no/such/adapter".into(), mismatches })
+    }
+
+    #[test]
+    fn another_rank_is_told_from_another_model() {
+        let rank = mismatch("m.q_proj.lora_A.weight", [16, 64], [8, 64]).hint().unwrap();
+        assert!(rank.contains("`--lora-r 8`"), "{rank}");
+        let rank = mismatch("m.q_proj.lora_B.weight", [64, 16], [64, 4]).hint().unwrap();
+        assert!(rank.contains("`--lora-r 4`"), "{rank}");
+        let model = mismatch("m.q_proj.lora_A.weight", [8, 64], [8, 96]).hint().unwrap();
+        assert!(model.contains("another model"), "{model}");
+    }
+
+    #[test]
+    fn a_hint_is_found_through_the_layers_of_errors() {
+        let oom = || TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 };
+        let direct = CliError::Tensor(oom()).hint();
+        assert!(direct.as_deref().is_some_and(|hint| hint.contains("--gradient-checkpointing")));
+        assert_eq!(CliError::Train(TrainError::Model(ModelError::Tensor(oom()))).hint(), direct);
+    }
+}
