@@ -66,7 +66,7 @@ mod sealed {
 }
 pub(crate) use sealed::Sealed;
 
-/// `f32`, [`bf16`] or [`f16`]: what can be quantised, and what can be decoded to.
+/// `f32`, [`struct@bf16`] or [`struct@f16`]: what can be quantised, and what can be decoded to.
 ///
 /// Arithmetic is always in `f32`; results are rounded to nearest, ties to even, once at the end.
 pub trait Element: Sealed + Copy + Send + Sync + 'static {

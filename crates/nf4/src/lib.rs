@@ -38,3 +38,8 @@ pub use error::{Error, Mismatch};
 pub use format::{FP4, Format, NF4};
 pub use quantize::{dequantize, quantize};
 pub use view::{AbsmaxView, BlocksView};
+
+/// The README's examples are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
