@@ -9,9 +9,9 @@ use rayon::prelude::*;
 
 use super::{
     Config, Sizes,
-    forward::{Block, Inputs, TILE, block_queries, overlap, take, ungroup},
+    forward::{Block, Inputs, block_queries, by_head, overlap, take, tile_keys, ungroup},
     scratch::with_parts,
-    strip::{RowFacts, Scores, from_panel, softmax_backward, to_panels},
+    strip::{RowFacts, Scores, columns_to_panels, dot, from_panel, softmax_backward},
     tile::{Size, View, product, product_transposed},
 };
 use crate::{
@@ -31,6 +31,9 @@ pub(super) struct Saved<'a> {
 
 /// Tasks that a call is split into at least where it can be: enough for a machine of that many cores.
 const TASKS: usize = 16;
+
+/// Keys taken at a time where a tile meets the diagonal; a multiple of the products' rows.
+const DIAGONAL: usize = 12;
 
 /// Parts a document's queries are split into at most: each takes gradients of k and v of its own.
 const MOST_PARTS: usize = 8;
@@ -61,7 +64,9 @@ pub(super) fn documents<E: Float>(
     sizes: Sizes,
     config: Config,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let inputs = Inputs { q: saved.q.as_slice()?, k: saved.k.as_slice()?, v: saved.v.as_slice()?, sizes, config };
+    let keys = documents.tokens();
+    let (k, v) = (by_head::<E>(saved.k, keys, sizes)?, by_head::<E>(saved.v, keys, sizes)?);
+    let inputs = Inputs { q: saved.q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, keys, sizes, config };
     let shared = Shared::<E> { inputs, d_o: saved.d_o.as_slice()?, o: saved.o.as_slice()?, lse: saved.lse.as_slice()? };
     let (tokens, group, size) = (documents.tokens(), sizes.group(), sizes.head_size);
     let arena = saved.q.arena();
@@ -154,10 +159,9 @@ fn run<E: Float>(shared: &Shared<E>, task: Task<E>) {
         let block = Block { kv_head, queries: start..(start + step).min(queries.end), key: start, first_key: document.start };
         let rows = block.queries.len() * group;
         let strips = rows.div_ceil(LANES);
-        let padded = size.next_multiple_of(LANES);
-        let (panels, matrix, tile) = (strips * LANES * size, strips * LANES * padded, TILE * size);
-        let scores = TILE * score_stride(strips);
-        let lengths = [matrix, matrix, panels, panels, panels, tile, tile, scores, scores, strips * 2 * LANES];
+        let (panels, columns) = (strips * LANES * size, strips * LANES * size.next_multiple_of(LANES));
+        let scores = tile_keys(size) * score_stride(strips);
+        let lengths = [columns, columns, panels, panels, panels, scores, scores, strips * 2 * LANES];
         with_parts(lengths, |parts| run_block(shared, &block, dq, dk, dv, parts));
     }
 }
@@ -167,26 +171,23 @@ fn score_stride(strips: usize) -> usize {
     (strips + 1) * LANES
 }
 
-fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut [f32], dv: &mut [f32], parts: [&mut [f32]; 10]) {
+fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut [f32], dv: &mut [f32], parts: [&mut [f32]; 8]) {
     let Shared { inputs, .. } = shared;
     let (size, group) = (inputs.sizes.head_size, inputs.sizes.group());
     let rows = block.queries.len() * group;
     let strips = rows.div_ceil(LANES);
-    let (padded, panel, ld) = (size.next_multiple_of(LANES), size * LANES, score_stride(strips));
-    let [q, d_o, q_panels, d_o_panels, dq_panels, keys, values, scores, d_scores, facts] = parts;
+    let (all_rows, panel, ld) = (strips * LANES, size * LANES, score_stride(strips));
+    let [q, d_o, q_panels, d_o_panels, dq_panels, scores, d_scores, facts] = parts;
     let facts: &mut [RowFacts] = bytemuck::cast_slice_mut(facts);
-    // q's place serves for o first.
-    load_facts(shared, block, d_o, q, padded, facts);
-    q.fill(0.0);
-    inputs.load_rows(block, inputs.q, inputs.config.scale, q, padded);
-    to_panels(q, padded, size, q_panels);
-    to_panels(d_o, padded, size, d_o_panels);
+    load_facts(shared, block, facts);
+    inputs.load(block, inputs.q, inputs.config.scale, q, all_rows);
+    inputs.load(block, shared.d_o, 1.0, d_o, all_rows);
+    columns_to_panels(q, all_rows, size, q_panels);
+    columns_to_panels(d_o, all_rows, size, d_o_panels);
     dq_panels.fill(0.0);
     let all = inputs.seen_by(block, 0..rows);
-    for start in all.clone().step_by(TILE) {
-        let tile = start..(start + TILE).min(all.end);
-        inputs.load_keys(block.kv_head, &tile, inputs.k, keys, size);
-        inputs.load_keys(block.kv_head, &tile, inputs.v, values, size);
+    for start in all.clone().step_by(tile_keys(size)) {
+        let tile = start..(start + tile_keys(size)).min(all.end);
         for strip in 0..strips {
             let rows = strip * LANES..((strip + 1) * LANES).min(rows);
             let column = strip * LANES;
@@ -199,21 +200,16 @@ fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut
             }
             let (at, end) = (first * ld + column, (first + n - 1) * ld + column + LANES);
             let (s, d) = (&mut scores[at..end], &mut d_scores[at..end]);
-            let by_head = Size { m: n, n: LANES, k: size };
-            product(s, ld, false, View::new(&keys[first * size..], size), View::new(&q_panels[strip * panel..], LANES), by_head);
-            product(
-                d,
-                ld,
-                false,
-                View::new(&values[first * size..], size),
-                View::new(&d_o_panels[strip * panel..], LANES),
-                by_head,
-            );
+            let (keys, values) =
+                (inputs.rows(inputs.k, block.kv_head, seen.start), inputs.rows(inputs.v, block.kv_head, seen.start));
+            let over_size = Size { m: n, n: LANES, k: size };
+            product(s, ld, false, keys, View::new(&q_panels[strip * panel..], LANES), over_size);
+            product(d, ld, false, values, View::new(&d_o_panels[strip * panel..], LANES), over_size);
             let mask = inputs.mask(block, rows, &seen);
             softmax_backward(Scores { data: s, ld }, Scores { data: d, ld }, mask.as_ref(), inputs.config.softcap, &facts[strip]);
-            let by_key = Size { m: size, n: LANES, k: n };
+            let over_keys = Size { m: size, n: LANES, k: n };
             let dq = &mut dq_panels[strip * panel..(strip + 1) * panel];
-            product_transposed(dq, LANES, true, View::new(&keys[first * size..], size), View::new(d, ld), by_key);
+            product_transposed(dq, LANES, true, keys, View::new(d, ld), over_keys);
         }
         add_tile(inputs, block, &tile, rows, (dv, dk), (scores, d_scores), (d_o, q));
     }
@@ -222,27 +218,19 @@ fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut
     }
 }
 
-/// lse and do · o of each row; leaves do's rows in `d_o`, `padded` apart, and uses `o` as scratch.
-fn load_facts<E: Float>(
-    shared: &Shared<E>,
-    block: &Block,
-    d_o: &mut [f32],
-    o: &mut [f32],
-    padded: usize,
-    facts: &mut [RowFacts],
-) {
-    let Sizes { heads, .. } = shared.inputs.sizes;
+/// lse and do · o of each row.
+fn load_facts<E: Float>(shared: &Shared<E>, block: &Block, facts: &mut [RowFacts]) {
+    let Sizes { heads, head_size, .. } = shared.inputs.sizes;
     let (group, tokens) = (shared.inputs.sizes.group(), shared.lse.len() / heads);
-    d_o.fill(0.0);
-    shared.inputs.load_rows(block, shared.d_o, 1.0, d_o, padded);
-    shared.inputs.load_rows(block, shared.o, 1.0, o, padded);
     facts.fill(RowFacts::NONE);
-    for row in 0..block.queries.len() * group {
-        let at = row * padded..(row + 1) * padded;
-        let facts = &mut facts[row / LANES];
-        facts.delta[row % LANES] = super::strip::dot(&d_o[at.clone()], &o[at]);
-        let head = block.kv_head * group + row % group;
-        facts.lse[row % LANES] = shared.lse[head * tokens + block.queries.start + row / group];
+    for (i, query) in block.queries.clone().enumerate() {
+        let rows = |from| shared.inputs.query(block, from, query).chunks_exact(head_size);
+        for (g, (d_o, o)) in rows(shared.d_o).zip(rows(shared.o)).enumerate() {
+            let row = i * group + g;
+            let facts = &mut facts[row / LANES];
+            facts.delta[row % LANES] = dot(d_o, o);
+            facts.lse[row % LANES] = shared.lse[(block.kv_head * group + g) * tokens + query];
+        }
     }
 }
 
@@ -265,19 +253,20 @@ fn add_tile<E: Float>(
 ) {
     let group = inputs.sizes.group();
     let padded = inputs.sizes.head_size.next_multiple_of(LANES);
-    let ld = score_stride(rows.div_ceil(LANES));
-    // Fewer keys at a time than a tile, because rows before a key's own do not see it.
-    for start in tile.clone().step_by(LANES) {
-        let keys = start..(start + LANES).min(tile.end);
+    let all_rows = rows.next_multiple_of(LANES);
+    let ld = score_stride(all_rows / LANES);
+    // On the diagonal fewer keys at a time, because rows before a key's own do not see it.
+    let step = if tile.end <= block.key + 1 { tile.len() } else { DIAGONAL };
+    for start in tile.clone().step_by(step) {
+        let keys = start..(start + step).min(tile.end);
         let first_row = keys.start.saturating_sub(block.key) * group / LANES * LANES;
-        if first_row >= rows {
-            break;
-        }
-        let size = Size { m: keys.len(), n: padded, k: rows - first_row };
+        let size = Size { m: keys.len(), n: LANES, k: rows - first_row };
         let at = (keys.start - tile.start) * ld + first_row;
-        let to = (keys.start - block.first_key) * padded..(keys.end - block.first_key) * padded;
-        let right = first_row * padded;
-        product(&mut dv[to.clone()], padded, true, View::new(&scores[at..], ld), View::new(&d_o[right..], padded), size);
-        product(&mut dk[to], padded, true, View::new(&d_scores[at..], ld), View::new(&q[right..], padded), size);
+        for column in (0..padded).step_by(LANES) {
+            let to = (keys.start - block.first_key) * padded + column..(keys.end - block.first_key) * padded;
+            let right = column * all_rows + first_row * LANES;
+            product(&mut dv[to.clone()], padded, true, View::new(&scores[at..], ld), View::new(&d_o[right..], LANES), size);
+            product(&mut dk[to], padded, true, View::new(&d_scores[at..], ld), View::new(&q[right..], LANES), size);
+        }
     }
 }

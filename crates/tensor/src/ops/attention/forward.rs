@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::{
     Config, Sizes,
     scratch::with_parts,
-    strip::{Rule, Running, Scores, Seen, from_panel, online_softmax, scale_panel, to_panels, widen},
+    strip::{Rule, Running, Scores, Seen, columns_to_panels, from_panel, online_softmax, scale_panel, to_columns, widen},
     tile::{Size, View, product, product_transposed},
 };
 use crate::{
@@ -15,8 +15,11 @@ use crate::{
     ops::{Documents, simd::LANES},
 };
 
-/// Keys of a tile: the scores of a strip against it stay in the first-level cache.
-pub(super) const TILE: usize = 64;
+/// Keys of a tile: K's and V's rows of a tile, and what a strip of queries takes, fit the first-level cache about. A multiple
+/// of the products' rows.
+pub(super) fn tile_keys(head_size: usize) -> usize {
+    if head_size <= 64 { 48 } else { 24 }
+}
 
 /// Rows of queries (tokens x heads of a group) a block holds, about: each tile of keys is widened once for so many.
 const ROWS: usize = 192;
@@ -37,8 +40,10 @@ pub(super) struct Block {
 /// What blocks of one call share.
 pub(super) struct Inputs<'a, E> {
     pub(super) q: &'a [E],
-    pub(super) k: &'a [E],
-    pub(super) v: &'a [E],
+    /// [K, keys, D].
+    pub(super) k: &'a [f32],
+    pub(super) v: &'a [f32],
+    pub(super) keys: usize,
     pub(super) sizes: Sizes,
     pub(super) config: Config,
 }
@@ -70,23 +75,42 @@ impl<E: Float> Inputs<'_, E> {
         })
     }
 
-    /// Widens the block's rows of `from` [T, H, D] to `to`, `ld` apart.
-    pub(super) fn load_rows(&self, block: &Block, from: &[E], scale: f32, to: &mut [f32], ld: usize) {
-        let Sizes { heads, head_size, .. } = self.sizes;
-        let group = self.sizes.group();
-        for (query, to) in block.queries.clone().zip(to.chunks_mut(group * ld)) {
-            let start = (query * heads + block.kv_head * group) * head_size;
-            widen(&from[start..start + group * head_size], head_size, head_size, scale, to, ld);
+    /// Widens the block's rows of `from` [T, H, D] to columns of `rows` rows.
+    pub(super) fn load(&self, block: &Block, from: &[E], scale: f32, columns: &mut [f32], rows: usize) {
+        columns.fill(0.0);
+        for (i, query) in block.queries.clone().enumerate() {
+            to_columns(self.query(block, from, query), self.sizes.head_size, scale, i * self.sizes.group(), rows, columns);
         }
     }
 
-    /// Widens rows `keys` of one head of `from` (k or v) to `to`, `ld` apart.
-    pub(super) fn load_keys(&self, kv_head: usize, keys: &Range<usize>, from: &[E], to: &mut [f32], ld: usize) {
-        let Sizes { kv_heads, head_size, .. } = self.sizes;
-        let row = kv_heads * head_size;
-        let end = (keys.end - 1) * row + (kv_head + 1) * head_size;
-        widen(&from[keys.start * row + kv_head * head_size..end], row, head_size, 1.0, to, ld);
+    /// The rows of `from` [T, H, D] that belong to one query and the block's key/value head.
+    pub(super) fn query<'b>(&self, block: &Block, from: &'b [E], query: usize) -> &'b [E] {
+        let Sizes { heads, head_size, .. } = self.sizes;
+        let group = self.sizes.group();
+        &from[(query * heads + block.kv_head * group) * head_size..][..group * head_size]
     }
+
+    /// Rows from `key` on of one head of `from` (k or v).
+    pub(super) fn rows<'b>(&self, from: &'b [f32], kv_head: usize, key: usize) -> View<'b> {
+        let size = self.sizes.head_size;
+        View::new(&from[(kv_head * self.keys + key) * size..(kv_head + 1) * self.keys * size], size)
+    }
+}
+
+/// The first `keys` rows of `x` [L, K, D] as F32 [K, keys, D]: a tile of one head then lies in one piece.
+pub(super) fn by_head<E: Float>(x: &Tensor, keys: usize, sizes: Sizes) -> Result<Tensor> {
+    const RUN: usize = 64;
+    let Sizes { kv_heads, head_size, .. } = sizes;
+    let mut to = Tensor::empty(x.arena(), DType::F32, [kv_heads, keys, head_size])?;
+    let from = x.as_slice::<E>()?;
+    let heads = to.as_mut_slice::<f32>()?.par_chunks_exact_mut((keys * head_size).max(1)).enumerate();
+    heads.for_each(|(kv_head, to)| {
+        to.par_chunks_mut(RUN * head_size).enumerate().for_each(|(run, to)| {
+            let from = &from[(run * RUN * kv_heads + kv_head) * head_size..];
+            widen(from, kv_heads * head_size, head_size, to);
+        });
+    });
+    Ok(to)
 }
 
 /// Queries of a block when each has `group` heads.
@@ -111,7 +135,9 @@ pub(super) fn documents<E: Float>(
             })
         })
     };
-    let inputs = Inputs::<E> { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, sizes, config };
+    let keys = documents.tokens();
+    let (k, v) = (by_head::<E>(k, keys, sizes)?, by_head::<E>(v, keys, sizes)?);
+    let inputs = Inputs::<E> { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, keys, sizes, config };
     run(&inputs, q, (0..sizes.kv_heads).flat_map(blocks))
 }
 
@@ -171,51 +197,41 @@ pub(super) fn ungroup<E: Float>(from: &[E], to: &mut [E], kv_heads: usize, row: 
 /// o and lse of one block: rows x D, and rows.
 fn run_block<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32]) {
     let size = inputs.sizes.head_size;
-    let strips = lse.len().div_ceil(LANES);
-    let block_size = strips * size * LANES;
-    let lengths = [block_size, block_size, block_size, TILE * size, TILE * size, TILE * LANES, strips * 2 * LANES];
+    let rows = lse.len().next_multiple_of(LANES);
+    let (columns, panels) = (rows * size.next_multiple_of(LANES), rows * size);
+    let lengths = [columns, panels, panels, tile_keys(size) * LANES, 2 * rows];
     with_parts(lengths, |parts| run_parts(inputs, block, o, lse, parts));
 }
 
-fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32], parts: [&mut [f32]; 7]) {
-    let [queries, panels, sums, keys, values, scores, state] = parts;
+fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32], parts: [&mut [f32]; 5]) {
+    let [columns, panels, sums, scores, state] = parts;
     let state: &mut [Running] = bytemuck::cast_slice_mut(state);
     let (size, rows) = (inputs.sizes.head_size, lse.len());
     let panel = size * LANES;
-    queries.fill(0.0);
-    inputs.load_rows(block, inputs.q, inputs.config.scale, queries, size);
-    to_panels(queries, size, size, panels);
+    inputs.load(block, inputs.q, inputs.config.scale, columns, state.len() * LANES);
+    columns_to_panels(columns, state.len() * LANES, size, panels);
     sums.fill(0.0);
     state.fill(Running::START);
     let rule = Rule::new(inputs.config.softcap, E::DTYPE);
     let all = inputs.seen_by(block, 0..rows);
-    for start in all.clone().step_by(TILE) {
-        let tile = start..(start + TILE).min(all.end);
-        inputs.load_keys(block.kv_head, &tile, inputs.k, keys, size);
-        inputs.load_keys(block.kv_head, &tile, inputs.v, values, size);
+    for start in all.clone().step_by(tile_keys(size)) {
+        let tile = start..(start + tile_keys(size)).min(all.end);
         for (strip, state) in state.iter_mut().enumerate() {
             let rows = strip * LANES..((strip + 1) * LANES).min(rows);
             let Some(seen) = overlap(&inputs.seen_by(block, rows.clone()), &tile) else { continue };
-            let first = (seen.start - tile.start) * size;
+            let (keys, values) =
+                (inputs.rows(inputs.k, block.kv_head, seen.start), inputs.rows(inputs.v, block.kv_head, seen.start));
             let n = seen.len();
             let scores = &mut scores[..n * LANES];
             let query = View::new(&panels[strip * panel..], LANES);
-            product(scores, LANES, false, View::new(&keys[first..], size), query, Size { m: n, n: LANES, k: size });
+            product(scores, LANES, false, keys, query, Size { m: n, n: LANES, k: size });
             let mask = inputs.mask(block, rows, &seen);
             let shrink = online_softmax(Scores { data: scores, ld: LANES }, mask.as_ref(), rule, state);
             let sums = &mut sums[strip * panel..(strip + 1) * panel];
             if shrink != [1.0; LANES] {
                 scale_panel(sums, &shrink);
             }
-            let probabilities = View::new(scores, LANES);
-            product_transposed(
-                sums,
-                LANES,
-                true,
-                View::new(&values[first..], size),
-                probabilities,
-                Size { m: size, n: LANES, k: n },
-            );
+            product_transposed(sums, LANES, true, values, View::new(scores, LANES), Size { m: size, n: LANES, k: n });
         }
     }
     for (strip, state) in state.iter().enumerate() {

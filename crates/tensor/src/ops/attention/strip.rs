@@ -126,10 +126,53 @@ fn cap_and_mask(scores: &mut Scores, seen: Option<&Seen>, cap: Option<f32>, hidd
 
 multiversion! {
     /// a · b.
-    pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    pub(super) fn dot<A: Float, B: Float>(a: &[A], b: &[B]) -> f32 {
         let n = a.len().min(b.len());
         let (a, b) = (&a[..n], &b[..n]);
-        sum_lanes(n, |i| a[i] * b[i])
+        sum_lanes(n, |i| a[i].to_f32() * b[i].to_f32())
+    }
+}
+
+multiversion! {
+    /// scores[j] = q · row j of `keys`, whose rows are `ld` apart.
+    pub(super) fn dot_rows<E: Float>(q: &[f32], keys: &[E], ld: usize, scores: &mut [f32]) {
+        for (key, score) in keys.chunks(ld).zip(scores) {
+            let key = &key[..q.len()];
+            *score = sum_lanes(q.len(), |d| q[d] * key[d].to_f32());
+        }
+    }
+}
+
+multiversion! {
+    /// sums += Σ_j p[j] row j of `values`, whose rows are `ld` apart.
+    pub(super) fn add_rows<E: Float>(p: &[f32], values: &[E], ld: usize, sums: &mut [f32]) {
+        for (value, p) in values.chunks(ld).zip(p) {
+            for (sum, v) in sums.iter_mut().zip(value) {
+                *sum += p * v.to_f32();
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Scores of one query become exp(z - max); returns max and the sum.
+    pub(super) fn softmax_row(scores: &mut [f32], rule: Rule) -> (f32, f32) {
+        if let Some(cap) = rule.softcap {
+            for s in scores.iter_mut() {
+                *s = softcap(*s, cap);
+            }
+        }
+        let max = scores.iter().fold(f32::MIN, |a, &b| if b > a { b } else { a });
+        for s in scores.iter_mut() {
+            *s = exp(*s - max);
+        }
+        let sum = sum_lanes(scores.len(), |i| scores[i]);
+        if rule.dropped_bits > 0 {
+            for p in scores.iter_mut() {
+                *p = round(*p, rule.dropped_bits);
+            }
+        }
+        (max, sum)
     }
 }
 
@@ -178,25 +221,42 @@ fn round(x: f32, bits: u32) -> f32 {
 }
 
 multiversion! {
-    /// Widens rows of `size` elements, `from_ld` apart, to rows `to_ld` apart, times `scale`; fills up with zeros.
-    pub(super) fn widen<E: Float>(from: &[E], from_ld: usize, size: usize, scale: f32, to: &mut [f32], to_ld: usize) {
-        for (from, to) in from.chunks(from_ld).zip(to.chunks_exact_mut(to_ld)) {
-            let (to, rest) = to.split_at_mut(size);
-            for (y, x) in to.iter_mut().zip(&from[..size]) {
-                *y = x.to_f32() * scale;
+    /// Widens rows of `size` elements, `ld` apart, to rows without gaps.
+    pub(super) fn widen<E: Float>(from: &[E], ld: usize, size: usize, to: &mut [f32]) {
+        for (from, to) in from.chunks(ld).zip(to.chunks_exact_mut(size)) {
+            for (y, x) in to.iter_mut().zip(from) {
+                *y = x.to_f32();
             }
-            rest.fill(0.0);
         }
     }
 }
 
 multiversion! {
-    /// Rows (a multiple of [`LANES`]) into panels: row r, column d to `[r / LANES][d][r % LANES]`.
-    pub(super) fn to_panels(rows: &[f32], ld: usize, size: usize, panels: &mut [f32]) {
-        for (rows, panel) in rows.chunks_exact(LANES * ld).zip(panels.chunks_exact_mut(LANES * size)) {
-            for (d, out) in panel.chunks_exact_mut(LANES).enumerate() {
-                for lane in 0..LANES {
-                    out[lane] = rows[lane * ld + d];
+    /// Widens rows of `size` elements, times `scale`, to columns of [`LANES`]: element (row, d) of `from` goes to
+    /// `[d / LANES][first + row][d % LANES]`, where each column has `rows` rows.
+    pub(super) fn to_columns<E: Float>(from: &[E], size: usize, scale: f32, first: usize, rows: usize, columns: &mut [f32]) {
+        for (row, from) in from.chunks_exact(size).enumerate() {
+            for (column, from) in from.chunks(LANES).enumerate() {
+                let to = &mut columns[(column * rows + first + row) * LANES..][..from.len()];
+                for (y, x) in to.iter_mut().zip(from) {
+                    *y = x.to_f32() * scale;
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    /// Columns of `rows` rows (a multiple of [`LANES`]) to panels of [`LANES`] rows: (row, d) goes to
+    /// `[row / LANES][d][row % LANES]`.
+    pub(super) fn columns_to_panels(columns: &[f32], rows: usize, size: usize, panels: &mut [f32]) {
+        for (strip, panel) in panels.chunks_exact_mut(LANES * size).enumerate() {
+            for (column, panel) in panel.chunks_mut(LANES * LANES).enumerate() {
+                let from: &[f32] = &columns[(column * rows + strip * LANES) * LANES..][..LANES * LANES];
+                for (d, to) in panel.chunks_exact_mut(LANES).enumerate() {
+                    for lane in 0..LANES {
+                        to[lane] = from[lane * LANES + d];
+                    }
                 }
             }
         }
@@ -244,16 +304,17 @@ mod tests {
 
     #[test]
     fn panels_go_there_and_back() {
-        let (size, ld) = (5, 8);
-        let rows: Vec<f32> = (0..2 * LANES * ld).map(|i| i as f32).collect();
-        let mut panels = vec![0.0; 2 * LANES * size];
-        to_panels(&rows, ld, size, &mut panels);
-        let mut back = vec![0.0f32; 3 * size];
-        from_panel(&panels[LANES * size..], size, &[2.0; LANES], &mut back);
-        for r in 0..3 {
-            for d in 0..size {
-                assert_eq!(back[r * size + d], 2.0 * rows[(LANES + r) * ld + d]);
-            }
+        for size in [1, 5, 16, 21] {
+            let rows = 2 * LANES;
+            let from: Vec<f32> = (0..rows * size).map(|i| i as f32).collect();
+            let mut columns = vec![0.0; rows * size.next_multiple_of(LANES)];
+            to_columns(&from[..3 * size], size, 2.0, 0, rows, &mut columns);
+            to_columns(&from[3 * size..], size, 2.0, 3, rows, &mut columns);
+            let mut panels = vec![0.0; rows * size];
+            columns_to_panels(&columns, rows, size, &mut panels);
+            let mut back = vec![0.0f32; 3 * size];
+            from_panel(&panels[LANES * size..], size, &[0.5; LANES], &mut back);
+            assert_eq!(back, from[LANES * size..(LANES + 3) * size]);
         }
     }
 }

@@ -225,7 +225,7 @@ proptest! {
     }
 
     #[test]
-    fn cached_tokens_attend_as_in_the_stream(seed: u64, len in 1usize..150, spare in 0usize..9, n in 1usize..150, group in 1usize..4, (window, softcap) in configs()) {
+    fn cached_tokens_attend_as_in_the_stream(seed: u64, len in prop_oneof![1usize..150, 250usize..600], spare in 0usize..9, n in prop_oneof![1usize..6, 1usize..150], group in 1usize..4, (window, softcap) in configs()) {
         let n = n.min(len);
         let shape = Shape::new(&[len], 2 * group, 2, 24);
         let config = Config { window, softcap, ..config(24) };

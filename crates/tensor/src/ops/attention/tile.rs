@@ -3,7 +3,10 @@
 //! Rows of queries lie in the lanes. Sᵀ = K Qᵀ, Pᵀ and Oᵀ = Vᵀ Pᵀ then read K and V element by element as they lie in
 //! memory (a broadcast each), so nothing but the block of queries is ever transposed or packed.
 
-use crate::ops::simd::{LANES, Level, level, multiversion};
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::ops::simd::{LANES, Level, level};
 
 /// A matrix inside a slice: element (i, j) at `i * ld + j`.
 #[derive(Clone, Copy)]
@@ -18,7 +21,7 @@ impl<'a> View<'a> {
     }
 }
 
-/// Sizes of a product: c is m x n, the sum runs over k; n is a multiple of [`LANES`].
+/// Sizes of a product, at least 1: c is m x n, the sum runs over k; n is a multiple of [`LANES`].
 #[derive(Clone, Copy)]
 pub(super) struct Size {
     pub(super) m: usize,
@@ -28,126 +31,59 @@ pub(super) struct Size {
 
 /// c (+)= a b with a stored as m x k.
 pub(super) fn product(c: &mut [f32], ldc: usize, accumulate: bool, a: View, b: View, size: Size) {
-    let target = Target { ld: ldc, accumulate };
-    match level() {
-        Level::Avx512 => wide(c, target, a, b, size),
-        Level::Avx2 => narrow(c, target, a, b, size),
-        Level::Portable => portable(c, target, a, b, size),
-    }
+    Product { ldc, accumulate, a: a.data, row: a.ld, step: 1, b, size }.run(level(), c);
 }
 
 /// c (+)= aᵀ b with a stored as k x m.
 pub(super) fn product_transposed(c: &mut [f32], ldc: usize, accumulate: bool, a: View, b: View, size: Size) {
-    let target = Target { ld: ldc, accumulate };
-    match level() {
-        Level::Avx512 => wide_transposed(c, target, a, b, size),
-        Level::Avx2 => narrow_transposed(c, target, a, b, size),
-        Level::Portable => portable_transposed(c, target, a, b, size),
-    }
+    Product { ldc, accumulate, a: a.data, row: 1, step: a.ld, b, size }.run(level(), c);
 }
 
+/// A product whose left operand has element (i, l) at `i * row + l * step`. Each element of c adds its terms in order of l.
 #[derive(Clone, Copy)]
-struct Target {
-    ld: usize,
+struct Product<'a> {
+    ldc: usize,
     accumulate: bool,
-}
-
-// Rows of accumulators: 12 of one 512-bit register each, or 6 of two 256-bit registers; both fill the multipliers' latency.
-multiversion! { fn wide(c: &mut [f32], target: Target, a: View, b: View, size: Size) { panels::<12, true, false>(c, target, a, b, size); } }
-multiversion! { fn narrow(c: &mut [f32], target: Target, a: View, b: View, size: Size) { panels::<6, true, false>(c, target, a, b, size); } }
-multiversion! { fn wide_transposed(c: &mut [f32], target: Target, a: View, b: View, size: Size) { panels::<12, true, true>(c, target, a, b, size); } }
-multiversion! { fn narrow_transposed(c: &mut [f32], target: Target, a: View, b: View, size: Size) { panels::<6, true, true>(c, target, a, b, size); } }
-
-fn portable(c: &mut [f32], target: Target, a: View, b: View, size: Size) {
-    panels::<2, false, false>(c, target, a, b, size);
-}
-
-fn portable_transposed(c: &mut [f32], target: Target, a: View, b: View, size: Size) {
-    panels::<2, false, true>(c, target, a, b, size);
-}
-
-#[inline(always)]
-fn panels<const ROWS: usize, const FMA: bool, const TRANSPOSED: bool>(
-    c: &mut [f32],
-    target: Target,
-    a: View,
-    b: View,
-    size: Size,
-) {
-    for column in (0..size.n).step_by(LANES) {
-        let b = View::new(&b.data[column..], b.ld);
-        let mut row = 0;
-        while row + ROWS <= size.m {
-            micro::<ROWS, FMA, TRANSPOSED>(&mut c[row * target.ld + column..], target, a, row, b, size.k);
-            row += ROWS;
-        }
-        if row + 4 <= size.m {
-            micro::<4, FMA, TRANSPOSED>(&mut c[row * target.ld + column..], target, a, row, b, size.k);
-            row += 4;
-        }
-        if row + 4 <= size.m {
-            micro::<4, FMA, TRANSPOSED>(&mut c[row * target.ld + column..], target, a, row, b, size.k);
-            row += 4;
-        }
-        if row + 2 <= size.m {
-            micro::<2, FMA, TRANSPOSED>(&mut c[row * target.ld + column..], target, a, row, b, size.k);
-            row += 2;
-        }
-        if row < size.m {
-            micro::<1, FMA, TRANSPOSED>(&mut c[row * target.ld + column..], target, a, row, b, size.k);
-        }
-    }
-}
-
-/// `ROWS` x [`LANES`] of the product, kept in registers over the whole sum: each element adds its terms in order of k.
-#[inline(always)]
-fn micro<const ROWS: usize, const FMA: bool, const TRANSPOSED: bool>(
-    c: &mut [f32],
-    target: Target,
-    a: View,
+    a: &'a [f32],
     row: usize,
-    b: View,
-    k: usize,
-) {
-    let mut sums = [[0.0f32; LANES]; ROWS];
-    if TRANSPOSED {
-        for i in 0..k {
-            let x: &[f32; ROWS] = first(&a.data[i * a.ld + row..]);
-            step::<ROWS, FMA>(&mut sums, *x, first(&b.data[i * b.ld..]));
-        }
-    } else {
-        let rows: [&[f32]; ROWS] = std::array::from_fn(|r| &a.data[(row + r) * a.ld..][..k]);
-        for i in 0..k {
-            step::<ROWS, FMA>(&mut sums, std::array::from_fn(|r| rows[r][i]), first(&b.data[i * b.ld..]));
+    step: usize,
+    b: View<'a>,
+    size: Size,
+}
+
+impl Product<'_> {
+    fn run(self, level: Level, c: &mut [f32]) {
+        let Size { m, n, k } = self.size;
+        // What the unchecked reads and writes of the instruction sets' loops rely on.
+        assert!(m > 0 && k > 0 && n.is_multiple_of(LANES), "a product of no size");
+        assert!(self.a.len() > (m - 1) * self.row + (k - 1) * self.step, "the left operand is too short");
+        assert!(self.b.data.len() >= (k - 1) * self.b.ld + n, "the right operand is too short");
+        assert!(c.len() >= (m - 1) * self.ldc + n, "the result is too short");
+        match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => x86::avx512(c, &self),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => x86::avx2(c, &self),
+            _ => self.portable(c),
         }
     }
-    for (r, sum) in sums.iter().enumerate() {
-        let c: &mut [f32] = &mut c[r * target.ld..][..LANES];
-        if target.accumulate {
-            for lane in 0..LANES {
-                c[lane] += sum[lane];
+
+    fn portable(self, c: &mut [f32]) {
+        let Size { m, n, k } = self.size;
+        for column in (0..n).step_by(LANES) {
+            for i in 0..m {
+                let mut sums = [0.0; LANES];
+                for l in 0..k {
+                    let (x, y) = (self.a[i * self.row + l * self.step], &self.b.data[l * self.b.ld + column..][..LANES]);
+                    for (sum, y) in sums.iter_mut().zip(y) {
+                        *sum += x * y;
+                    }
+                }
+                for (c, sum) in c[i * self.ldc + column..].iter_mut().zip(sums) {
+                    *c = if self.accumulate { *c + sum } else { sum };
+                }
             }
-        } else {
-            c.copy_from_slice(sum);
         }
-    }
-}
-
-#[inline(always)]
-fn step<const ROWS: usize, const FMA: bool>(sums: &mut [[f32; LANES]; ROWS], x: [f32; ROWS], y: &[f32; LANES]) {
-    for r in 0..ROWS {
-        for lane in 0..LANES {
-            sums[r][lane] = if FMA { x[r].mul_add(y[lane], sums[r][lane]) } else { x[r] * y[lane] + sums[r][lane] };
-        }
-    }
-}
-
-/// The first `N` elements; a slice that is too short is a bug of the caller.
-#[inline(always)]
-fn first<const N: usize>(slice: &[f32]) -> &[f32; N] {
-    match slice.first_chunk() {
-        Some(chunk) => chunk,
-        None => unreachable!("a panel of a product reaches beyond its slice"),
     }
 }
 
@@ -158,15 +94,22 @@ mod tests {
 
     #[test]
     fn products_equal_the_plain_sums() {
-        for (m, n, k) in [(1, 16, 1), (2, 16, 5), (5, 32, 3), (7, 16, 64), (13, 48, 17), (29, 16, 2), (64, 64, 64)] {
+        for available in [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(|l| *l <= level()) {
+            products_of(available);
+        }
+    }
+
+    fn products_of(level: Level) {
+        for (m, n, k) in [(1, 16, 1), (2, 16, 5), (5, 32, 3), (7, 16, 64), (13, 48, 17), (22, 16, 3), (29, 16, 2), (64, 64, 64)] {
             let (lda, ldb, ldc) = (m.max(k) + 3, n + 5, n + 2);
             let random =
                 |stream, len: usize| -> Vec<f32> { (0..len as u64).map(|i| Rng::new(7).stream(stream).normal(i)).collect() };
             let (a, b, c) = (random(0, m.max(k) * lda), random(1, k * ldb), random(2, m * ldc));
             for (transposed, accumulate) in [(false, false), (false, true), (true, false), (true, true)] {
                 let mut out = c.clone();
-                let run = if transposed { product_transposed } else { product };
-                run(&mut out, ldc, accumulate, View::new(&a, lda), View::new(&b, ldb), Size { m, n, k });
+                let (row, step) = if transposed { (1, lda) } else { (lda, 1) };
+                let b_view = View::new(&b, ldb);
+                Product { ldc, accumulate, a: &a, row, step, b: b_view, size: Size { m, n, k } }.run(level, &mut out);
                 for i in 0..m {
                     for j in 0..n {
                         let term = |l: usize| {
