@@ -2,11 +2,11 @@
 //!
 //! | name | dtype, shape |
 //! |---|---|
-//! | `W` | U8 [ceil(n/2), 1] |
-//! | `W.absmax` | F32 [blocks]; U8 [blocks] with double quantisation |
-//! | `W.quant_map` | F32 [16] |
-//! | `W.nested_absmax` | F32 [ceil(blocks/256)], with double quantisation |
-//! | `W.nested_quant_map` | F32 [256], with double quantisation |
+//! | `W` | U8 `[ceil(n/2), 1]` |
+//! | `W.absmax` | F32 `[blocks]`; U8 `[blocks]` with double quantisation |
+//! | `W.quant_map` | F32 `[16]` |
+//! | `W.nested_absmax` | F32 `[ceil(blocks/256)]`, with double quantisation |
+//! | `W.nested_quant_map` | F32 `[256]`, with double quantisation |
 //! | `W.quant_state.bitsandbytes__nf4` (or `__fp4`) | U8: JSON as Python's `json.dumps` writes it |
 //!
 //! This is what `QuantState.as_dict(packed=True)` of bitsandbytes 0.50 gives and `QuantState.from_dict` takes.
