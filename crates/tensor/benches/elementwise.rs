@@ -93,7 +93,7 @@ fn rest(c: &mut Criterion, model: &Model, dtype: DType, id: &dyn Fn(&str) -> Str
     let at = Tensor::from_slice(&arena, &at, [tokens]).unwrap();
     let mut q = Some(normal(&arena, 1, dtype, [tokens, heads, size]));
     bench(c, &id("rope"), 2 * tokens * channels * dtype.size(), || {
-        q = Some(rope::forward(q.take().unwrap(), &at, &table).unwrap())
+        q = Some(rope::forward(q.take().unwrap(), &at, &table).unwrap());
     });
 
     let bytes = tokens * hidden * dtype.size();

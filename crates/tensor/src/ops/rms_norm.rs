@@ -144,15 +144,15 @@ mod cpu {
     use rayon::prelude::*;
 
     use super::Config;
-    use crate::{
-        Float, Shape,
-        ops::simd::{multiversion, sum_lanes},
-    };
+    use crate::{Float, Shape, ops::simd::multiversion};
 
     /// Elements that are worth a task of their own.
     const TASK: usize = 16_384;
     /// The most partial sums of dw.
     const PARTIALS: usize = 64;
+
+    /// Lanes of a row's sums: four vectors of 512 bits, so that their additions overlap.
+    const LANES: usize = 64;
 
     /// What [`backward`] reads beside dy.
     #[derive(Clone, Copy)]
@@ -211,8 +211,7 @@ mod cpu {
 
     #[inline(always)]
     fn norm_row<E: Float>(x: &[E], w: &[f32], config: Config, y: &mut [E]) -> f32 {
-        let squares = sum_lanes(x.len(), |i| x[i].to_f32() * x[i].to_f32());
-        let inv = 1.0 / (squares / x.len() as f32 + config.eps).sqrt();
+        let inv = 1.0 / (sum_of_squares(x) / x.len() as f32 + config.eps).sqrt();
         if config.offset == 0.0 {
             for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
                 *y = E::from_f32(E::from_f32(x.to_f32() * inv).to_f32() * w);
@@ -223,6 +222,57 @@ mod cpu {
             }
         }
         inv
+    }
+
+    /// Σ x².
+    #[inline(always)]
+    fn sum_of_squares<E: Float>(x: &[E]) -> f32 {
+        let mut lanes = [0.0; LANES];
+        let (chunks, rest) = x.as_chunks::<LANES>();
+        for chunk in chunks {
+            add_squares(&mut lanes, chunk);
+        }
+        add_squares(&mut lanes, rest);
+        fold(lanes)
+    }
+
+    #[inline(always)]
+    fn add_squares<E: Float>(lanes: &mut [f32; LANES], x: &[E]) {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += x.to_f32() * x.to_f32();
+        }
+    }
+
+    /// Σ dy · (offset + w) · x.
+    #[inline(always)]
+    fn dot<E: Float>(dy: &[E], x: &[E], w: &[f32], offset: f32) -> f32 {
+        let mut lanes = [0.0; LANES];
+        let ((dys, dy), (xs, x), (ws, w)) = (dy.as_chunks::<LANES>(), x.as_chunks::<LANES>(), w.as_chunks::<LANES>());
+        for ((dy, x), w) in dys.iter().zip(xs).zip(ws) {
+            add_products(&mut lanes, dy, x, w, offset);
+        }
+        add_products(&mut lanes, dy, x, w, offset);
+        fold(lanes)
+    }
+
+    #[inline(always)]
+    fn add_products<E: Float>(lanes: &mut [f32; LANES], dy: &[E], x: &[E], w: &[f32], offset: f32) {
+        for (((lane, dy), x), w) in lanes.iter_mut().zip(dy).zip(x).zip(w) {
+            *lane += dy.to_f32() * (offset + w) * x.to_f32();
+        }
+    }
+
+    /// The sum of the lanes, by halves.
+    #[inline(always)]
+    fn fold(mut lanes: [f32; LANES]) -> f32 {
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
     }
 
     /// dx (`+=` if `add`), and in `partials` [tasks, C], unless empty, the sums of dw over the rows of each task.
@@ -247,8 +297,7 @@ mod cpu {
             let rows = dx.chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(saved.x.chunks_exact(n)).zip(saved.inv);
             for (((dx, dy), x), &inv) in rows {
                 let w = &saved.w[..x.len()];
-                let dot = sum_lanes(x.len(), |i| dy[i].to_f32() * (offset + w[i]) * x[i].to_f32());
-                let k = inv * inv * (dot / x.len() as f32);
+                let k = inv * inv * (dot(dy, x, w, offset) / x.len() as f32);
                 let rows = dx.iter_mut().zip(dy).zip(x).zip(w);
                 if add {
                     for (((dx, dy), x), w) in rows {

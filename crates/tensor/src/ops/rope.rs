@@ -136,6 +136,15 @@ mod cpu {
             .for_each(|(x, positions)| rotate_tokens(x, token, size, Rotation { positions, ..rotation }));
     }
 
+    #[inline(always)]
+    fn rotate_pairs<E: Float>(first: &mut [E], second: &mut [E], cos: &[f32], sin: &[f32], direction: f32) {
+        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+            let (x, y, sin) = (a.to_f32(), b.to_f32(), direction * sin);
+            *a = E::from_f32(x * cos - y * sin);
+            *b = E::from_f32(y * cos + x * sin);
+        }
+    }
+
     multiversion! {
         fn rotate_tokens<E: Float>(x: &mut [E], token: usize, size: usize, rotation: Rotation<'_>) {
             let half = rotation.half;
@@ -143,12 +152,8 @@ mod cpu {
                 let start = position as usize * half;
                 let (cos, sin) = (&rotation.cos[start..start + half], &rotation.sin[start..start + half]);
                 for head in x.chunks_exact_mut(size) {
-                    let (first, second) = head.split_at_mut(half);
-                    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                        let (x, y, sin) = (a.to_f32(), b.to_f32(), rotation.direction * sin);
-                        *a = E::from_f32(x * cos - y * sin);
-                        *b = E::from_f32(y * cos + x * sin);
-                    }
+                    let (first, rest) = head.split_at_mut(half);
+                    rotate_pairs(first, &mut rest[..half], cos, sin, rotation.direction);
                 }
             }
         }
