@@ -42,6 +42,21 @@ pub fn rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) 
     Ok(y)
 }
 
+/// h = RMSNorm(x) where the residual stream begins: gives x on, and h.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn fork_rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
+    let w = tape.params().value(weight)?;
+    let (x, id) = x.into_parts();
+    let (h, inv_rms) = rms_norm::forward(&x, &w, config)?;
+    let (param, saved) = (weight.param().cloned(), x.clone());
+    Ok(tape.record([id], [x, h], param.is_some(), move |[dx, dh], grads| {
+        let dx = rms_norm::residual_backward(dx, &dh, &saved, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
+        Ok([Some(dx)])
+    }))
+}
+
 /// r = x + a, h = RMSNorm(r): the residual stream goes on as `r`, the next layer reads `h`.
 ///
 /// # Errors

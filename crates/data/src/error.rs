@@ -59,6 +59,12 @@ pub enum Error {
         /// What the system said.
         source: std::io::Error,
     },
+    /// Rows of text without a tokenizer.
+    #[error("prepare: rows in the format `{}` need the model's tokenizer, and none was given", format.name())]
+    NoTokenizer {
+        /// The rows' format.
+        format: Format,
+    },
     /// The model folder has no `tokenizer.json`.
     #[error("load tokenizer: expected `tokenizer.json` in `{}`, found [{}]", folder.display(), found.join(", "))]
     NoTokenizerFile {

@@ -1,6 +1,6 @@
 //! A linear layer: frozen base, optional adapter.
 
-use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, Tape, Var};
+use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Tape, Var};
 use nibble_tensor::{
     Result, Rng, Tensor, Weight,
     ops::linear::{self, Dropout, Part, PartGrads},
@@ -64,6 +64,31 @@ impl Linear {
             Base::Trained(param) => param.shape,
         };
         (shape.dims()[0], shape.dims()[1])
+    }
+
+    /// Trains the base and the bias whole, under their names in the checkpoint.
+    ///
+    /// # Errors
+    /// When the base cannot be widened to f32.
+    pub fn train_base(&mut self, builder: &mut ParamStoreBuilder) -> Result<()> {
+        if let Base::Frozen(weight) = &self.base {
+            let param = builder.add(format!("{}.weight", self.path), weight.shape(), weight.to_f32_vec()?);
+            self.base = Base::Trained(param);
+        }
+        if let Some(Leaf::Frozen(bias)) = &self.bias {
+            let param = builder.add(format!("{}.bias", self.path), bias.shape(), bias.to_f32_vec()?);
+            self.bias = Some(Leaf::Param(param));
+        }
+        Ok(())
+    }
+
+    /// Bytes of the frozen base.
+    #[must_use]
+    pub fn base_bytes(&self) -> usize {
+        match &self.base {
+            Base::Frozen(weight) => weight.bytes(),
+            Base::Trained(_) => 0,
+        }
     }
 
     /// y for x [T, in]: [T, out]. `dropout` is the stream of this call's masks; nothing in evaluation.

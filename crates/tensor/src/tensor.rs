@@ -219,6 +219,22 @@ impl Tensor {
         Ok(out)
     }
 
+    /// Copies the rows of `source` over rows `start ..` of the first size.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when they reach beyond the end, [`Error::DType`], [`Error::Shared`].
+    pub fn copy_rows(&mut self, start: usize, source: &Self) -> Result<()> {
+        let place = self.rows(start, source.dims()[0])?;
+        source.expect_shape("copy_rows", "source", place.shape)?;
+        source.expect_dtype("copy_rows", self.dtype)?;
+        let size = self.dtype.size();
+        let (at, len) = ((place.offset - self.offset) * size, source.numel() * size);
+        drop(place);
+        let from = &source.block.bytes()[source.offset * size..][..len];
+        self.bytes_mut("copy_rows")?[at..at + len].copy_from_slice(from);
+        Ok(())
+    }
+
     /// Checks a shape on behalf of `op`.
     ///
     /// # Errors

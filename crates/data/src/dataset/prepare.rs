@@ -14,8 +14,8 @@ use crate::tokenizer::{TokenSequence, Tokenizer};
 /// Takes rows one at a time; [`Dataset::from_file`] and [`Dataset::from_rows`] are loops around it.
 #[derive(Debug)]
 pub struct Preparer<'a> {
-    tokenizer: &'a Tokenizer,
-    template: &'a ChatTemplate,
+    /// What renders and encodes text; rows that are already tokenised need neither.
+    text: Option<(&'a Tokenizer, &'a ChatTemplate)>,
     options: DatasetOptions,
     vocab_size: usize,
     examples: Vec<Example>,
@@ -28,7 +28,19 @@ impl<'a> Preparer<'a> {
     pub fn new(tokenizer: &'a Tokenizer, template: &'a ChatTemplate, options: DatasetOptions) -> Self {
         let vocab_size = options.vocab_size.unwrap_or(tokenizer.vocab_size());
         let summary = Summary { format: options.format, ..Summary::default() };
-        Self { tokenizer, template, options, vocab_size, examples: Vec::new(), summary }
+        Self { text: Some((tokenizer, template)), options, vocab_size, examples: Vec::new(), summary }
+    }
+
+    /// Starts an empty dataset of rows that are already tokenised; ids are checked against the options' `vocab_size`.
+    #[must_use]
+    pub fn tokenized(options: DatasetOptions) -> Self {
+        let vocab_size = options.vocab_size.unwrap_or(usize::MAX);
+        let summary = Summary { format: options.format, ..Summary::default() };
+        Self { text: None, options, vocab_size, examples: Vec::new(), summary }
+    }
+
+    fn text(&self, format: Format) -> Result<(&'a Tokenizer, &'a ChatTemplate)> {
+        self.text.ok_or(Error::NoTokenizer { format })
     }
 
     /// Takes a row.
@@ -45,7 +57,7 @@ impl<'a> Preparer<'a> {
         match row.content(format)? {
             Content::Chat { messages, tools, train_from } => {
                 let in_row = |source| Error::Row { location: location.clone(), source: Box::new(source) };
-                let sequences = self.chat(&messages, tools.as_ref(), train_from).map_err(in_row)?;
+                let sequences = self.chat(format, &messages, tools.as_ref(), train_from).map_err(in_row)?;
                 self.summary.split_conversations += usize::from(sequences.len() > 1);
                 for sequence in sequences {
                     self.keep_sequence(location, sequence)?;
@@ -88,21 +100,29 @@ impl<'a> Preparer<'a> {
         Ok(*self.summary.format.insert(format))
     }
 
-    fn chat(&mut self, messages: &[Message], tools: Option<&Value>, train_from: usize) -> Result<Vec<TokenSequence>> {
+    fn chat(
+        &mut self,
+        format: Format,
+        messages: &[Message],
+        tools: Option<&Value>,
+        train_from: usize,
+    ) -> Result<Vec<TokenSequence>> {
+        let (tokenizer, template) = self.text(format)?;
         if self.summary.template.is_none() {
-            self.summary.template = Some(self.template.source().clone());
+            self.summary.template = Some(template.source().clone());
         }
-        let sequences = self.template.answer_pieces(messages, tools, train_from)?;
-        sequences.iter().map(|pieces| self.tokenizer.encode_pieces(pieces)).collect()
+        let sequences = template.answer_pieces(messages, tools, train_from)?;
+        sequences.iter().map(|pieces| tokenizer.encode_pieces(pieces)).collect()
     }
 
     /// A raw text: BOS as the tokenizer does it, EOS at the end; each once, even if the text has them written out.
     fn raw(&self, format: Format, pieces: &[Piece]) -> Result<TokenSequence> {
-        let eos = self.tokenizer.eos_id().ok_or(Error::NoEosToken { format })?;
+        let (tokenizer, _) = self.text(format)?;
+        let eos = tokenizer.eos_id().ok_or(Error::NoEosToken { format })?;
         let trains = pieces.last().is_some_and(|p| p.train);
-        let body = self.tokenizer.encode_pieces(pieces)?;
+        let body = tokenizer.encode_pieces(pieces)?;
         let mut sequence = TokenSequence::default();
-        let bos = self.tokenizer.bos_id().filter(|_| self.tokenizer.adds_bos());
+        let bos = tokenizer.bos_id().filter(|_| tokenizer.adds_bos());
         if let Some(bos) = bos.filter(|&bos| body.ids.first() != Some(&bos)) {
             sequence.push(bos, false);
         }
@@ -156,8 +176,8 @@ impl<'a> Preparer<'a> {
     }
 
     fn count(&mut self, example: &Example, trained: usize) {
-        let ends = self.tokenizer.end_ids();
-        let stops = example.labels.iter().any(|&l| u32::try_from(l).is_ok_and(|l| ends.contains(&l)));
+        let ends = self.text.map_or(&[][..], |(tokenizer, _)| tokenizer.end_ids());
+        let stops = self.text.is_none() || example.labels.iter().any(|&l| u32::try_from(l).is_ok_and(|l| ends.contains(&l)));
         let summary = &mut self.summary;
         summary.without_end_token += usize::from(!stops);
         summary.examples += 1;

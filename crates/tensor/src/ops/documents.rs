@@ -19,7 +19,8 @@ impl Documents {
     /// # Errors
     /// [`Error::Argument`] when they do not begin with 0 or do not increase.
     pub fn new(arena: &Arena, cu_seqlens: &[u32]) -> Result<Self> {
-        let fail = |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
+        let fail =
+            |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
         match cu_seqlens {
             [0, _, ..] => {}
             [first, ..] => return Err(fail("a list that begins with 0 and has an end", *first)),

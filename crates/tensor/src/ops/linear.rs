@@ -206,7 +206,8 @@ mod cpu {
         let (Some(adapter), Some(h)) = (&part.adapter, h) else { return Ok(None) };
         let (rows, rank) = (dy.shape().rows(), adapter.a.shape().rows());
         let mut t = Tensor::empty(dy.arena(), dy.dtype(), [rows, rank])?;
-        let segment = Segment { a: Operand::new(dense(dy)?), b: Operand::new(dense(&adapter.b)?), k: part.outputs(), scale: adapter.scale };
+        let segment =
+            Segment { a: Operand::new(dense(dy)?), b: Operand::new(dense(&adapter.b)?), k: part.outputs(), scale: adapter.scale };
         gemm(output(&mut t)?, false, rows, rank, &[segment], None, precision(dy.dtype()));
         if let Some((da, db)) = grads.adapter {
             let dropped = dropped(x, adapter.dropout)?;
@@ -220,9 +221,19 @@ mod cpu {
         let (rows, inputs) = (x.shape().rows(), x.shape().last());
         let mut segments = Vec::with_capacity(2 * parts.len());
         for ((dy, part), t) in dys.iter().zip(parts).zip(ts) {
-            segments.push(Segment { a: Operand::new(dense(dy)?), b: Operand::new(weight(&part.weight)?), k: part.outputs(), scale: 1.0 });
+            segments.push(Segment {
+                a: Operand::new(dense(dy)?),
+                b: Operand::new(weight(&part.weight)?),
+                k: part.outputs(),
+                scale: 1.0,
+            });
             if let (Some(t), Some(Adapter { a, dropout: None, .. })) = (t, &part.adapter) {
-                segments.push(Segment { a: Operand::new(dense(t)?), b: Operand::new(dense(a)?), k: t.shape().last(), scale: 1.0 });
+                segments.push(Segment {
+                    a: Operand::new(dense(t)?),
+                    b: Operand::new(dense(a)?),
+                    k: t.shape().last(),
+                    scale: 1.0,
+                });
             }
         }
         let mut dx = Tensor::empty(x.arena(), x.dtype(), x.shape())?;

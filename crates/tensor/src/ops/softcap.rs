@@ -12,7 +12,7 @@ pub(crate) fn tanh(x: f32) -> f32 {
     let s = x * x;
     let series = 3.592_128e-3;
     let series = series * s + -8.863_236e-3;
-    let series = series * s + 2.186_948_9e-2;
+    let series = series * s + 2.186_948_8e-2;
     let series = series * s + -5.396_825_4e-2;
     let series = series * s + 1.333_333_3e-1;
     let series = series * s + -3.333_333_4e-1;

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::{
     Config, Sizes,
-    forward::{Block, Inputs, block_queries, by_head, overlap, take, tile_keys, ungroup},
+    forward::{Block, Inputs, block_queries, by_head, overlap, tile_keys, ungroup},
     scratch::with_parts,
     strip::{RowFacts, Scores, columns_to_panels, dot, from_panel, softmax_backward},
     tile::{Size, View, product, product_transposed},
@@ -82,8 +82,8 @@ pub(super) fn documents<E: Float>(
     for kv_head in 0..sizes.kv_heads {
         for (document, queries) in plan.iter().flatten().cloned() {
             let keys = (queries.end - document.start) * padded;
-            let dq = take(&mut dq_rest, queries.len() * group * size);
-            let (dk, dv) = (take(&mut dk_rest, keys), take(&mut dv_rest, keys));
+            let dq = dq_rest.split_off_mut(..queries.len() * group * size).unwrap_or_default();
+            let (dk, dv) = (dk_rest.split_off_mut(..keys).unwrap_or_default(), dv_rest.split_off_mut(..keys).unwrap_or_default());
             tasks.push(Task { kv_head, document, queries, dq, dk, dv });
         }
     }
@@ -124,7 +124,7 @@ fn sum_parts<E: Float>(from: &[f32], to: &mut [E], plan: &[Vec<(Range<usize>, Ra
     let mut pieces = Vec::new();
     for parts in plan {
         let Some((document, _)) = parts.first() else { continue };
-        pieces.push((take(&mut rest, document.len() * kv_heads * size), parts, start));
+        pieces.push((rest.split_off_mut(..document.len() * kv_heads * size).unwrap_or_default(), parts, start));
         start += parts.iter().map(|(document, queries)| (queries.end - document.start) * padded).sum::<usize>();
     }
     pieces.into_par_iter().for_each(|(to, parts, start)| {

@@ -90,7 +90,7 @@ fn few<E: Float>(q: &Tensor, keys: &Tensor, values: &Tensor, len: usize, sizes: 
     for (i, o) in o.as_mut_slice::<E>()?.chunks_exact_mut(size).enumerate() {
         let (token, head) = (i / heads, i % heads);
         let at = |run: usize| ((head / group * runs + run) * rows + token * group + head % group) * row;
-        join(o, (0..runs).map(|run| &parts[at(run)..][..row]));
+        join(o, &(0..runs).map(|run| &parts[at(run)..][..row]));
     }
     Ok(o)
 }
@@ -103,7 +103,7 @@ fn head_rows<'a, E>(from: &'a [E], keys: &Range<usize>, kv_head: usize, sizes: S
 }
 
 /// One row of o from its runs.
-fn join<'a, E: Float>(o: &mut [E], runs: impl Iterator<Item = &'a [f32]> + Clone) {
+fn join<'a, E: Float>(o: &mut [E], runs: &(impl Iterator<Item = &'a [f32]> + Clone)) {
     let max = runs.clone().map(|run| run[0]).fold(f32::MIN, f32::max);
     let total: f32 = runs.clone().map(|run| run[1] * (run[0] - max).exp()).sum();
     for (d, o) in o.iter_mut().enumerate() {

@@ -152,8 +152,8 @@ pub(super) fn run<E: Float>(inputs: &Inputs<E>, q: &Tensor, blocks: impl Iterato
     let mut tasks = Vec::new();
     for block in blocks {
         let rows = block.queries.len() * group;
-        let o = take(&mut o_rest, rows * head_size);
-        let lse = take(&mut lse_rest, rows);
+        let o = o_rest.split_off_mut(..rows * head_size).unwrap_or_default();
+        let lse = lse_rest.split_off_mut(..rows).unwrap_or_default();
         tasks.push((block, o, lse));
     }
     // Longest first: the last tasks to end are short.
@@ -172,13 +172,6 @@ pub(super) fn run<E: Float>(inputs: &Inputs<E>, q: &Tensor, blocks: impl Iterato
         }
     }
     Ok((o, lse))
-}
-
-/// The first `len` elements, which `rest` gives away.
-pub(super) fn take<'a, E>(rest: &mut &'a mut [E], len: usize) -> &'a mut [E] {
-    let (front, back) = std::mem::take(rest).split_at_mut(len);
-    *rest = back;
-    front
 }
 
 /// [K, T, row] to [T, K, row].

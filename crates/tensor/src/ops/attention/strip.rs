@@ -116,9 +116,9 @@ fn cap_and_mask(scores: &mut Scores, seen: Option<&Seen>, cap: Option<f32>, hidd
     if let Some(seen) = seen {
         for (key, row) in scores.rows().enumerate() {
             let key = key as i32;
-            for lane in 0..LANES {
-                let visible = (seen.first[lane] <= key) & (key <= seen.last[lane]);
-                row[lane] = if visible { row[lane] } else { hidden };
+            for (lane, x) in row.iter_mut().enumerate() {
+                let visible = seen.first[lane] <= key && key <= seen.last[lane];
+                *x = if visible { *x } else { hidden };
             }
         }
     }

@@ -176,6 +176,17 @@ fn the_references_gradients_are_those_of_its_loss() {
 }
 
 #[test]
+fn gradients_are_larger_than_their_bounds() {
+    // A gradient with the wrong sign would be off by twice its size, which the bound must notice.
+    let shape = [39, 69, 39];
+    let exact = case(4, shape, DType::F32).reference(config(0.25, Some(2.5)));
+    for gradient in [exact.dh, exact.dw] {
+        let largest = gradient.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+        assert!(largest > 100.0 * bound(6e-8, shape, 0.25), "{largest}");
+    }
+}
+
+#[test]
 fn several_chunks_equal_the_formulas() {
     // 300 rows in three chunks of at most 128.
     let shape = [300, 33, 8];

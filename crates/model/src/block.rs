@@ -1,0 +1,138 @@
+//! The one block of every family.
+
+use nibble_autograd::{Leaf, Tape, Var, ops};
+use nibble_lora::{Linear, forward_fused};
+use nibble_tensor::{
+    Result, Rng, Tensor,
+    ops::{Documents, attention, glu, rms_norm, rope::RopeTable},
+};
+
+/// Attention and MLP with their norms.
+///
+/// ```text
+/// h = norm(x + a)          a: what the block before adds to the residual stream
+/// q, k, v = h Wqᵀ, h Wkᵀ, h Wvᵀ;  q, k = rope(head_norm(q)), rope(head_norm(k))
+/// a' = attention(q, k, v) Woᵀ
+/// h' = norm(x + a + a')
+/// a'' = (activation(h' Wgᵀ) · (h' Wuᵀ)) Wdᵀ
+/// ```
+#[derive(Clone, Debug)]
+pub struct Block {
+    pub(crate) input_norm: Leaf,
+    pub(crate) q_proj: Linear,
+    pub(crate) k_proj: Linear,
+    pub(crate) v_proj: Linear,
+    pub(crate) o_proj: Linear,
+    /// [D] each, before rope.
+    pub(crate) head_norms: Option<[Leaf; 2]>,
+    pub(crate) post_attention_norm: Leaf,
+    pub(crate) gate_proj: Linear,
+    pub(crate) up_proj: Linear,
+    pub(crate) down_proj: Linear,
+    pub(crate) attention: attention::Config,
+}
+
+/// What all blocks of a model share.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    pub(crate) norm: rms_norm::Config,
+    pub(crate) activation: glu::Activation,
+    pub(crate) rope: RopeTable,
+    /// D.
+    pub(crate) head_dim: usize,
+}
+
+/// Where a block's queries find their keys.
+pub(crate) enum Keys<'a> {
+    /// In their own document of the stream.
+    Stream,
+    /// In a cache of the tokens before, which the stream's are added to.
+    Cache(&'a mut LayerCache),
+}
+
+/// Keys and values of one layer: [L, K, D] each, of which the first `len` are filled.
+#[derive(Debug)]
+pub(crate) struct LayerCache {
+    pub(crate) keys: Tensor,
+    pub(crate) values: Tensor,
+    pub(crate) len: usize,
+}
+
+impl Block {
+    /// (x, a) to (x + a + a', a''): the residual stream, and what the MLP adds to it. `dropout` is the stream of this
+    /// block's masks in this forward pass.
+    pub(crate) fn forward<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        shared: &'m Shared,
+        documents: &Documents,
+        x: Var,
+        a: Option<Var>,
+        keys: Keys<'_>,
+        dropout: Option<Rng>,
+    ) -> Result<[Var; 2]> {
+        let rng = |index: u64| dropout.map(|rng| rng.stream(index));
+        let [x, h] = match a {
+            Some(a) => ops::residual_rms_norm(tape, x, a, &self.input_norm, shared.norm)?,
+            None => ops::fork_rms_norm(tape, x, &self.input_norm, shared.norm)?,
+        };
+        let qkv = forward_fused(tape, [&self.q_proj, &self.k_proj, &self.v_proj], h, rng(0))?;
+        let o = self.attend(tape, shared, documents, qkv, keys)?;
+        let a = self.o_proj.forward(tape, o, rng(1))?;
+        let [x, h] = ops::residual_rms_norm(tape, x, a, &self.post_attention_norm, shared.norm)?;
+        let [gate, up] = forward_fused(tape, [&self.gate_proj, &self.up_proj], h, rng(2))?;
+        let m = ops::glu(tape, gate, up, shared.activation)?;
+        Ok([x, self.down_proj.forward(tape, m, rng(3))?])
+    }
+
+    /// q, k, v as [T, channels] to the attention's output as [T, H D].
+    fn attend<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        shared: &'m Shared,
+        documents: &Documents,
+        [q, k, v]: [Var; 3],
+        keys: Keys<'_>,
+    ) -> Result<Var> {
+        let (tokens, d) = (documents.tokens(), shared.head_dim);
+        let heads = |tape: &mut Tape<'m>, x: Var| {
+            let channels = x.tensor().shape().last();
+            ops::reshape(tape, x, [tokens, channels / d, d])
+        };
+        let (mut q, mut k, v) = (heads(tape, q)?, heads(tape, k)?, heads(tape, v)?);
+        if let Some([q_norm, k_norm]) = &self.head_norms {
+            q = ops::rms_norm(tape, q, q_norm, shared.norm)?;
+            k = ops::rms_norm(tape, k, k_norm, shared.norm)?;
+        }
+        let q = ops::rope(tape, q, documents, &shared.rope)?;
+        let k = ops::rope(tape, k, documents, &shared.rope)?;
+        let channels = q.tensor().numel() / tokens;
+        let o = match keys {
+            Keys::Stream => ops::attention(tape, [q, k, v], documents, self.attention)?,
+            Keys::Cache(cache) => cache.attend(q, &k, &v, self.attention)?,
+        };
+        ops::reshape(tape, o, [tokens, channels])
+    }
+
+    /// Its linears, in the order of the forward pass.
+    pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {
+        let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, .. } = self;
+        [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+    }
+
+    pub(crate) fn linears(&self) -> [&Linear; 7] {
+        [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj]
+    }
+}
+
+impl LayerCache {
+    /// Adds the stream's keys and values, and attends to all.
+    fn attend(&mut self, q: Var, k: &Var, v: &Var, config: attention::Config) -> Result<Var> {
+        let new = k.tensor().dims()[0];
+        self.keys.copy_rows(self.len, k.tensor())?;
+        self.values.copy_rows(self.len, v.tensor())?;
+        self.len += new;
+        let o = attention::cached_forward(&q.into_tensor(), &self.keys, &self.values, self.len, config)?;
+        Ok(Var::from(o))
+    }
+}

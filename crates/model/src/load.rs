@@ -1,0 +1,170 @@
+//! From a checkpoint to a model, tensor by tensor.
+
+use half::bf16;
+use nibble_autograd::Leaf;
+use nibble_lora::{Linear, Weight};
+use nibble_nf4::QuantConfig;
+use nibble_tensor::{
+    Arena, DType, Tensor,
+    ops::{attention, glu, rms_norm, rope::RopeTable},
+};
+
+use crate::{
+    Result, Transformer,
+    block::{Block, Shared},
+    config::{Activation, ModelConfig, QkNorm},
+    files::{Checkpoint, StoredType},
+};
+
+/// How a checkpoint is loaded.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    /// The blocks' linears are kept in this format; `None`: as stored. Embedding, head and norms stay as stored, as in the
+    /// reference stack.
+    pub quant: Option<QuantConfig>,
+    /// The type of activations.
+    pub compute_dtype: DType,
+    /// The longest document, in tokens, that rope's table is made for (at most the model's own limit).
+    pub max_positions: usize,
+}
+
+impl Transformer {
+    /// Loads the model of a checkpoint into memory of `arena`. Every tensor is read, quantised and released before the next:
+    /// the 16-bit model is never in memory. `progress` is called with (tensors done, tensors in all).
+    ///
+    /// # Errors
+    /// What is wrong with the config, all mismatches between config and tensors at once, out of memory.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        arena: &Arena,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
+        let config = checkpoint.config()?;
+        checkpoint.check(&config)?;
+        let total = config.tensors().len();
+        let mut loader = Loader { checkpoint, arena, options, done: 0, total, progress };
+        let embed_tokens = loader.leaf("model.embed_tokens.weight")?;
+        let blocks = (0..config.num_hidden_layers).map(|i| loader.block(&config, i)).collect::<Result<_>>()?;
+        let norm = loader.leaf("model.norm.weight")?;
+        let lm_head = if config.tie_word_embeddings { None } else { Some(loader.leaf("lm_head.weight")?) };
+        let shared = Shared {
+            norm: rms_norm::Config { eps: config.rms_norm_eps, offset: if config.features.norm_offset { 1.0 } else { 0.0 } },
+            activation: match config.features.activation {
+                Activation::Silu => glu::Activation::Silu,
+                Activation::Gelu => glu::Activation::Gelu,
+                Activation::GeluTanh => glu::Activation::GeluTanh,
+            },
+            rope: RopeTable::new(arena, &config.rope.inv_freq(), 1.0, options.max_positions.min(config.max_position_embeddings))?,
+            head_dim: config.head_dim,
+        };
+        Ok(Self { config, arena: arena.clone(), dtype: options.compute_dtype, embed_tokens, blocks, shared, norm, lm_head })
+    }
+}
+
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    arena: &'a Arena,
+    options: &'a LoadOptions,
+    done: usize,
+    total: usize,
+    progress: &'a mut dyn FnMut(usize, usize),
+}
+
+impl Loader<'_> {
+    fn block(&mut self, config: &ModelConfig, index: usize) -> Result<Block> {
+        let features = &config.features;
+        let at = |part: &str| format!("model.layers.{index}.{part}");
+        let head_norms = match features.qk_norm {
+            QkNorm::None | QkNorm::Full => None,
+            QkNorm::Head => Some([self.leaf(&at("self_attn.q_norm.weight"))?, self.leaf(&at("self_attn.k_norm.weight"))?]),
+        };
+        Ok(Block {
+            input_norm: self.leaf(&at("input_layernorm.weight"))?,
+            q_proj: self.linear(at("self_attn.q_proj"), features.qkv_bias)?,
+            k_proj: self.linear(at("self_attn.k_proj"), features.qkv_bias)?,
+            v_proj: self.linear(at("self_attn.v_proj"), features.qkv_bias)?,
+            o_proj: self.linear(at("self_attn.o_proj"), features.o_bias)?,
+            head_norms,
+            post_attention_norm: self.leaf(&at("post_attention_layernorm.weight"))?,
+            gate_proj: self.linear(at("mlp.gate_proj"), features.mlp_bias)?,
+            up_proj: self.linear(at("mlp.up_proj"), features.mlp_bias)?,
+            down_proj: self.linear(at("mlp.down_proj"), features.mlp_bias)?,
+            attention: attention::Config {
+                scale: features.query_scale,
+                window: features.windows[index],
+                softcap: features.attn_softcap,
+            },
+        })
+    }
+
+    /// A frozen tensor as stored (rounded to bf16 where stored in a block format).
+    fn leaf(&mut self, name: &str) -> Result<Leaf> {
+        let tensor = self.dense(name)?;
+        self.finish(name)?;
+        Ok(Leaf::Frozen(tensor))
+    }
+
+    fn linear(&mut self, path: String, has_bias: bool) -> Result<Linear> {
+        let name = format!("{path}.weight");
+        let weight = match self.options.quant {
+            None => Weight::Dense(self.dense(&name)?),
+            Some(quant) => self.quantized(&name, &quant)?,
+        };
+        self.finish(&name)?;
+        let bias = if has_bias {
+            let name = format!("{path}.bias");
+            let bias = self.dense(&name)?;
+            self.finish(&name)?;
+            Some(bias)
+        } else {
+            None
+        };
+        Ok(Linear::new(path, weight, bias))
+    }
+
+    fn quantized(&self, name: &str, quant: &QuantConfig) -> Result<Weight> {
+        let info = self.checkpoint.info(name)?;
+        let numel: usize = info.shape.iter().product();
+        let blocks = if info.dtype == StoredType::BF16 {
+            let mut values = vec![bf16::ZERO; numel];
+            self.checkpoint.read_bf16(name, &mut values)?;
+            nibble_nf4::quantize(&values, quant)
+        } else {
+            let mut values = vec![0.0f32; numel];
+            self.checkpoint.read_f32(name, &mut values)?;
+            nibble_nf4::quantize(&values, quant)
+        };
+        let blocks = blocks.map_err(|source| crate::Error::Quantize { name: name.to_owned(), source })?;
+        Ok(Weight::from_blocks(self.arena, &blocks, [info.shape[0], info.shape[1]])?)
+    }
+
+    fn dense(&self, name: &str) -> Result<Tensor> {
+        let info = self.checkpoint.info(name)?;
+        let numel: usize = info.shape.iter().product();
+        let mut tensor = match info.dtype {
+            StoredType::BF16 => {
+                let mut tensor = Tensor::empty(self.arena, DType::Bf16, [numel])?;
+                self.checkpoint.read_bf16(name, tensor.as_mut_slice::<bf16>()?)?;
+                tensor
+            }
+            stored => {
+                let mut tensor = Tensor::empty(self.arena, DType::F32, [numel])?;
+                self.checkpoint.read_f32(name, tensor.as_mut_slice::<f32>()?)?;
+                if stored == StoredType::F16 { tensor.to_dtype(DType::F16)? } else { tensor }
+            }
+        };
+        tensor = match info.shape[..] {
+            [rows, cols] => tensor.reshape([rows, cols])?,
+            _ => tensor,
+        };
+        Ok(tensor)
+    }
+
+    fn finish(&mut self, name: &str) -> Result<()> {
+        self.checkpoint.release(name)?;
+        self.done += 1;
+        (self.progress)(self.done, self.total);
+        Ok(())
+    }
+}

@@ -1,0 +1,283 @@
+//! The model: embedding, blocks, last norm, head.
+
+use nibble_autograd::{Leaf, ParamStore, ParamStoreBuilder, Tape, Var, ops};
+use nibble_lora::{AdapterConfig, AdapterFile, Init, Linear};
+use nibble_tensor::{
+    Arena, DType, Rng, Tensor,
+    ops::{Documents, lm_head_loss},
+};
+
+use crate::{
+    Error, Result,
+    block::{Block, Keys, Shared},
+    config::ModelConfig,
+};
+
+/// A stream of packed documents on a device.
+#[derive(Clone, Debug)]
+pub struct Stream {
+    /// U32 [T].
+    pub tokens: Tensor,
+    /// Where the documents begin.
+    pub documents: Documents,
+}
+
+impl Stream {
+    /// From token ids and the documents' offsets `[0, ..., T]`.
+    ///
+    /// # Errors
+    /// When the offsets do not end with the number of tokens.
+    pub fn new(arena: &Arena, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Self> {
+        let documents = Documents::new(arena, cu_seqlens)?;
+        let tokens = Tensor::from_slice(arena, tokens, [documents.tokens()])?;
+        Ok(Self { tokens, documents })
+    }
+}
+
+/// What is kept of the forward pass for the backward pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// Everything an op saves.
+    #[default]
+    None,
+    /// The inputs of each block: a second forward pass in exchange for the memory.
+    Full,
+}
+
+/// How a loss is computed.
+#[derive(Clone, Copy, Debug)]
+pub struct LossOptions {
+    /// The loss is the sum over labelled tokens times this: 1 / the labelled tokens of the whole optimizer step.
+    pub scale: f32,
+    /// What is kept for the backward pass.
+    pub checkpointing: Checkpointing,
+    /// Stream of the dropout masks; nothing in evaluation.
+    pub dropout: Option<Rng>,
+}
+
+/// A decoder-only transformer with a frozen base and, once attached, adapters.
+#[derive(Clone, Debug)]
+pub struct Transformer {
+    pub(crate) config: ModelConfig,
+    pub(crate) arena: Arena,
+    pub(crate) dtype: DType,
+    pub(crate) embed_tokens: Leaf,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) shared: Shared,
+    pub(crate) norm: Leaf,
+    /// `None`: the embedding's matrix.
+    pub(crate) lm_head: Option<Leaf>,
+}
+
+impl Transformer {
+    /// What the model is.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The memory that activations are taken from.
+    #[must_use]
+    pub fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    /// The type of activations.
+    #[must_use]
+    pub fn compute_dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Positions that rope's table holds: the longest document.
+    #[must_use]
+    pub fn max_positions(&self) -> usize {
+        self.shared.rope.positions()
+    }
+
+    /// The linears of all blocks, in the order of the forward pass.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.blocks.iter().flat_map(Block::linears)
+    }
+
+    /// Cross entropy of `labels` (I32 [T], already shifted: the target of each position, -100 for none) on a stream, recorded
+    /// for a backward pass.
+    ///
+    /// # Errors
+    /// A token or label beyond the vocabulary, a document longer than rope's table, out of memory.
+    pub fn loss<'m>(&'m self, tape: &mut Tape<'m>, stream: &Stream, labels: &Tensor, options: LossOptions) -> Result<ops::Loss> {
+        let h = self.hidden(tape, stream, options.checkpointing, options.dropout)?;
+        let config = lm_head_loss::Config { scale: options.scale, softcap: self.config.features.final_logit_softcap };
+        Ok(ops::lm_head_loss(tape, h, self.head(), labels, config)?)
+    }
+
+    /// The logits of every position, F32 [T, V].
+    ///
+    /// # Errors
+    /// As [`Transformer::loss`].
+    pub fn logits(&self, params: &ParamStore, stream: &Stream) -> Result<Tensor> {
+        let mut tape = Tape::inference(params);
+        let h = self.hidden(&mut tape, stream, Checkpointing::None, None)?;
+        self.head_logits(params, h.tensor())
+    }
+
+    /// The head on rows of the last norm's output.
+    pub(crate) fn head_logits(&self, params: &ParamStore, h: &Tensor) -> Result<Tensor> {
+        Ok(lm_head_loss::logits(h, &params.value(self.head())?, self.config.features.final_logit_softcap)?)
+    }
+
+    pub(crate) fn head(&self) -> &Leaf {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// Output of the last norm, [T, C].
+    fn hidden<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        stream: &Stream,
+        checkpointing: Checkpointing,
+        dropout: Option<Rng>,
+    ) -> Result<Var> {
+        let mut x = self.embed(tape, &stream.tokens)?;
+        let mut a = None;
+        for (i, block) in self.blocks.iter().enumerate() {
+            let rng = dropout.map(|rng| rng.stream(i as u64));
+            let [next, added] = match checkpointing {
+                Checkpointing::None => block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?,
+                Checkpointing::Full => self.checkpointed(tape, block, &stream.documents, x, a, rng)?,
+            };
+            (x, a) = (next, Some(added));
+        }
+        self.last_norm(tape, x, a)
+    }
+
+    fn checkpointed<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        block: &'m Block,
+        documents: &Documents,
+        x: Var,
+        a: Option<Var>,
+        rng: Option<Rng>,
+    ) -> Result<[Var; 2]> {
+        let (shared, documents) = (&self.shared, documents.clone());
+        let run = move |tape: &mut Tape<'m>, x, a| block.forward(tape, shared, &documents, x, a, Keys::Stream, rng);
+        Ok(match a {
+            None => tape.checkpoint([x], move |tape, [x]| run(tape, x, None))?,
+            Some(a) => tape.checkpoint([x, a], move |tape, [x, a]| run(tape, x, Some(a)))?,
+        })
+    }
+
+    pub(crate) fn embed(&self, tape: &mut Tape<'_>, tokens: &Tensor) -> Result<Var> {
+        let scale = self.config.features.embed_scale.unwrap_or(1.0);
+        Ok(ops::embedding(tape, &self.embed_tokens, tokens, scale, self.dtype)?)
+    }
+
+    pub(crate) fn last_norm(&self, tape: &mut Tape<'_>, x: Var, a: Option<Var>) -> Result<Var> {
+        Ok(match a {
+            Some(a) => ops::final_rms_norm(tape, x, a, &self.norm, self.shared.norm)?,
+            None => ops::rms_norm(tape, x, &self.norm, self.shared.norm)?,
+        })
+    }
+
+    /// Attaches adapters as `config` says, and trains `modules_to_save` whole. A model takes one adapter.
+    ///
+    /// # Errors
+    /// As [`nibble_lora::attach`]; [`Error::ModuleToSave`] for a module that cannot be trained whole.
+    pub fn attach(&mut self, config: &AdapterConfig, init: Init<'_>) -> Result<ParamStore> {
+        let mut builder = ParamStoreBuilder::default();
+        let mut linears: Vec<&mut Linear> = self.blocks.iter_mut().flat_map(Block::linears_mut).collect();
+        nibble_lora::attach(config, &mut linears, init, &mut builder)?;
+        for module in config.modules_to_save.iter().flatten() {
+            self.train_module(module, init, &mut builder)?;
+        }
+        let params = builder.build(&self.arena)?;
+        if let Init::File(file) = init {
+            file.expect_all_used(&params)?;
+        }
+        Ok(params)
+    }
+
+    fn train_module(&mut self, module: &str, init: Init<'_>, builder: &mut ParamStoreBuilder) -> Result<()> {
+        let path = match module.rsplit('.').next() {
+            Some("lm_head") => "lm_head",
+            Some("embed_tokens") => "model.embed_tokens",
+            _ => return Err(Error::ModuleToSave { module: module.to_owned() }),
+        };
+        let frozen = if path == "lm_head" { self.head().clone() } else { self.embed_tokens.clone() };
+        let Leaf::Frozen(frozen) = frozen else { return Ok(()) };
+        let name = format!("{}{path}.weight", nibble_lora::PREFIX);
+        let values = match init {
+            Init::Random(_) => frozen.to_f32_vec()?,
+            Init::File(file) => saved_module(file, &name, &frozen)?,
+        };
+        let param = Leaf::Param(builder.add(name, frozen.shape(), values));
+        if path == "lm_head" {
+            self.lm_head = Some(param);
+        } else {
+            // As PEFT does it: the head of a tied model stays what the embedding was.
+            self.lm_head.get_or_insert(Leaf::Frozen(frozen));
+            self.embed_tokens = param;
+        }
+        Ok(())
+    }
+
+    /// Trains every weight (of a model that was loaded without quantisation), under its name in the checkpoint.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn train_all(&mut self) -> Result<ParamStore> {
+        let mut builder = ParamStoreBuilder::default();
+        let leaf = |name: String, leaf: &mut Leaf, builder: &mut ParamStoreBuilder| -> Result<()> {
+            if let Leaf::Frozen(tensor) = leaf {
+                *leaf = Leaf::Param(builder.add(name, tensor.shape(), tensor.to_f32_vec()?));
+            }
+            Ok(())
+        };
+        leaf("model.embed_tokens.weight".into(), &mut self.embed_tokens, &mut builder)?;
+        for (i, block) in self.blocks.iter_mut().enumerate() {
+            let name = |part: &str| format!("model.layers.{i}.{part}.weight");
+            leaf(name("input_layernorm"), &mut block.input_norm, &mut builder)?;
+            leaf(name("post_attention_layernorm"), &mut block.post_attention_norm, &mut builder)?;
+            if let Some([q, k]) = &mut block.head_norms {
+                leaf(name("self_attn.q_norm"), q, &mut builder)?;
+                leaf(name("self_attn.k_norm"), k, &mut builder)?;
+            }
+            for linear in block.linears_mut() {
+                linear.train_base(&mut builder)?;
+            }
+        }
+        leaf("model.norm.weight".into(), &mut self.norm, &mut builder)?;
+        if let Some(head) = &mut self.lm_head {
+            leaf("lm_head.weight".into(), head, &mut builder)?;
+        }
+        Ok(builder.build(&self.arena)?)
+    }
+
+    /// Bytes of the frozen base: (linears, embedding and head and norms).
+    #[must_use]
+    pub fn base_bytes(&self) -> (usize, usize) {
+        let linears = self.linears().map(Linear::base_bytes).sum();
+        let leaf = |leaf: &Leaf| match leaf {
+            Leaf::Frozen(tensor) => tensor.numel() * tensor.dtype().size(),
+            Leaf::Param(_) => 0,
+        };
+        let blocks: usize = self.blocks.iter().map(|b| leaf(&b.input_norm) + leaf(&b.post_attention_norm)).sum();
+        (linears, leaf(&self.embed_tokens) + self.lm_head.as_ref().map_or(0, leaf) + leaf(&self.norm) + blocks)
+    }
+
+    /// Number of values of the base, trained or not.
+    #[must_use]
+    pub fn num_parameters(&self) -> usize {
+        self.config.tensors().iter().map(|spec| spec.shape.iter().product::<usize>()).sum()
+    }
+}
+
+fn saved_module(file: &AdapterFile, name: &str, frozen: &Tensor) -> Result<Vec<f32>> {
+    let expected = frozen.shape();
+    let mismatch = match file.get(name) {
+        Some((shape, values)) if shape == expected.dims() => return Ok(values.to_vec()),
+        Some((found, _)) => nibble_lora::Mismatch::Shape { name: name.to_owned(), expected, found: found.to_vec() },
+        None => nibble_lora::Mismatch::Missing { name: name.to_owned(), expected },
+    };
+    Err(nibble_lora::Error::Mismatches { path: file.path().to_path_buf(), mismatches: vec![mismatch] }.into())
+}

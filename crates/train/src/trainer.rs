@@ -1,0 +1,272 @@
+//! The loop.
+
+use std::{ops::Range, time::Instant};
+
+use nibble_autograd::{ParamGrads, ParamStore, Tape};
+use nibble_data::{Batch, DataLoader, Dataset, Packer};
+use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
+use nibble_optim::{LrSchedule, Optimizer, clip_grad_norm};
+use nibble_tensor::{Rng, Tensor};
+
+use crate::{Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig};
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Optimizer steps done.
+    pub steps: usize,
+    /// Whether the observer ended it before its last step.
+    pub stopped_early: bool,
+    /// Mean of the steps' losses.
+    pub train_loss: f64,
+    /// Seconds, evaluations included.
+    pub seconds: f64,
+    /// Tokens learned from or read as context.
+    pub tokens: usize,
+}
+
+/// A run: model, trained values, optimizer and data.
+#[derive(Debug)]
+pub struct Trainer {
+    model: Transformer,
+    params: ParamStore,
+    grads: ParamGrads,
+    optimizer: Optimizer,
+    schedule: LrSchedule,
+    data: DataLoader,
+    config: TrainConfig,
+    max_steps: usize,
+    step: usize,
+}
+
+impl Trainer {
+    /// Prepares a run.
+    ///
+    /// # Errors
+    /// [`Error::NothingTrains`], [`Error::Setting`], [`Error::TooLong`], out of memory.
+    pub fn new(model: Transformer, params: ParamStore, data: DataLoader, config: TrainConfig) -> Result<Self> {
+        config.validate()?;
+        if params.numel() == 0 {
+            return Err(Error::NothingTrains);
+        }
+        check_lengths(&model, data.dataset())?;
+        let steps_per_epoch = data.batches_per_epoch().div_ceil(config.gradient_accumulation_steps);
+        let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
+        let grads = params.zero_grads()?;
+        let optimizer = Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
+        let schedule = config.schedule(max_steps)?;
+        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0 })
+    }
+
+    /// What the run will do.
+    #[must_use]
+    pub fn plan(&self) -> Plan {
+        Plan {
+            max_steps: self.max_steps,
+            steps_per_epoch: self.steps_per_epoch(),
+            trainable_parameters: self.params.numel(),
+            base_parameters: self.model.num_parameters(),
+            examples: self.data.dataset().examples().len(),
+            effective_batch_size: self.data.dataset().examples().len().div_ceil(self.data.batches_per_epoch())
+                * self.config.gradient_accumulation_steps,
+        }
+    }
+
+    fn steps_per_epoch(&self) -> usize {
+        self.data.batches_per_epoch().div_ceil(self.config.gradient_accumulation_steps)
+    }
+
+    /// The model.
+    #[must_use]
+    pub fn model(&self) -> &Transformer {
+        &self.model
+    }
+
+    /// The trained values.
+    #[must_use]
+    pub fn params(&self) -> &ParamStore {
+        &self.params
+    }
+
+    /// The gradients of the last step, before clipping.
+    #[must_use]
+    pub fn grads(&self) -> &ParamGrads {
+        &self.grads
+    }
+
+    /// Runs to the last step, or until the observer says so.
+    ///
+    /// # Errors
+    /// As [`Trainer::step`] and [`Trainer::evaluate`].
+    pub fn train(&mut self, eval: Option<&Dataset>, observer: &mut dyn Observer) -> Result<Outcome> {
+        observer.on_start(&self.plan());
+        let begin = Instant::now();
+        let (mut window, mut all) = (Window::default(), Window::default());
+        let mut stopped_early = false;
+        while self.step < self.max_steps {
+            let stats = self.step()?;
+            observer.on_step(&stats);
+            window.add(&stats);
+            all.add(&stats);
+            let last = stats.step == self.max_steps;
+            stopped_early = observer.should_stop() && !last;
+            if last || stopped_early || stats.step.is_multiple_of(self.config.logging_steps) {
+                observer.on_log(&window.entry(&stats, all.tokens));
+                window = Window::default();
+            }
+            if stopped_early {
+                break;
+            }
+            let due = last || self.config.eval_steps.is_some_and(|steps| stats.step.is_multiple_of(steps));
+            if let Some(data) = eval.filter(|_| due) {
+                observer.on_evaluate(stats.step, &self.evaluate(data)?);
+            }
+        }
+        let seconds = begin.elapsed().as_secs_f64();
+        Ok(Outcome { steps: all.steps, stopped_early, train_loss: all.loss(), seconds, tokens: all.tokens })
+    }
+
+    /// One optimizer step: the micro-batches that are next, clip, update.
+    ///
+    /// # Errors
+    /// [`Error::NonFinite`] before anything is changed by it; what the model's ops return.
+    pub fn step(&mut self) -> Result<StepStats> {
+        let begin = Instant::now();
+        let (batches, rows) = self.next_batches()?;
+        let labels: usize = batches.iter().map(Batch::label_count).sum();
+        let tokens = batches.iter().map(Batch::len).sum();
+        self.grads.zero()?;
+        let dropout = Rng::new(self.config.seed).stream(self.step as u64);
+        let mut loss = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
+            loss += self.backward(batch, 1.0 / labels.max(1) as f32, Some(dropout.stream(i as u64)))?;
+        }
+        self.expect_finite("loss", loss, &rows)?;
+        let clip = clip_grad_norm(self.grads.flat(), self.config.max_grad_norm)?;
+        self.expect_finite("gradient norm", clip.norm, &rows)?;
+        let learning_rate = self.schedule.lr(self.step as u64);
+        self.optimizer.step(self.params.data_mut(), self.grads.flat(), learning_rate, clip.scale)?;
+        self.step += 1;
+        let state = self.data.state();
+        let epoch = state.epoch as f64 + state.index as f64 / state.batches_per_epoch as f64;
+        let seconds = begin.elapsed().as_secs_f64();
+        Ok(StepStats { step: self.step, epoch, loss, grad_norm: clip.norm, learning_rate, tokens, labels, seconds })
+    }
+
+    /// The micro-batches of the next step (a step does not reach over the end of an epoch), and their rows in the file.
+    fn next_batches(&mut self) -> Result<(Vec<Batch>, Vec<usize>)> {
+        let (mut batches, mut rows) = (Vec::new(), Vec::new());
+        for _ in 0..self.config.gradient_accumulation_steps {
+            let indices = self.data.next_indices()?;
+            rows.extend(indices.iter().map(|&i| self.data.dataset().examples()[i].row));
+            batches.push(self.data.dataset().batch(&indices));
+            let state = self.data.state();
+            if state.index == state.batches_per_epoch {
+                break;
+            }
+        }
+        Ok((batches, rows))
+    }
+
+    /// Adds a micro-batch's gradients; gives its part of the step's loss.
+    fn backward(&mut self, batch: &Batch, scale: f32, dropout: Option<Rng>) -> Result<f64> {
+        let arena = self.model.arena();
+        let stream = Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?;
+        let labels = Tensor::from_slice(arena, &batch.labels, [batch.labels.len()])?;
+        let options = LossOptions { scale, checkpointing: self.config.checkpointing, dropout };
+        let mut tape = Tape::new(&self.params);
+        let loss = self.model.loss(&mut tape, &stream, &labels, options)?;
+        // A loss that is no number has no gradient worth computing: the caller reports it.
+        if loss.value.is_finite() {
+            let one = Tensor::from_slice(arena, &[1.0f32], [1])?;
+            tape.backward([loss.var], [one], [], &mut self.grads)?;
+        }
+        Ok(loss.value)
+    }
+
+    fn expect_finite(&self, quantity: &'static str, value: f64, rows: &[usize]) -> Result<()> {
+        if value.is_finite() {
+            return Ok(());
+        }
+        Err(Error::NonFinite { step: self.step + 1, quantity, value, rows: rows.to_vec() })
+    }
+
+    /// The loss over all labelled tokens of `data`, without dropout.
+    ///
+    /// # Errors
+    /// As [`evaluate`].
+    pub fn evaluate(&self, data: &Dataset) -> Result<EvalStats> {
+        evaluate(&self.model, &self.params, data, self.config.eval_batch_size)
+    }
+}
+
+/// Ranges of the flat buffer that do not decay: biases and norms, as in the Trainer.
+fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
+    let exempt = |name: &str| name.ends_with(".bias") || name.contains("norm.");
+    let ranges = params.params().iter().filter(|param| exempt(&param.name));
+    ranges.map(|param| param.offset..param.offset + param.shape.numel()).collect()
+}
+
+/// The cross entropy of a model over all labelled tokens of `data`: weighted by token, whatever `batch_size` is.
+///
+/// # Errors
+/// [`Error::TooLong`], what the model's ops return.
+pub fn evaluate(model: &Transformer, params: &ParamStore, data: &Dataset, batch_size: usize) -> Result<EvalStats> {
+    check_lengths(model, data)?;
+    let lengths: Vec<usize> = data.examples().iter().map(|example| example.tokens.len()).collect();
+    let order: Vec<usize> = (0..lengths.len()).collect();
+    let (mut sum, mut tokens) = (0.0, 0);
+    for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
+        let batch = data.batch(&indices);
+        let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
+        let labels = Tensor::from_slice(model.arena(), &batch.labels, [batch.labels.len()])?;
+        let options = LossOptions { scale: 1.0, checkpointing: Checkpointing::None, dropout: None };
+        let loss = model.loss(&mut Tape::inference(params), &stream, &labels, options)?;
+        sum += loss.value;
+        tokens += loss.rows;
+    }
+    let loss = sum / tokens.max(1) as f64;
+    Ok(EvalStats { loss, perplexity: loss.exp(), tokens })
+}
+
+fn check_lengths(model: &Transformer, data: &Dataset) -> Result<()> {
+    let positions = model.max_positions();
+    match data.examples().iter().find(|example| example.tokens.len() > positions) {
+        Some(example) => Err(Error::TooLong { row: example.row, tokens: example.tokens.len(), positions }),
+        None => Ok(()),
+    }
+}
+
+/// Sums over some steps.
+#[derive(Clone, Copy, Debug, Default)]
+struct Window {
+    steps: usize,
+    losses: f64,
+    tokens: usize,
+    seconds: f64,
+}
+
+impl Window {
+    fn add(&mut self, stats: &StepStats) {
+        self.steps += 1;
+        self.losses += stats.loss;
+        self.tokens += stats.tokens;
+        self.seconds += stats.seconds;
+    }
+
+    fn loss(&self) -> f64 {
+        self.losses / self.steps.max(1) as f64
+    }
+
+    fn entry(&self, last: &StepStats, tokens: usize) -> LogEntry {
+        LogEntry {
+            step: last.step,
+            epoch: last.epoch,
+            loss: self.loss(),
+            grad_norm: last.grad_norm,
+            learning_rate: last.learning_rate,
+            tokens,
+            tokens_per_second: self.tokens as f64 / self.seconds.max(1e-9),
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! What must hold of every training step.
+
+use std::sync::Arc;
+
+use nibble_autograd::{ParamStore, Tape};
+use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
+use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
+use nibble_model::{Checkpointing, LoadOptions, LossOptions, Stream, Transformer, files::Checkpoint};
+use nibble_nf4::QuantConfig;
+use nibble_tensor::{Arena, DType, Device, Rng, Tensor};
+use nibble_tests::{golden, relative_error};
+use nibble_train::{TrainConfig, Trainer};
+
+fn adapter(init: InitLoraWeights, dropout: f64) -> AdapterConfig {
+    AdapterConfig {
+        r: 4,
+        lora_alpha: 8.0,
+        lora_dropout: dropout,
+        init_lora_weights: init,
+        target_modules: Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned())),
+        ..AdapterConfig::default()
+    }
+}
+
+/// The tiny Llama with NF4 linears and an adapter.
+fn model(config: &AdapterConfig, dtype: DType) -> (Transformer, ParamStore) {
+    let path = golden("models/llama31").expect("the project has its own copy");
+    let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
+    let options = LoadOptions { quant, compute_dtype: dtype, max_positions: 256 };
+    let mut model = Transformer::load(&Checkpoint::open(&path).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
+    let params = model.attach(config, Init::Random(7)).unwrap();
+    (model, params)
+}
+
+/// `rows` documents of different lengths and numbers of labels.
+fn dataset(rows: u64) -> Arc<Dataset> {
+    let rows = (0..rows).map(|row| {
+        let rng = Rng::new(3).stream(row);
+        let ids: Vec<u64> = (0..5 + rng.bits(0) % 20).map(|i| 3 + rng.bits(i + 1) % 300).collect();
+        let labels: Vec<i64> = ids.iter().enumerate().map(|(i, &id)| if i < 3 { -100 } else { id as i64 }).collect();
+        serde_json::json!({ "input_ids": ids, "labels": labels })
+    });
+    let options = DatasetOptions { vocab_size: Some(320), ..DatasetOptions::default() };
+    Arc::new(Dataset::from_tokenized_rows(rows, &options).unwrap())
+}
+
+fn trainer(adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfig) -> Trainer {
+    let (model, params) = model(adapter_config, DType::F32);
+    let options = LoaderOptions { packer: Packer::Documents { batch_size }, seed: 0, shuffle: false };
+    Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap()
+}
+
+fn one_step(batch_size: usize, gradient_accumulation_steps: usize) -> (f64, Vec<f32>) {
+    let config = TrainConfig { gradient_accumulation_steps, max_steps: Some(1), ..TrainConfig::default() };
+    let mut trainer = trainer(&adapter(InitLoraWeights::Random, 0.0), batch_size, config);
+    let stats = trainer.step().unwrap();
+    (stats.loss, trainer.grads().flat().to_f32_vec().unwrap())
+}
+
+#[test]
+fn batch_8_by_1_and_1_by_8_give_the_same_loss_and_gradients() {
+    let (loss, grads) = one_step(8, 1);
+    for (batch_size, accumulation) in [(1, 8), (2, 4), (4, 2)] {
+        let (other_loss, other) = one_step(batch_size, accumulation);
+        assert!((loss - other_loss).abs() <= 1e-6 * loss, "{batch_size} x {accumulation}: {other_loss} instead of {loss}");
+        let error = relative_error(&other, &grads);
+        assert!(error < 1e-5, "{batch_size} x {accumulation}: gradients off by {error:.1e}");
+    }
+}
+
+#[test]
+fn after_one_step_every_adapter_matrix_of_every_layer_has_a_gradient() {
+    let config = TrainConfig { max_steps: Some(2), learning_rate: 1e-2, ..TrainConfig::default() };
+    let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.0), 4, config);
+    // B is zero at first, so A has a gradient only once B has moved.
+    for matrices in [&["lora_B"][..], &["lora_A", "lora_B"]] {
+        trainer.step().unwrap();
+        let params = trainer.params().params().to_vec();
+        assert_eq!(params.len(), 2 * 7 * 3);
+        for param in params.iter().filter(|param| matrices.iter().any(|name| param.name.contains(name))) {
+            let gradient = trainer.grads().get(param).unwrap();
+            assert!(gradient.as_slice::<f32>().unwrap().iter().any(|&g| g != 0.0), "{} has no gradient", param.name);
+        }
+    }
+}
+
+fn gradients(checkpointing: Checkpointing, dropout: f64, dtype: DType) -> (f64, Vec<f32>) {
+    let (model, params) = model(&adapter(InitLoraWeights::Random, dropout), dtype);
+    let batch = dataset(4).batch(&[0, 1, 2, 3]);
+    let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
+    let labels = Tensor::from_slice(model.arena(), &batch.labels, [batch.labels.len()]).unwrap();
+    let mut grads = params.zero_grads().unwrap();
+    let mut tape = Tape::new(&params);
+    let options = LossOptions { scale: 0.1, checkpointing, dropout: Some(Rng::new(5)) };
+    let loss = model.loss(&mut tape, &stream, &labels, options).unwrap();
+    let one = Tensor::from_slice(model.arena(), &[1.0f32], [1]).unwrap();
+    tape.backward([loss.var], [one], [], &mut grads).unwrap();
+    (loss.value, grads.flat().to_f32_vec().unwrap())
+}
+
+#[test]
+fn checkpointed_step_is_bitwise_equal() {
+    for dtype in [DType::F32, DType::Bf16] {
+        for dropout in [0.0, 0.3] {
+            assert_eq!(gradients(Checkpointing::None, dropout, dtype), gradients(Checkpointing::Full, dropout, dtype), "{dtype} {dropout}");
+        }
+    }
+}
+
+#[test]
+fn dropout_changes_the_loss_and_is_a_function_of_the_seed() {
+    let plain = gradients(Checkpointing::None, 0.0, DType::F32).0;
+    let dropped = gradients(Checkpointing::None, 0.3, DType::F32).0;
+    assert!(plain != dropped);
+    assert_eq!(dropped, gradients(Checkpointing::None, 0.3, DType::F32).0);
+}
+
+#[test]
+fn bf16_gradients_point_where_f32_ones_do() {
+    let (exact, half) = (gradients(Checkpointing::None, 0.0, DType::F32), gradients(Checkpointing::None, 0.0, DType::Bf16));
+    assert!((exact.0 - half.0).abs() < 0.01 * exact.0, "{} {}", exact.0, half.0);
+    assert!(nibble_tests::cosine(&exact.1, &half.1) > 0.999);
+}
+
+#[test]
+fn documents_in_one_stream_do_not_see_each_other() {
+    let (model, params) = model(&adapter(InitLoraWeights::Random, 0.0), DType::F32);
+    let data = dataset(3);
+    let logits = |indices: &[usize]| {
+        let batch = data.batch(indices);
+        let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
+        model.logits(&params, &stream).unwrap().to_f32_vec().unwrap()
+    };
+    let alone: Vec<f32> = [0, 1, 2].iter().flat_map(|&i| logits(&[i])).collect();
+    assert!(relative_error(&logits(&[0, 1, 2]), &alone) < 1e-6);
+}
+
+#[test]
+fn a_run_repeats_bit_for_bit() {
+    let run = || {
+        let config = TrainConfig { max_steps: Some(5), ..TrainConfig::default() };
+        let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.1), 2, config);
+        trainer.train(None, &mut ()).unwrap();
+        trainer.params().data().to_f32_vec().unwrap()
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn a_steady_step_asks_the_system_for_no_memory() {
+    let config = TrainConfig { max_steps: Some(20), ..TrainConfig::default() };
+    let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.0), 8, config);
+    trainer.step().unwrap();
+    let before = trainer.model().arena().stats();
+    for _ in 0..5 {
+        trainer.step().unwrap();
+    }
+    let after = trainer.model().arena().stats();
+    assert_eq!(before.system_allocations, after.system_allocations);
+    assert_eq!(before.peak, after.peak);
+}
+
+#[test]
+fn a_loss_that_is_no_number_names_the_batch_and_changes_nothing() {
+    let config = TrainConfig { max_steps: Some(3), ..TrainConfig::default() };
+    let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.0), 2, TrainConfig { learning_rate: f64::MAX, ..config });
+    trainer.step().unwrap();
+    let before = trainer.params().data().to_f32_vec().unwrap();
+    let error = trainer.step().unwrap_err();
+    assert!(error.to_string().contains("step 2") && error.to_string().contains("rows 3, 4"), "{error}");
+    let after = trainer.params().data().to_f32_vec().unwrap();
+    assert!(before.iter().map(|x| x.to_bits()).eq(after.iter().map(|x| x.to_bits())));
+}
