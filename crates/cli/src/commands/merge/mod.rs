@@ -135,13 +135,13 @@ fn outputs(config: &ModelConfig, checkpoint: &Checkpoint, dtype: MergeDtype, unt
 }
 
 fn output_type(asked: MergeDtype, found: StoredType) -> StoredType {
-    match (asked, found) {
-        (MergeDtype::F32, _) => StoredType::F32,
-        (MergeDtype::Bf16, _) => StoredType::BF16,
-        (MergeDtype::F16, _) => StoredType::F16,
+    match asked {
+        MergeDtype::F32 => StoredType::F32,
+        MergeDtype::Bf16 => StoredType::BF16,
+        MergeDtype::F16 => StoredType::F16,
         // Sums are made in f32; no model is kept wider.
-        (MergeDtype::Same, StoredType::F64) => StoredType::F32,
-        (MergeDtype::Same, found) => found,
+        MergeDtype::Same if found == StoredType::F64 => StoredType::F32,
+        MergeDtype::Same => found,
     }
 }
 
@@ -190,7 +190,9 @@ fn write_texts(base: &Base, folder: &Path) -> Result<()> {
     }
     let (name, to) = ("generation_config.json", folder.join("generation_config.json"));
     if let Some(from) = from.map(|from| from.join(name)).filter(|from| from.is_file()) {
-        fs::copy(&from, &to).map_err(io_error("write", to))?;
+        // Not `fs::copy`: a file of the cache may be read-only, and the copy would be too.
+        let bytes = fs::read(&from).map_err(io_error("read", from))?;
+        fs::write(&to, bytes).map_err(io_error("write", to))?;
     }
     Ok(())
 }
