@@ -21,4 +21,4 @@ mod tape;
 
 pub use nibble_tensor::{Error, Result};
 pub use params::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder};
-pub use tape::{Tape, Var, VarId};
+pub use tape::{Saved, Tape, Var, VarId};

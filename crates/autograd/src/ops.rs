@@ -51,10 +51,25 @@ pub fn fork_rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormCon
     let (x, id) = x.into_parts();
     let (h, inv_rms) = rms_norm::forward(&x, &w, config)?;
     let (param, saved) = (weight.param().cloned(), x.clone());
-    Ok(tape.record([id], [x, h], param.is_some(), move |[dx, dh], grads| {
+    let again = tape.is_recomputing().then(|| norm_again(&x, &w, config));
+    let [x, h] = tape.record([id], [x, h], param.is_some(), move |[dx, dh], grads| {
         let dx = rms_norm::residual_backward(dx, &dh, &saved, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
         Ok([Some(dx)])
-    }))
+    });
+    Ok([x, with(h, again)])
+}
+
+/// The norm of a kept residual stream, made again.
+fn norm_again(r: &Tensor, w: &Tensor, config: NormConfig) -> impl Fn() -> Result<Tensor> + 'static {
+    let (r, w) = (r.clone(), w.clone());
+    move || Ok(rms_norm::forward(&r, &w, config)?.0)
+}
+
+fn with(var: Var, recipe: Option<impl Fn() -> Result<Tensor> + 'static>) -> Var {
+    match recipe {
+        Some(recipe) => var.made_by(recipe),
+        None => var,
+    }
 }
 
 /// r = x + a, h = RMSNorm(r): the residual stream goes on as `r`, the next layer reads `h`.
@@ -67,10 +82,12 @@ pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, con
     let (r, h, inv_rms) = rms_norm::residual_forward(&x, a, &w, config)?;
     drop(x);
     let (param, saved) = (weight.param().cloned(), r.clone());
-    Ok(tape.record([x_id, a_id], [r, h], param.is_some(), move |[dr, dh], grads| {
+    let again = tape.is_recomputing().then(|| norm_again(&r, &w, config));
+    let [r, h] = tape.record([x_id, a_id], [r, h], param.is_some(), move |[dr, dh], grads| {
         let dx = rms_norm::residual_backward(dr, &dh, &saved, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
         Ok([Some(dx.clone()), Some(dx)])
-    }))
+    });
+    Ok([r, with(h, again)])
 }
 
 /// h = RMSNorm(x + a) where the residual stream ends.
@@ -124,11 +141,15 @@ pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents
 pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation) -> Result<Var> {
     let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
     let y = glu::forward(&gate, &up, activation)?;
+    let again = tape.is_recomputing().then(|| {
+        let (gate, up) = (gate.clone(), up.clone());
+        move || glu::forward(&gate, &up, activation)
+    });
     let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], _| {
         let (dgate, dup) = glu::backward(&dy, &gate, &up, activation)?;
         Ok([Some(dgate), Some(dup)])
     });
-    Ok(y)
+    Ok(with(y, again))
 }
 
 /// Other sizes over the same memory.

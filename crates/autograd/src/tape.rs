@@ -9,10 +9,46 @@ use crate::{ParamGrads, ParamStore};
 pub struct VarId(usize);
 
 /// An activation: move-only, consumed by the one op that uses it.
-#[derive(Debug)]
 pub struct Var {
     tensor: Tensor,
     id: Option<VarId>,
+    again: Option<Recipe>,
+}
+
+/// Makes a value again from what was saved anyway.
+type Recipe = Box<dyn Fn() -> Result<Tensor>>;
+
+/// An op's input kept for its backward, or how to make it again.
+pub struct Saved(Kept);
+
+enum Kept {
+    Value(Tensor),
+    Recipe(Recipe),
+}
+
+impl Saved {
+    /// The value, made again if it was not kept.
+    ///
+    /// # Errors
+    /// What making it again returns.
+    pub fn get(self) -> Result<Tensor> {
+        match self.0 {
+            Kept::Value(tensor) => Ok(tensor),
+            Kept::Recipe(recipe) => recipe(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Var {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Var").field("tensor", &self.tensor).field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Saved {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if matches!(self.0, Kept::Value(_)) { "Saved::Value" } else { "Saved::Recipe" })
+    }
 }
 
 impl Var {
@@ -39,12 +75,27 @@ impl Var {
     pub fn into_parts(self) -> (Tensor, Option<VarId>) {
         (self.tensor, self.id)
     }
+
+    /// Value, what to keep of it for a backward, and place: for an op that can do with a value made again.
+    #[must_use]
+    pub fn into_saved(self) -> (Tensor, Saved, Option<VarId>) {
+        let kept = match self.again {
+            Some(recipe) => Kept::Recipe(recipe),
+            None => Kept::Value(self.tensor.clone()),
+        };
+        (self.tensor, Saved(kept), self.id)
+    }
+
+    /// The same variable, with how to make its value again.
+    pub(crate) fn made_by(self, recipe: impl Fn() -> Result<Tensor> + 'static) -> Self {
+        Self { again: Some(Box::new(recipe)), ..self }
+    }
 }
 
 impl From<Tensor> for Var {
     /// A value nothing upstream of which trains.
     fn from(tensor: Tensor) -> Self {
-        Self { tensor, id: None }
+        Self { tensor, id: None, again: None }
     }
 }
 
@@ -63,6 +114,7 @@ pub struct Tape<'m> {
     nodes: Vec<Backward<'m>>,
     variables: usize,
     recording: bool,
+    recomputing: bool,
 }
 
 impl std::fmt::Debug for Tape<'_> {
@@ -75,13 +127,24 @@ impl<'m> Tape<'m> {
     /// A tape that records, for training.
     #[must_use]
     pub fn new(params: &'m ParamStore) -> Self {
-        Self { params, nodes: Vec::new(), variables: 0, recording: true }
+        Self { params, nodes: Vec::new(), variables: 0, recording: true, recomputing: false }
     }
 
     /// A tape that records nothing, for inference.
     #[must_use]
     pub fn inference(params: &'m ParamStore) -> Self {
         Self { recording: false, ..Self::new(params) }
+    }
+
+    /// Whether outputs of cheap ops (norms, activations) are made again in backward instead of kept by the op that reads them.
+    pub fn set_recomputing(&mut self, recomputing: bool) {
+        self.recomputing = recomputing;
+    }
+
+    /// Whether outputs of cheap ops are made again in backward.
+    #[must_use]
+    pub fn is_recomputing(&self) -> bool {
+        self.recording && self.recomputing
     }
 
     /// The trained values that ops on this tape read.
@@ -99,7 +162,7 @@ impl<'m> Tape<'m> {
     /// A variable whose gradient [`Tape::backward`] returns.
     pub fn input(&mut self, tensor: Tensor) -> Var {
         let id = self.recording.then(|| self.next_id());
-        Var { tensor, id }
+        Var { tensor, id, again: None }
     }
 
     fn next_id(&mut self) -> VarId {
@@ -124,7 +187,7 @@ impl<'m> Tape<'m> {
         }
         let templates: [(Shape, DType); M] = std::array::from_fn(|i| (outputs[i].shape(), outputs[i].dtype()));
         let arena = outputs.first().map(|output| output.arena().clone());
-        let outputs = outputs.map(|tensor| Var { tensor, id: Some(self.next_id()) });
+        let outputs = outputs.map(|tensor| Var { tensor, id: Some(self.next_id()), again: None });
         let ids: [Option<VarId>; M] = std::array::from_fn(|i| outputs[i].id);
         self.nodes.push(Box::new(move |slots, grads| {
             let mut found: [Option<Tensor>; M] = ids.map(|id| id.and_then(|id| slots[id.0].take()));

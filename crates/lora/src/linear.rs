@@ -142,18 +142,19 @@ pub fn forward_fused<'m, const N: usize>(tape: &mut Tape<'m>, layers: [&'m Linea
     for (i, layer) in layers.iter().enumerate() {
         parts.push(layer.part(params, dropout.map(|rng| rng.stream(i as u64)))?);
     }
-    let (x, id) = x.into_parts();
+    let (x, saved, id) = x.into_saved();
     let (mut ys, mut hs) = (Vec::with_capacity(N), Vec::with_capacity(N));
     for output in linear::forward(&x, &parts)? {
         ys.push(output.y);
         hs.push(output.h);
     }
     let mut ys = ys.into_iter();
+    drop(x);
     // invariant: the op gives one output a part, and there are N parts
     let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
     let trains = layers.iter().any(|layer| layer.trained().iter().any(Option::is_some));
     Ok(tape.record([id], outputs, trains, move |dys, grads| {
-        let grads = part_grads(&layers, grads)?;
+        let (grads, x) = (part_grads(&layers, grads)?, saved.get()?);
         Ok([linear::backward(&dys, &x, &hs, &parts, grads, id.is_some())?])
     }))
 }

@@ -40,6 +40,8 @@ pub enum Checkpointing {
     /// Everything an op saves.
     #[default]
     None,
+    /// Outputs of matrix products and attention; norms and the gated activation are made again.
+    Selective,
     /// The inputs of each block: a second forward pass in exchange for the memory.
     Full,
 }
@@ -137,12 +139,13 @@ impl Transformer {
         checkpointing: Checkpointing,
         dropout: Option<Rng>,
     ) -> Result<Var> {
+        tape.set_recomputing(checkpointing == Checkpointing::Selective);
         let mut x = self.embed(tape, &stream.tokens)?;
         let mut a = None;
         for (i, block) in self.blocks.iter().enumerate() {
             let rng = dropout.map(|rng| rng.stream(i as u64));
             let [next, added] = match checkpointing {
-                Checkpointing::None => block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?,
+                Checkpointing::None | Checkpointing::Selective => block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?,
                 Checkpointing::Full => self.checkpointed(tape, block, &stream.documents, x, a, rng)?,
             };
             (x, a) = (next, Some(added));

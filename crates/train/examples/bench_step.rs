@@ -1,6 +1,6 @@
 //! Training steps on random tokens: seconds, tokens/s and the process's peak memory, for a side-by-side run with other stacks.
 //!
-//! `cargo run --release -p nibble-train --example bench_step -- MODEL [f32|bf16] [BATCH] [LENGTH] [STEPS] [none|full] [nf4|none]`
+//! `cargo run --release -p nibble-train --example bench_step -- MODEL [f32|bf16] [BATCH] [LENGTH] [STEPS] [none|selective|full] [nf4|none]`
 //!
 //! LoRA r 16 on all linears, labels on all tokens, AdamW: one micro-batch a step, as in the reference stack's usual benchmark.
 #![allow(clippy::print_stdout)]
@@ -17,10 +17,14 @@ use nibble_train::{TrainConfig, Trainer};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let get = |i: usize, default: &str| args.get(i).cloned().unwrap_or_else(|| default.to_owned());
-    let path = args.first().ok_or("usage: bench_step MODEL [f32|bf16] [BATCH] [LENGTH] [STEPS] [none|full] [nf4|none]")?;
+    let path = args.first().ok_or("usage: bench_step MODEL [f32|bf16] [BATCH] [LENGTH] [STEPS] [none|selective|full] [nf4|none]")?;
     let compute_dtype = if get(1, "f32") == "bf16" { DType::Bf16 } else { DType::F32 };
     let (batch, length, steps): (usize, usize, usize) = (get(2, "1").parse()?, get(3, "512").parse()?, get(4, "6").parse()?);
-    let checkpointing = if get(5, "none") == "full" { Checkpointing::Full } else { Checkpointing::None };
+    let checkpointing = match &get(5, "selective")[..] {
+        "full" => Checkpointing::Full,
+        "selective" => Checkpointing::Selective,
+        _ => Checkpointing::None,
+    };
     let quant = (get(6, "nf4") == "nf4").then(|| QuantConfig { double_quant: true, ..QuantConfig::default() });
 
     let begin = Instant::now();
