@@ -20,7 +20,7 @@ mod merge;
 mod target;
 
 pub use attach::{Init, attach};
-pub use config::{AdapterConfig, Bias, InitLoraWeights, PeftType, TargetModules};
+pub use config::{AdapterConfig, Bias, InitLoraWeights, OneOrMany, PeftType, TargetModules};
 pub use error::{Error, Mismatch, Result};
 pub use files::{AdapterFile, PREFIX, is_adapter, save_adapter};
 pub use linear::{Adapter, Base, Linear, Lora, forward_fused};

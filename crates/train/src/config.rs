@@ -57,7 +57,7 @@ impl Default for TrainConfig {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
             optim: OptimizerName::AdamWTorchFused,
-            checkpointing: Checkpointing::None,
+            checkpointing: Checkpointing::Selective,
             seed: 42,
             logging_steps: 1,
             eval_steps: None,
