@@ -41,10 +41,9 @@ impl Precision {
             DeviceName::Cuda => return Err(CliError::NoCuda),
         };
         let compute_dtype = match args.compute_dtype {
-            ComputeDtype::F32 => DType::F32,
             ComputeDtype::Bf16 => DType::Bf16,
             ComputeDtype::Auto if multiplies_bf16() => DType::Bf16,
-            ComputeDtype::Auto => DType::F32,
+            ComputeDtype::F32 | ComputeDtype::Auto => DType::F32,
         };
         Ok(Self { quant: quant_config(args)?, compute_dtype, device })
     }

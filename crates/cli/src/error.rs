@@ -61,7 +61,7 @@ pub(crate) enum CliError {
     Command { source: Box<dyn StdError + Send + Sync>, hint: Option<String> },
     /// From the model's files, loading and generation.
     #[error(transparent)]
-    Model(#[from] ModelError),
+    Model(Box<ModelError>),
     /// From tokenizers, templates and datasets.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -70,10 +70,23 @@ pub(crate) enum CliError {
     Adapter(#[from] LoraError),
     /// From training and evaluation.
     #[error(transparent)]
-    Train(#[from] TrainError),
+    Train(Box<TrainError>),
     /// From an op.
     #[error(transparent)]
     Tensor(#[from] TensorError),
+}
+
+// Boxed: they are large, and every result of the program would be.
+impl From<ModelError> for CliError {
+    fn from(error: ModelError) -> Self {
+        Self::Model(Box::new(error))
+    }
+}
+
+impl From<TrainError> for CliError {
+    fn from(error: TrainError) -> Self {
+        Self::Train(Box::new(error))
+    }
 }
 
 impl CliError {
@@ -172,7 +185,9 @@ fn data_hint(error: &DataError) -> Option<String> {
             "transformers writes it: AutoTokenizer.from_pretrained(...).save_pretrained(folder); rows with `input_ids` need none"
                 .into(),
         ),
-        DataError::AllDropped { prompt_over_max_length: 1.., .. } => Some("raise `--max-length`".into()),
+        DataError::AllDropped { prompt_over_max_length: 1.., .. } | DataError::OverBudget { .. } => {
+            Some("raise `--max-length`".into())
+        }
         DataError::AllDropped { .. } => {
             Some("rows without an answer teach nothing; `--train-on-prompt` learns the prompts too".into())
         }
@@ -180,7 +195,6 @@ fn data_hint(error: &DataError) -> Option<String> {
             Some("rename the columns, or name the format with `--data-format`".into())
         }
         DataError::TokenOutOfRange { .. } => Some("the rows were tokenised for another model".into()),
-        DataError::OverBudget { .. } => Some("raise `--max-length`".into()),
         DataError::Row { source, .. } => data_hint(source),
         _ => None,
     }
@@ -239,6 +253,6 @@ mod tests {
         let oom = || TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 };
         let direct = CliError::Tensor(oom()).hint();
         assert!(direct.as_deref().is_some_and(|hint| hint.contains("--gradient-checkpointing")));
-        assert_eq!(CliError::Train(TrainError::Model(ModelError::Tensor(oom()))).hint(), direct);
+        assert_eq!(CliError::from(TrainError::Model(ModelError::Tensor(oom()))).hint(), direct);
     }
 }

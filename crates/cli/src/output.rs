@@ -98,7 +98,9 @@ pub(crate) fn copy_tokenizer(from: &Path, to: &Path) -> Result<usize> {
         let source = from.join(name);
         if source.is_file() {
             let target = to.join(name);
-            fs::copy(&source, &target).map_err(io_error("write", &target))?;
+            // Not `fs::copy`: the model's folder may be read-only, which is no property of the copy.
+            let bytes = fs::read(&source).map_err(io_error("read", &source))?;
+            fs::write(&target, bytes).map_err(io_error("write", &target))?;
             copied += 1;
         }
     }
@@ -127,6 +129,22 @@ mod tests {
         staging.commit().unwrap();
         assert!(place.join("b").exists() && !place.join("a").exists());
         assert_eq!(fs::read_dir(place.parent().unwrap()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_tokenizer_is_copied_byte_for_byte_and_can_be_replaced_later() {
+        let [from, to] = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let source = from.path().join("tokenizer.json");
+        fs::write(&source, "{ }\r\n").unwrap();
+        fs::write(from.path().join("model.safetensors"), "").unwrap();
+        let mut permissions = fs::metadata(&source).unwrap().permissions();
+        permissions.set_readonly(true);
+        fs::set_permissions(&source, permissions).unwrap();
+        assert_eq!(copy_tokenizer(from.path(), to.path()).unwrap(), 1);
+        let copy = to.path().join("tokenizer.json");
+        assert_eq!(fs::read(&copy).unwrap(), b"{ }\r\n");
+        assert!(!fs::metadata(&copy).unwrap().permissions().readonly());
+        assert!(!to.path().join("model.safetensors").exists());
     }
 
     #[test]

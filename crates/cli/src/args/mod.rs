@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn a_bare_switch_means_its_usual_value() {
-        assert_eq!(train("").gradient_checkpointing, GradientCheckpointing::None);
+        assert_eq!(train("").gradient_checkpointing, GradientCheckpointing::Selective);
         assert_eq!(train("--gradient-checkpointing").gradient_checkpointing, GradientCheckpointing::Full);
         assert_eq!(train("--gradient-checkpointing none").gradient_checkpointing, GradientCheckpointing::None);
         assert_eq!(train("--double-quant").precision.double_quant, Some(true));

@@ -75,7 +75,8 @@ pub(crate) struct TrainArgs {
     /// The optimizer, as Hugging Face names it
     #[arg(long, value_name = "NAME", default_value = "adamw_torch", help_heading = "Training")]
     pub(crate) optim: OptimizerName,
-    /// Keep only each block's input for the backward pass: less memory, about a third more time
+    /// What of the forward pass is computed again in the backward pass, to save memory; the bare flag means full, which costs
+    /// about a third more time
     #[arg(long, value_enum, value_name = "KIND", num_args = 0..=1, default_value_t, default_missing_value = "full", help_heading = "Training")]
     pub(crate) gradient_checkpointing: GradientCheckpointing,
     /// Seed of first values, order and dropout
@@ -167,8 +168,10 @@ pub(crate) struct LoraArgs {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum GradientCheckpointing {
     /// Keep everything
-    #[default]
     None,
+    /// Keep the results of matrix products and attention; the cheap rest is computed again
+    #[default]
+    Selective,
     /// Keep the inputs of each block
     Full,
 }

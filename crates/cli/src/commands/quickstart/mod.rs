@@ -39,6 +39,8 @@ const ANSWER: usize = 40;
 const EVAL_ROWS: usize = 64;
 /// Documents of a step.
 const BATCH: usize = 8;
+/// Parameters below which a model takes, and needs, larger steps.
+const SMALL: usize = 20_000_000;
 /// Parameters times tokens that two cores train on in about a minute.
 const WORK: usize = 2_700_000_000_000;
 
@@ -53,6 +55,11 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<Ending> {
     let mut learner = Learner::load(base, found.flag)?;
 
     let before = learner.measure(&learner.model, &ParamStore::empty(&learner.arena)?)?;
+    let EvalStats { loss, perplexity, .. } = before.stats;
+    ui::fact("before", format_args!("loss {loss:.3} on {EVAL_ROWS} held-out rows, perplexity {perplexity:.1}; its answers:"));
+    for (prompt, answer) in PROMPTS.iter().zip(&before.answers) {
+        ui::say(format_args!("  {prompt}\n    {}", one_line(answer)));
+    }
     let (adapter, config) = (adapter_config(), learner.train_config(args.max_steps));
     let params = learner.model.attach(&adapter, Init::Random(config.seed))?;
     let options = LoaderOptions { packer: Packer::Documents { batch_size: BATCH }, seed: config.seed, shuffle: true };
@@ -166,7 +173,7 @@ impl Learner {
         let by_work = WORK / self.model.num_parameters().max(1) / tokens_a_step;
         TrainConfig {
             max_steps: Some(max_steps.unwrap_or_else(|| by_work.clamp(8, epoch.max(8)))),
-            learning_rate: 1e-3,
+            learning_rate: if self.model.num_parameters() < SMALL { 3e-3 } else { 1e-3 },
             lr_scheduler_type: ScheduleName::Cosine,
             warmup_ratio: 0.1,
             logging_steps: 5,

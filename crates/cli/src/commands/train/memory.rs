@@ -64,7 +64,8 @@ impl std::fmt::Display for Memory {
 }
 
 /// Bytes a token. A block keeps its input, both norms' outputs and sums, q, k, v, the attention's output, and gate, up and
-/// their product; with checkpointing only the two parts of its input, and one block is whole at a time.
+/// their product; selectively no norms' outputs and no product, in full only the two parts of its input. One block is whole
+/// at a time.
 fn activation_bytes(model: &Transformer, checkpointing: Checkpointing) -> usize {
     let config = model.config();
     let (c, f) = (config.hidden_size, config.intermediate_size);
@@ -74,6 +75,7 @@ fn activation_bytes(model: &Transformer, checkpointing: Checkpointing) -> usize 
     // The backward pass of a block holds about as much again in gradients.
     match checkpointing {
         Checkpointing::None => (config.num_hidden_layers + 1) * block,
+        Checkpointing::Selective => config.num_hidden_layers * size * (2 * c + 2 * q + 2 * kv + 2 * f) + block,
         Checkpointing::Full => config.num_hidden_layers * size * 2 * c + 2 * block,
     }
 }

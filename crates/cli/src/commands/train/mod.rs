@@ -48,7 +48,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     }
 
     let source = base.source.clone();
-    let (mut trainer, config) = prepare(&settings, base, data, eval.as_ref(), &reader, adapter.as_ref(), &args.adapter)?;
+    let (mut trainer, config) = prepare(&settings, base, data, eval.as_ref(), &reader, adapter.as_ref())?;
     let tuning = Tuning {
         source: &source,
         adapter: &config,
@@ -74,7 +74,6 @@ fn prepare(
     eval: Option<&Dataset>,
     reader: &Reader,
     adapter: Option<&AdapterFile>,
-    adapter_path: &Option<std::path::PathBuf>,
 ) -> Result<(Trainer, AdapterConfig)> {
     let longest = data.summary().longest.max(eval.map_or(0, |eval| eval.summary().longest));
     let loader = settings.loader.options(reader.max_length());
@@ -90,7 +89,7 @@ fn prepare(
     let held = memory::Memory::of(&model, params.numel(), settings.config.optim, settings.config.checkpointing, largest);
     let loader = DataLoader::new(data.into(), loader)?;
     let trainer = Trainer::new(model, params, loader, settings.config.clone())?;
-    run::show(&trainer, settings.precision, &config, adapter_path.as_deref(), &settings.config);
+    run::show(&trainer, settings.precision, &config, adapter.map(AdapterFile::path), &settings.config);
     ui::fact("memory", held);
     Ok((trainer, config))
 }

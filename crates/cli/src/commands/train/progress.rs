@@ -20,6 +20,8 @@ pub(crate) struct Progress {
     interrupt: Interrupt,
     max_steps: usize,
     seconds: Smoothed,
+    /// Seconds of all steps; evaluations are not training.
+    pub(crate) spent: f64,
     /// The last evaluation.
     pub(crate) evaluation: Option<EvalStats>,
     /// The last line of the log.
@@ -39,6 +41,7 @@ impl Progress {
             interrupt: interrupt.clone(),
             max_steps,
             seconds: Smoothed::default(),
+            spent: 0.0,
             evaluation: None,
             last: None,
         })
@@ -67,6 +70,7 @@ impl Progress {
 impl Observer for Progress {
     fn on_step(&mut self, stats: &StepStats) {
         self.seconds.add(stats.seconds);
+        self.spent += stats.seconds;
         let rate = stats.tokens as f64 / stats.seconds.max(1e-9);
         let StepStats { step, loss, learning_rate, grad_norm, .. } = *stats;
         let left = self.left(step);

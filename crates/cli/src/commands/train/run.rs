@@ -51,6 +51,8 @@ pub(in crate::commands) struct Finished {
     pub(in crate::commands) ending: Ending,
     /// How it ended.
     pub(in crate::commands) outcome: Outcome,
+    /// Seconds of the steps alone.
+    spent: f64,
     /// The last evaluation.
     pub(in crate::commands) evaluation: Option<EvalStats>,
     /// The folder.
@@ -61,7 +63,7 @@ impl Finished {
     /// What was done, in what time, with how much memory.
     pub(in crate::commands) fn report(&self, trainer: &Trainer) {
         let Outcome { steps, seconds, tokens, train_loss, .. } = self.outcome;
-        let rate = tokens as f64 / seconds.max(1e-9);
+        let rate = tokens as f64 / self.spent.max(1e-9);
         let time = ui::duration(seconds);
         ui::fact("trained", format_args!("{steps} steps in {time}, {rate:.0} tokens/s, mean loss {train_loss:.4}"));
         if let Some(EvalStats { loss, perplexity, tokens }) = self.evaluation {
@@ -140,7 +142,7 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
     };
     let place = save(trainer, tuning, staging, &progress)?;
     let ending = if outcome.stopped_early { Ending::Interrupted } else { Ending::Done };
-    Ok(Finished { ending, outcome, evaluation: progress.evaluation, place })
+    Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place })
 }
 
 fn save(trainer: &Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {

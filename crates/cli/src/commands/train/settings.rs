@@ -149,6 +149,7 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
         optim: args.optim,
         checkpointing: match args.gradient_checkpointing {
             GradientCheckpointing::None => Checkpointing::None,
+            GradientCheckpointing::Selective => Checkpointing::Selective,
             GradientCheckpointing::Full => Checkpointing::Full,
         },
         seed: args.seed,
