@@ -90,7 +90,7 @@ fn few<E: Float>(q: &Tensor, keys: &Tensor, values: &Tensor, len: usize, sizes: 
     for (i, o) in o.as_mut_slice::<E>()?.chunks_exact_mut(size).enumerate() {
         let (token, head) = (i / heads, i % heads);
         let at = |run: usize| ((head / group * runs + run) * rows + token * group + head % group) * row;
-        join(o, &(0..runs).map(|run| &parts[at(run)..][..row]));
+        with_parts([size], |[sums]| join(o, sums, (0..runs).map(|run| &parts[at(run)..][..row])));
     }
     Ok(o)
 }
@@ -102,12 +102,20 @@ fn head_rows<'a, E>(from: &'a [E], keys: &Range<usize>, kv_head: usize, sizes: S
     &from[row(keys.start)..row(keys.end - 1) + head_size]
 }
 
-/// One row of o from its runs.
-fn join<'a, E: Float>(o: &mut [E], runs: &(impl Iterator<Item = &'a [f32]> + Clone)) {
-    let max = runs.clone().map(|run| run[0]).fold(f32::MIN, f32::max);
-    let total: f32 = runs.clone().map(|run| run[1] * (run[0] - max).exp()).sum();
-    for (d, o) in o.iter_mut().enumerate() {
-        let sum: f32 = runs.clone().map(|run| run[FACTS + d] * (run[0] - max).exp()).sum();
-        *o = E::from_f32(sum / total);
+/// One row of o from its runs, in order.
+fn join<'a, E: Float>(o: &mut [E], sums: &mut [f32], runs: impl Iterator<Item = &'a [f32]>) {
+    let (mut max, mut total) = (f32::MIN, 0.0);
+    sums.fill(0.0);
+    for run in runs {
+        let (facts, run_sums) = run.split_at(FACTS);
+        let together = max.max(facts[0]);
+        let (shrink, factor) = ((max - together).exp(), (facts[0] - together).exp());
+        (max, total) = (together, total * shrink + facts[1] * factor);
+        for (sum, x) in sums.iter_mut().zip(run_sums) {
+            *sum = *sum * shrink + x * factor;
+        }
+    }
+    for (o, sum) in o.iter_mut().zip(sums) {
+        *o = E::from_f32(*sum / total);
     }
 }

@@ -126,28 +126,53 @@ fn cap_and_mask(scores: &mut Scores, seen: Option<&Seen>, cap: Option<f32>, hidd
 
 multiversion! {
     /// a · b.
-    pub(super) fn dot<A: Float, B: Float>(a: &[A], b: &[B]) -> f32 {
-        let n = a.len().min(b.len());
-        let (a, b) = (&a[..n], &b[..n]);
-        sum_lanes(n, |i| a[i].to_f32() * b[i].to_f32())
+    pub(super) fn dot<E: Float>(a: &[E], b: &[E]) -> f32 {
+        lane_dot(a, b)
     }
+}
+
+/// a · b over fixed lanes: the same bits on each instruction set.
+#[inline(always)]
+fn lane_dot<A: Float, B: Float>(a: &[A], b: &[B]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    let mut sums = [0.0f32; LANES];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane].to_f32() * b[lane].to_f32();
+        }
+    }
+    for (sum, (a, b)) in sums.iter_mut().zip(a_rest.iter().zip(b_rest)) {
+        *sum += a.to_f32() * b.to_f32();
+    }
+    let half: [f32; 8] = std::array::from_fn(|i| sums[i] + sums[i + 8]);
+    let quarter: [f32; 4] = std::array::from_fn(|i| half[i] + half[i + 4]);
+    (quarter[0] + quarter[2]) + (quarter[1] + quarter[3])
 }
 
 multiversion! {
     /// scores[j] = q · row j of `keys`, whose rows are `ld` apart.
     pub(super) fn dot_rows<E: Float>(q: &[f32], keys: &[E], ld: usize, scores: &mut [f32]) {
         for (key, score) in keys.chunks(ld).zip(scores) {
-            let key = &key[..q.len()];
-            *score = sum_lanes(q.len(), |d| q[d] * key[d].to_f32());
+            *score = lane_dot(q, &key[..q.len()]);
         }
     }
 }
 
 multiversion! {
-    /// sums += Σ_j p[j] row j of `values`, whose rows are `ld` apart.
+    /// sums += Σ_j p[j] row j of `values`, whose rows are `ld` apart; four rows at a time.
     pub(super) fn add_rows<E: Float>(p: &[f32], values: &[E], ld: usize, sums: &mut [f32]) {
-        for (value, p) in values.chunks(ld).zip(p) {
-            for (sum, v) in sums.iter_mut().zip(value) {
+        let size = sums.len();
+        let row = |j: usize| &values[j * ld..][..size];
+        let (fours, rest) = p.as_chunks::<4>();
+        for (i, &[p0, p1, p2, p3]) in fours.iter().enumerate() {
+            let (v0, v1, v2, v3) = (row(4 * i), row(4 * i + 1), row(4 * i + 2), row(4 * i + 3));
+            for d in 0..size {
+                let (x, y) = (p0 * v0[d].to_f32() + p1 * v1[d].to_f32(), p2 * v2[d].to_f32() + p3 * v3[d].to_f32());
+                sums[d] += x + y;
+            }
+        }
+        for (j, p) in rest.iter().enumerate() {
+            for (sum, v) in sums.iter_mut().zip(row(4 * fours.len() + j)) {
                 *sum += p * v.to_f32();
             }
         }
