@@ -6,7 +6,10 @@ mod common;
 
 use std::fs;
 
-use common::{World, edit_json, read_tensors, tiny};
+use common::{
+    World, edit_json,
+    tiny::{self, read_tensors},
+};
 use serde_json::json;
 
 const MODEL: &str = "--model model --data rows.jsonl";
@@ -233,7 +236,7 @@ fn an_output_folder_with_something_in_it_is_left_alone_unless_asked() {
         "train --model ./nowhere --data rows.jsonl --output out --max-steps 1",
         "merge --model ./nowhere --adapter nowhere --output out",
     ] {
-        world.refuses_line(line, &["`out`", "found 1 entries", "--overwrite-output-dir"]);
+        world.refuses_line(line, &["`out`", "new or empty folder", "--overwrite-output-dir"]);
         assert_eq!(fs::read_to_string(&kept).unwrap(), "mine");
     }
     // A run that fails leaves it too.

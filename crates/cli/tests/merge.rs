@@ -6,7 +6,10 @@ mod common;
 
 use std::fs;
 
-use common::{World, edit_json, read_json, read_tensors, tiny};
+use common::{
+    World, edit_json, read_json,
+    tiny::{self, read_tensors},
+};
 use serde_json::json;
 
 /// A trained adapter whose update is about as large as a real one's.

@@ -6,7 +6,7 @@ mod common;
 
 use std::fs;
 
-use common::{World, read_json, read_tensors};
+use common::{World, read_json, tiny::read_tensors};
 use serde_json::Value;
 
 fn metrics(world: &World, out: &str) -> Vec<Value> {

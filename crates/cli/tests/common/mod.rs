@@ -11,7 +11,6 @@ use std::{
 };
 
 use serde_json::{Value, json};
-pub(crate) use tiny::read_tensors;
 
 /// A folder that is removed at the end, with a model in `model`, rows in `rows.jsonl` and a home of its own.
 pub(crate) struct World {
@@ -50,7 +49,8 @@ impl World {
 
     /// Writes rows.
     pub(crate) fn jsonl(&self, name: &str, rows: impl IntoIterator<Item = Value>) -> PathBuf {
-        self.write(name, rows.into_iter().map(|row| format!("{row}\n")).collect::<String>())
+        let lines: Vec<String> = rows.into_iter().map(|row| row.to_string()).collect();
+        self.write(name, lines.join("\n"))
     }
 
     /// The binary, with nothing of this machine's environment that it reads: no network, no caches, no token.
