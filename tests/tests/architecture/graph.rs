@@ -66,19 +66,24 @@ fn the_crate_graph_has_exactly_the_edges_of_the_design() {
     expect_none("the crate graph is the design's", &offenders);
 }
 
+/// The crates that one is built from, directly or not.
+fn below(name: &str) -> BTreeSet<&'static str> {
+    let direct = EDGES.iter().find(|(from, _)| *from == name).map_or(&[][..], |(_, edges)| edges);
+    direct.iter().flat_map(|edge| below(edge).into_iter().chain([*edge])).collect()
+}
+
 #[test]
-fn tests_and_builds_reach_for_the_testkit_alone() {
+fn tests_reach_for_the_testkit_and_what_is_below_alone() {
     let mut offenders = Vec::new();
     for package in metadata().packages.iter().filter(|package| short(&package.name) != Some(TESTS)) {
-        let dev = ours(package, DependencyKind::Development).into_iter().filter(|name| *name != "testkit");
-        // A crate below may also lend its types to the tests of a crate above, which already depends on it.
-        let normal = ours(package, DependencyKind::Normal);
-        offenders
-            .extend(dev.filter(|name| !normal.contains(name)).map(|name| format!("{}: dev `{name}`", package.manifest_path)));
+        let below = below(short(&package.name).unwrap_or_default());
+        let dev =
+            ours(package, DependencyKind::Development).into_iter().filter(|name| *name != "testkit" && !below.contains(name));
+        offenders.extend(dev.map(|name| format!("{}: dev `{name}`", package.manifest_path)));
         let build = ours(package, DependencyKind::Build);
         offenders.extend(build.into_iter().map(|name| format!("{}: build `{name}`", package.manifest_path)));
     }
-    expect_none("dev-dependencies among our crates are testkit", &offenders);
+    expect_none("dev-dependencies among our crates are testkit or lie below", &offenders);
 }
 
 #[test]
