@@ -210,13 +210,15 @@ impl<'m> Tape<'m> {
     }
 
     /// Runs `f` without keeping what it saves, and again in the backward pass: memory for the inputs alone, time for a
-    /// second forward. The gradients are bitwise those of running `f` on this tape.
+    /// second forward. The gradients are bitwise those of running `f` on this tape. `trains` says whether `f` reads a trained
+    /// parameter; where it does not and nothing upstream trains, nothing is kept or run again.
     ///
     /// # Errors
     /// What `f` returns.
     pub fn checkpoint<const N: usize, const M: usize>(
         &mut self,
         inputs: [Var; N],
+        trains: bool,
         f: impl Fn(&mut Tape<'m>, [Var; N]) -> Result<[Var; M]> + 'm,
     ) -> Result<[Var; M]> {
         let params = self.params;
@@ -226,7 +228,7 @@ impl<'m> Tape<'m> {
         let ids: [Option<VarId>; N] = std::array::from_fn(|i| inputs[i].id);
         let saved = inputs.map(Var::into_tensor);
         let outputs = f(&mut Tape::inference(params), saved.clone().map(Var::from))?.map(Var::into_tensor);
-        Ok(self.record(ids, outputs, true, move |gradients, grads| {
+        Ok(self.record(ids, outputs, trains, move |gradients, grads| {
             let mut scratch = Tape::new(params);
             let mut index = 0;
             let inputs = saved.map(|tensor| {
@@ -262,5 +264,118 @@ impl<'m> Tape<'m> {
             node(&mut slots, grads)?;
         }
         Ok(inputs.map(|id| id.and_then(|id| slots[id.0].take())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_tensor::{Arena, Device};
+
+    use super::*;
+    use crate::ParamStoreBuilder;
+
+    /// y = p x for a trained scalar p: dx = p dy, dp += Σ x dy.
+    fn scale(tape: &mut Tape<'_>, x: Var) -> Result<Var> {
+        let params = tape.params();
+        let param = params.params()[0].clone();
+        let p = params.get(&param)?.as_slice::<f32>()?[0];
+        let (x, id) = x.into_parts();
+        let y: Vec<f32> = x.as_slice::<f32>()?.iter().map(|x| p * x).collect();
+        let y = Tensor::from_slice(x.arena(), &y, x.shape())?;
+        let [y] = tape.record([id], [y], true, move |[dy], grads| {
+            let dy = dy.as_slice::<f32>()?;
+            let sum: f32 = x.as_slice::<f32>()?.iter().zip(dy).map(|(x, dy)| x * dy).sum();
+            grads.get_mut(&[&param])?[0].as_mut_slice::<f32>()?[0] += sum;
+            let dx: Vec<f32> = dy.iter().map(|dy| p * dy).collect();
+            Ok([Some(Tensor::from_slice(x.arena(), &dx, x.shape())?)])
+        });
+        Ok(y)
+    }
+
+    fn store(value: f32) -> ParamStore {
+        let mut builder = ParamStoreBuilder::default();
+        builder.add("p", [1], vec![value]);
+        builder.build(&Arena::new(Device::Cpu)).unwrap()
+    }
+
+    fn vector(params: &ParamStore, values: &[f32]) -> Tensor {
+        Tensor::from_slice(params.data().arena(), values, [values.len()]).unwrap()
+    }
+
+    /// d(p³ Σx) for p = 2, x = (1, 2): dx = 8, dp = 3 p² Σx = 36.
+    fn cubed(checkpointed: bool) -> (Vec<f32>, Vec<f32>) {
+        let params = store(2.0);
+        let mut grads = params.zero_grads().unwrap();
+        let mut tape = Tape::new(&params);
+        let x = tape.input(vector(&params, &[1.0, 2.0]));
+        let inputs = [x.id()];
+        let y = scale(&mut tape, x).unwrap();
+        let twice = |tape: &mut Tape<'_>, [y]: [Var; 1]| {
+            let y = scale(tape, y)?;
+            Ok([scale(tape, y)?])
+        };
+        let [y] = if checkpointed { tape.checkpoint([y], true, twice).unwrap() } else { twice(&mut tape, [y]).unwrap() };
+        let ones = vector(&params, &[1.0, 1.0]);
+        let [dx] = tape.backward([y], [ones], inputs, &mut grads).unwrap();
+        (dx.unwrap().to_f32_vec().unwrap(), grads.flat().to_f32_vec().unwrap())
+    }
+
+    #[test]
+    fn gradients_follow_the_chain_rule_and_parameters_accumulate() {
+        assert_eq!(cubed(false), (vec![8.0, 8.0], vec![36.0]));
+    }
+
+    #[test]
+    fn a_checkpoint_gives_the_same_gradients() {
+        assert_eq!(cubed(true), cubed(false));
+    }
+
+    #[test]
+    fn what_nothing_trains_on_is_not_recorded() {
+        let params = store(2.0);
+        let mut tape = Tape::new(&params);
+        let x = Var::from(vector(&params, &[1.0]));
+        let [y] = tape.record([x.id()], [x.into_tensor()], false, |_, _| unreachable!("not kept"));
+        assert!(y.id().is_none() && tape.nodes.is_empty());
+        let [z] = tape.checkpoint([y], false, |_, [y]| Ok([y])).unwrap();
+        assert!(z.id().is_none() && tape.nodes.is_empty());
+        let mut inference = Tape::inference(&params);
+        let y = scale(&mut inference, Var::from(vector(&params, &[1.0]))).unwrap();
+        assert!(y.id().is_none() && inference.nodes.is_empty());
+    }
+
+    #[test]
+    fn an_output_nobody_used_has_a_zero_gradient() {
+        let params = store(2.0);
+        let mut grads = params.zero_grads().unwrap();
+        let mut tape = Tape::new(&params);
+        let x = tape.input(vector(&params, &[3.0]));
+        let (x, id) = x.into_parts();
+        let [a, _unused] = tape.record([id], [x.clone(), x], false, |[da, db], _| {
+            assert_eq!(db.to_f32_vec()?, [0.0]);
+            Ok([Some(da)])
+        });
+        let [dx] = tape.backward([a], [vector(&params, &[5.0])], [id], &mut grads).unwrap();
+        assert_eq!(dx.unwrap().to_f32_vec().unwrap(), [5.0]);
+    }
+
+    #[test]
+    fn activations_are_freed_as_backward_goes() {
+        let params = store(1.0);
+        let arena = params.data().arena().clone();
+        let mut grads = params.zero_grads().unwrap();
+        let idle = arena.stats().live;
+        let mut tape = Tape::new(&params);
+        let mut y = tape.input(vector(&params, &[1.0; 1024]));
+        for _ in 0..50 {
+            y = scale(&mut tape, y).unwrap();
+        }
+        let ones = vector(&params, &[1.0; 1024]);
+        let (held, one) = (arena.stats().live, 4096);
+        assert_eq!(held - idle, 52 * one);
+        arena.reset_peak();
+        tape.backward([y], [ones], [], &mut grads).unwrap();
+        assert!(arena.stats().peak <= held + 2 * one, "{:?}", arena.stats());
+        assert_eq!(arena.stats().live, idle);
     }
 }

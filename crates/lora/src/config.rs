@@ -156,6 +156,9 @@ pub struct AdapterConfig {
     /// Refused.
     #[serde(skip_serializing)]
     pub target_parameters: Option<serde_json::Value>,
+    /// Refused.
+    #[serde(skip_serializing)]
+    pub alora_invocation_tokens: Option<serde_json::Value>,
 }
 
 /// A value or a list of them, as PEFT's files have either.
@@ -211,6 +214,7 @@ impl Default for AdapterConfig {
             layer_replication: None,
             trainable_token_indices: None,
             target_parameters: None,
+            alora_invocation_tokens: None,
         }
     }
 }
@@ -255,6 +259,7 @@ impl AdapterConfig {
             ("layer_replication", &self.layer_replication),
             ("trainable_token_indices", &self.trainable_token_indices),
             ("target_parameters", &self.target_parameters),
+            ("alora_invocation_tokens", &self.alora_invocation_tokens),
         ];
         for (field, value) in values {
             if let Some(value) = value.as_ref().filter(|value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty())) {
@@ -262,9 +267,10 @@ impl AdapterConfig {
             }
         }
         if let InitLoraWeights::Other(name) = &self.init_lora_weights {
-            // A saved adapter names how it began; only the values matter then.
-            if !self.inference_mode {
-                return refuse("init_lora_weights", name, "true, false or \"gaussian\"");
+            // Of a saved adapter only the values matter, unless its method changed the base weights too.
+            let leaves_base = ["eva", "orthogonal"].contains(&name.as_str());
+            if !(self.inference_mode && leaves_base) {
+                return refuse("init_lora_weights", name, "true, false or \"gaussian\", which leave the base as it is");
             }
         }
         Ok(())
@@ -316,7 +322,7 @@ mod tests {
 
     #[test]
     fn what_would_compute_something_else_is_refused_by_name() {
-        for text in [r#"{"use_dora":true}"#, r#"{"lora_bias":true}"#, r#"{"r":0}"#, r#"{"lora_dropout":1.0}"#, r#"{"init_lora_weights":"pissa"}"#] {
+        for text in [r#"{"use_dora":true}"#, r#"{"lora_bias":true}"#, r#"{"r":0}"#, r#"{"lora_dropout":1.0}"#, r#"{"init_lora_weights":"pissa"}"#, r#"{"init_lora_weights":"pissa","inference_mode":true}"#] {
             let config: AdapterConfig = serde_json::from_str(text).unwrap();
             let field = text[2..].split('"').next().unwrap();
             assert!(config.validate().unwrap_err().to_string().contains(field), "{text}");

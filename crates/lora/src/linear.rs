@@ -118,6 +118,12 @@ impl Linear {
         Ok(Part { weight, bias, adapter })
     }
 
+    /// Whether anything of it trains.
+    #[must_use]
+    pub fn trains(&self) -> bool {
+        self.trained().iter().any(Option::is_some)
+    }
+
     /// Trained values in the order base, bias, A, B; `None` where there is none.
     fn trained(&self) -> [Option<&Param>; 4] {
         let base = match &self.base {
@@ -152,7 +158,7 @@ pub fn forward_fused<'m, const N: usize>(tape: &mut Tape<'m>, layers: [&'m Linea
     drop(x);
     // invariant: the op gives one output a part, and there are N parts
     let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
-    let trains = layers.iter().any(|layer| layer.trained().iter().any(Option::is_some));
+    let trains = layers.iter().any(|layer| layer.trains());
     Ok(tape.record([id], outputs, trains, move |dys, grads| {
         let (grads, x) = (part_grads(&layers, grads)?, saved.get()?);
         Ok([linear::backward(&dys, &x, &hs, &parts, grads, id.is_some())?])

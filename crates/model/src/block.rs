@@ -17,7 +17,7 @@ use nibble_tensor::{
 /// a'' = (activation(h' Wgᵀ) · (h' Wuᵀ)) Wdᵀ
 /// ```
 #[derive(Clone, Debug)]
-pub struct Block {
+pub(crate) struct Block {
     pub(crate) input_norm: Leaf,
     pub(crate) q_proj: Linear,
     pub(crate) k_proj: Linear,
@@ -118,6 +118,12 @@ impl Block {
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {
         let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, .. } = self;
         [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+    }
+
+    /// Whether anything in it trains.
+    pub(crate) fn trains(&self) -> bool {
+        let norms = [&self.input_norm, &self.post_attention_norm].into_iter().chain(self.head_norms.iter().flatten());
+        self.linears().into_iter().any(Linear::trains) || norms.into_iter().any(|norm| norm.param().is_some())
     }
 
     pub(crate) fn linears(&self) -> [&Linear; 7] {

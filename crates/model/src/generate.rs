@@ -67,8 +67,11 @@ impl<'m> Session<'m> {
     /// Reads more tokens; gives the logits that follow the last one, [V].
     ///
     /// # Errors
-    /// [`Error::TooLong`] beyond the capacity, a token beyond the vocabulary.
+    /// [`Error::EmptyPrompt`], [`Error::TooLong`] beyond the capacity, a token beyond the vocabulary.
     pub fn read(&mut self, tokens: &[u32]) -> Result<Vec<f32>> {
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
         if self.len + tokens.len() > self.capacity {
             return Err(Error::TooLong { tokens: self.len + tokens.len(), positions: self.capacity });
         }
@@ -92,16 +95,13 @@ impl<'m> Session<'m> {
     /// text by returning false); gives the new tokens.
     ///
     /// # Errors
-    /// As [`Session::read`]; [`Error::EmptyPrompt`].
+    /// As [`Session::read`].
     pub fn generate(
         &mut self,
         prompt: &[u32],
         options: &GenerateOptions,
         mut on_token: impl FnMut(u32) -> bool,
     ) -> Result<Vec<u32>> {
-        if prompt.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
         let rng = Rng::new(options.seed);
         let mut seen = prompt.to_vec();
         let mut logits = self.read(prompt)?;

@@ -162,11 +162,11 @@ impl Transformer {
         a: Option<Var>,
         rng: Option<Rng>,
     ) -> Result<[Var; 2]> {
-        let (shared, documents) = (&self.shared, documents.clone());
+        let (shared, documents, trains) = (&self.shared, documents.clone(), block.trains());
         let run = move |tape: &mut Tape<'m>, x, a| block.forward(tape, shared, &documents, x, a, Keys::Stream, rng);
         Ok(match a {
-            None => tape.checkpoint([x], move |tape, [x]| run(tape, x, None))?,
-            Some(a) => tape.checkpoint([x, a], move |tape, [x, a]| run(tape, x, Some(a)))?,
+            None => tape.checkpoint([x], trains, move |tape, [x]| run(tape, x, None))?,
+            Some(a) => tape.checkpoint([x, a], trains, move |tape, [x, a]| run(tape, x, Some(a)))?,
         })
     }
 

@@ -18,7 +18,7 @@ const SLACK_BYTES: usize = 64 << 20;
 /// Sizes are rounded up to eight steps an octave, so that steps of slightly different lengths use the same blocks. The pages
 /// behind the rounding are never touched.
 fn class(lines: usize) -> usize {
-    let step = (lines / 8).checked_next_power_of_two().unwrap_or(1).max(1);
+    let step = if lines < 16 { 1 } else { 1 << (lines.ilog2() - 3) };
     lines.next_multiple_of(step)
 }
 
@@ -98,11 +98,11 @@ impl Arena {
     /// Takes `bytes` of memory; its content is whatever was there (zero when fresh from the system).
     ///
     /// # Errors
-    /// [`Error::OutOfMemory`] when the limit would be passed.
+    /// [`Error::OutOfMemory`] when the limit would be passed or the system has no more.
     pub(crate) fn take(&self, bytes: usize) -> Result<Block> {
         let lines = class(bytes.div_ceil(64));
         let mut pool = self.pool();
-        if pool.stats.live + lines * 64 > self.0.limit {
+        if pool.stats.live.saturating_add(lines.saturating_mul(64)) > self.0.limit {
             return Err(Error::OutOfMemory {
                 device: self.0.device.to_string(),
                 requested: bytes,
@@ -110,7 +110,14 @@ impl Arena {
                 limit: self.0.limit,
             });
         }
-        let memory = pool.take(lines);
+        let Some(memory) = pool.take(lines) else {
+            return Err(Error::OutOfMemory {
+                device: self.0.device.to_string(),
+                requested: bytes,
+                live: pool.stats.live,
+                limit: pool.stats.live,
+            });
+        };
         pool.stats.live += memory.len() * 64;
         pool.stats.peak = pool.stats.peak.max(pool.stats.live);
         drop(pool);
@@ -119,12 +126,12 @@ impl Arena {
 }
 
 impl Pool {
-    fn take(&mut self, lines: usize) -> Vec<Line> {
+    fn take(&mut self, lines: usize) -> Option<Vec<Line>> {
         if let Some(blocks) = self.free.get_mut(&lines)
             && let Some(block) = blocks.pop()
         {
             self.stats.free -= lines * 64;
-            return block;
+            return Some(block);
         }
         // Blocks of other sizes would pile up when lengths change from step to step.
         let held = self.stats.live + self.stats.free + lines * 64;
@@ -132,7 +139,7 @@ impl Pool {
             self.release();
         }
         self.stats.system_allocations += 1;
-        bytemuck::allocation::zeroed_vec(lines)
+        bytemuck::allocation::try_zeroed_vec(lines).ok()
     }
 
     fn release(&mut self) {
@@ -213,7 +220,7 @@ mod tests {
     fn classes_are_at_most_an_eighth_larger_and_stable() {
         for lines in 0..5000 {
             let class = super::class(lines);
-            assert!(class >= lines && class * 8 <= lines * 9 + 8 && super::class(class) == class, "{lines} {class}");
+            assert!(class >= lines && class * 8 <= lines * 9 && super::class(class) == class, "{lines} {class}");
         }
     }
 

@@ -2,7 +2,7 @@
 //!
 //! A [`Tensor`] is contiguous memory with a [`Shape`] and a [`DType`], taken from an [`Arena`] of one [`Device`] and given
 //! back to it when the last handle drops. The ops in [`ops`] are functions over tensors: each file holds the formula, the
-//! CPU code (which is the specification: plain, parallel over rows, tested against f64) and the launch of its CUDA twin.
+//! CPU code, which is the specification: plain, parallel over rows, tested against f64. Each matches on the device once.
 //!
 //! What this crate must not know: tapes, names of parameters, models.
 //!

@@ -55,7 +55,7 @@ impl std::fmt::Display for Shape {
             }
             write!(f, "{size}")?;
         }
-        f.write_str(")")
+        f.write_str(if self.rank == 1 { ",)" } else { ")" })
     }
 }
 
@@ -79,5 +79,7 @@ mod tests {
     #[test]
     fn prints_like_the_reference_stack() {
         assert_eq!(Shape::from([16, 4096]).to_string(), "(16, 4096)");
+        assert_eq!(Shape::from([16]).to_string(), "(16,)");
+        assert_eq!(Shape::from([]).to_string(), "()");
     }
 }

@@ -21,6 +21,14 @@ pub enum Error {
         /// Rows of the data file that the batch came from, from 1.
         rows: Vec<usize>,
     },
+    /// The loss of an evaluation is not a number, or infinite.
+    #[error("evaluate: the loss is {value}; the batch's examples come from rows {}", listed(rows))]
+    NonFiniteEval {
+        /// NaN or an infinity.
+        value: f64,
+        /// Rows of the data file that the batch came from, from 1.
+        rows: Vec<usize>,
+    },
     /// A setting that no run can have.
     #[error("train: `{option}` must be {expected}, found {found}")]
     Setting {

@@ -1,4 +1,4 @@
-//! The training loop: micro-batches, clip, update, schedule, evaluate, save.
+//! The training loop: micro-batches, clip, update, schedule, evaluate.
 //!
 //! ```text
 //! for each optimizer step:

@@ -50,7 +50,7 @@ impl Trainer {
             return Err(Error::NothingTrains);
         }
         check_lengths(&model, data.dataset())?;
-        let steps_per_epoch = data.batches_per_epoch().div_ceil(config.gradient_accumulation_steps);
+        let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
         let grads = params.zero_grads()?;
         let optimizer = Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
@@ -63,17 +63,13 @@ impl Trainer {
     pub fn plan(&self) -> Plan {
         Plan {
             max_steps: self.max_steps,
-            steps_per_epoch: self.steps_per_epoch(),
+            steps_per_epoch: steps_per_epoch(&self.data, &self.config),
             trainable_parameters: self.params.numel(),
             base_parameters: self.model.num_parameters(),
             examples: self.data.dataset().examples().len(),
             effective_batch_size: self.data.dataset().examples().len().div_ceil(self.data.batches_per_epoch())
                 * self.config.gradient_accumulation_steps,
         }
-    }
-
-    fn steps_per_epoch(&self) -> usize {
-        self.data.batches_per_epoch().div_ceil(self.config.gradient_accumulation_steps)
     }
 
     /// The model.
@@ -200,6 +196,10 @@ impl Trainer {
     }
 }
 
+fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
+    data.batches_per_epoch().div_ceil(config.gradient_accumulation_steps)
+}
+
 /// Ranges of the flat buffer that do not decay: biases and norms, as in the Trainer.
 fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
     let exempt = |name: &str| name.ends_with(".bias") || name.contains("norm.");
@@ -210,7 +210,7 @@ fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
 /// The cross entropy of a model over all labelled tokens of `data`: weighted by token, whatever `batch_size` is.
 ///
 /// # Errors
-/// [`Error::TooLong`], what the model's ops return.
+/// [`Error::TooLong`], [`Error::NonFiniteEval`], what the model's ops return.
 pub fn evaluate(model: &Transformer, params: &ParamStore, data: &Dataset, batch_size: usize) -> Result<EvalStats> {
     check_lengths(model, data)?;
     let lengths: Vec<usize> = data.examples().iter().map(|example| example.tokens.len()).collect();
@@ -222,6 +222,10 @@ pub fn evaluate(model: &Transformer, params: &ParamStore, data: &Dataset, batch_
         let labels = Tensor::from_slice(model.arena(), &batch.labels, [batch.labels.len()])?;
         let options = LossOptions { scale: 1.0, checkpointing: Checkpointing::None, dropout: None };
         let loss = model.loss(&mut Tape::inference(params), &stream, &labels, options)?;
+        if !loss.value.is_finite() {
+            let rows = indices.iter().map(|&i| data.examples()[i].row).collect();
+            return Err(Error::NonFiniteEval { value: loss.value, rows });
+        }
         sum += loss.value;
         tokens += loss.rows;
     }
