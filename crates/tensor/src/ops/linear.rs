@@ -309,3 +309,6 @@ impl Dropout {
         if self.rng.uniform(n as u64) < self.p { 0.0 } else { 1.0 / (1.0 - self.p) }
     }
 }
+
+#[cfg(test)]
+mod tests;
