@@ -322,10 +322,26 @@ mod cpu {
                     sum *= f64::from(max - block_max).exp();
                     max = block_max;
                 }
-                sum += f64::from(crate::ops::simd::sum_lanes(block.len(), |i| exp(block[i] - max)));
+                sum += f64::from(sum_of(block, max));
             }
             (max, sum)
         }
+    }
+
+    /// Σ exp(z - max) over fixed lanes.
+    #[inline(always)]
+    fn sum_of(values: &[f32], max: f32) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        let (rows, rest) = values.as_chunks::<LANES>();
+        for row in rows {
+            for lane in 0..LANES {
+                lanes[lane] += exp(row[lane] - max);
+            }
+        }
+        for (lane, z) in lanes.iter_mut().zip(rest) {
+            *lane += exp(z - max);
+        }
+        lanes.iter().sum()
     }
 
     #[inline(always)]
