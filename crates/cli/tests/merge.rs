@@ -111,13 +111,17 @@ fn an_update_that_rounding_takes_away_is_told() {
     let path = world.path("adapter/adapter_model.safetensors");
     let mut tensors = read_tensors(&path);
     for (_, (_, values)) in tensors.iter_mut().filter(|(name, _)| name.contains("lora_B")) {
-        values.iter_mut().for_each(|x| *x *= 1e-3);
+        for x in values.iter_mut() {
+            *x *= 1e-3;
+        }
     }
     tiny::write_tensors(&path, &tensors);
     // Weights that bf16 holds exactly: what rounding takes is the update's.
     let mut base = tiny::tensors(true);
     for (_, values) in base.values_mut() {
-        values.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+        for x in values.iter_mut() {
+            *x = half::bf16::from_f32(*x).to_f32();
+        }
     }
     tiny::write_tensors(&world.path("model/model.safetensors"), &base);
     let merge = |out: &str, dtype: &str| {

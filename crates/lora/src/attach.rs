@@ -84,12 +84,12 @@ impl Values<'_> {
     fn add_or(&mut self, builder: &mut ParamStoreBuilder, name: &str, shape: Shape, fresh: impl FnOnce(u64) -> Vec<f32>) -> Param {
         let values = match self.init {
             Init::Random(seed) => fresh(seed),
-            Init::File(file) => self.from_file(file, name, shape),
+            Init::File(file) => self.saved(file, name, shape),
         };
         builder.add(name, shape, values)
     }
 
-    fn from_file(&mut self, file: &AdapterFile, name: &str, expected: Shape) -> Vec<f32> {
+    fn saved(&mut self, file: &AdapterFile, name: &str, expected: Shape) -> Vec<f32> {
         match file.get(name) {
             None => self.mismatches.push(Mismatch::Missing { name: name.to_owned(), expected }),
             Some((found, values)) if found == expected.dims() => return values.to_vec(),

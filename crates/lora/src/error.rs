@@ -51,7 +51,7 @@ impl std::fmt::Display for Mismatch {
 }
 
 fn listed(mismatches: &[Mismatch]) -> String {
-    mismatches.iter().map(|mismatch| format!("\n  {mismatch}")).collect()
+    mismatches.iter().fold(String::new(), |text, mismatch| text + "\n  " + &mismatch.to_string())
 }
 
 /// Why an adapter could not be made, read or written.

@@ -8,6 +8,8 @@ use nibble_tensor::{
 
 /// The base of a linear layer.
 #[derive(Clone, Debug)]
+// A model has a few hundred of these, almost all of the larger kind.
+#[allow(clippy::large_enum_variant)]
 pub enum Base {
     /// As loaded, in any format.
     Frozen(Weight),

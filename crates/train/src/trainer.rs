@@ -202,7 +202,7 @@ fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
 
 /// Ranges of the flat buffer that do not decay: biases and norms, as in the Trainer.
 fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
-    let exempt = |name: &str| name.ends_with(".bias") || name.contains("norm.");
+    let exempt = |name: &str| name.rsplit('.').next() == Some("bias") || name.contains("norm.");
     let ranges = params.params().iter().filter(|param| exempt(&param.name));
     ranges.map(|param| param.offset..param.offset + param.shape.numel()).collect()
 }

@@ -17,7 +17,7 @@ fn lines(text: &str) -> Vec<Line> {
     for (i, line) in text.lines().enumerate() {
         let line = line.trim();
         if line.starts_with('[') {
-            table = line.split('#').next().unwrap_or_default().trim().trim_matches(['[', ']']).to_owned();
+            line.split('#').next().unwrap_or_default().trim().trim_matches(['[', ']']).clone_into(&mut table);
         }
         if !line.is_empty() && !line.starts_with('#') {
             found.push(Line { table: table.clone(), number: i + 1, text: line.to_owned() });

@@ -38,16 +38,16 @@ pub(crate) struct GenerateArgs {
     #[arg(long, value_name = "N", value_parser = parse::positive, default_value = "256", help_heading = "Sampling")]
     pub(crate) max_new_tokens: usize,
     /// How freely tokens are drawn; 0 takes the likeliest always
-    #[arg(long, value_name = "X", value_parser = parse::temperature, default_value = "0", help_heading = "Sampling")]
+    #[arg(long, value_name = "X", value_parser = parse::temperature, allow_negative_numbers = true, default_value = "0", help_heading = "Sampling")]
     pub(crate) temperature: f32,
     /// Draw from the likeliest tokens that reach this probability together
-    #[arg(long, value_name = "X", value_parser = parse::top_p, help_heading = "Sampling")]
+    #[arg(long, value_name = "X", value_parser = parse::top_p, allow_negative_numbers = true, help_heading = "Sampling")]
     pub(crate) top_p: Option<f32>,
     /// Draw from this many likeliest tokens
     #[arg(long, value_name = "N", value_parser = parse::positive, help_heading = "Sampling")]
     pub(crate) top_k: Option<usize>,
     /// Above 1: tokens that occurred become less likely
-    #[arg(long, value_name = "X", value_parser = parse::penalty, default_value = "1", help_heading = "Sampling")]
+    #[arg(long, value_name = "X", value_parser = parse::penalty, allow_negative_numbers = true, default_value = "1", help_heading = "Sampling")]
     pub(crate) repetition_penalty: f32,
     /// Seed of the draws
     #[arg(long, value_name = "N", default_value = "0", help_heading = "Sampling")]

@@ -43,7 +43,7 @@ pub(crate) struct TrainArgs {
     pub(crate) lora: LoraArgs,
 
     /// Passes over the data [default: 3]
-    #[arg(long, value_name = "X", value_parser = parse::above_zero, conflicts_with = "max_steps", help_heading = "Training")]
+    #[arg(long, value_name = "X", value_parser = parse::above_zero, allow_negative_numbers = true, conflicts_with = "max_steps", help_heading = "Training")]
     pub(crate) num_train_epochs: Option<f64>,
     /// Optimizer steps, instead of epochs
     #[arg(long, value_name = "N", value_parser = parse::positive, help_heading = "Training")]
@@ -55,7 +55,7 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", value_parser = parse::positive, default_value = "1", help_heading = "Training")]
     pub(crate) gradient_accumulation_steps: usize,
     /// The peak of the learning rate
-    #[arg(long, visible_alias = "lr", value_name = "X", value_parser = parse::above_zero, default_value = "2e-4", help_heading = "Training")]
+    #[arg(long, visible_alias = "lr", value_name = "X", value_parser = parse::above_zero, allow_negative_numbers = true, default_value = "2e-4", help_heading = "Training")]
     pub(crate) learning_rate: f64,
     /// How the learning rate goes on from its peak: linear, cosine, constant, ...
     #[arg(long, value_name = "NAME", default_value = "linear", help_heading = "Training")]
@@ -64,13 +64,13 @@ pub(crate) struct TrainArgs {
     #[arg(long, value_name = "N", conflicts_with = "warmup_ratio", help_heading = "Training")]
     pub(crate) warmup_steps: Option<usize>,
     /// The same as a share of all steps [default: 0]
-    #[arg(long, value_name = "X", value_parser = parse::fraction, help_heading = "Training")]
+    #[arg(long, value_name = "X", value_parser = parse::fraction, allow_negative_numbers = true, help_heading = "Training")]
     pub(crate) warmup_ratio: Option<f64>,
     /// Decay of the trained weights
-    #[arg(long, value_name = "X", value_parser = parse::not_negative, default_value = "0", help_heading = "Training")]
+    #[arg(long, value_name = "X", value_parser = parse::not_negative, allow_negative_numbers = true, default_value = "0", help_heading = "Training")]
     pub(crate) weight_decay: f64,
     /// The norm that gradients are clipped to; 0 leaves them
-    #[arg(long, value_name = "X", value_parser = parse::not_negative, default_value = "1", help_heading = "Training")]
+    #[arg(long, value_name = "X", value_parser = parse::not_negative, allow_negative_numbers = true, default_value = "1", help_heading = "Training")]
     pub(crate) max_grad_norm: f64,
     /// The optimizer, as Hugging Face names it
     #[arg(long, value_name = "NAME", default_value = "adamw_torch", help_heading = "Training")]
@@ -141,10 +141,10 @@ pub(crate) struct LoraArgs {
     #[arg(long, value_name = "N", value_parser = parse::positive)]
     pub(crate) lora_r: Option<usize>,
     /// Scale of the adapters: alpha / r [default: 32]
-    #[arg(long, value_name = "X", value_parser = parse::above_zero)]
+    #[arg(long, value_name = "X", value_parser = parse::above_zero, allow_negative_numbers = true)]
     pub(crate) lora_alpha: Option<f64>,
     /// Dropout on the adapters' inputs [default: 0]
-    #[arg(long, value_name = "X", value_parser = parse::dropout)]
+    #[arg(long, value_name = "X", value_parser = parse::dropout, allow_negative_numbers = true)]
     pub(crate) lora_dropout: Option<f64>,
     /// Scale by alpha / sqrt(r), which suits high ranks
     #[arg(long)]

@@ -66,6 +66,7 @@ impl Documents {
     }
 
     /// The token ranges of the documents.
+    #[must_use]
     pub fn ranges(&self) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + '_ {
         self.cu_seqlens.windows(2).map(|pair| pair[0] as usize..pair[1] as usize)
     }

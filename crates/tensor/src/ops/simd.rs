@@ -113,7 +113,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 8.333_452e-3;
     let p = p * r + 4.166_579_6e-2;
     let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 5.000_000_1e-1;
+    let p = p * r + 0.5;
     let e = p * (r * r) + r + 1.0;
     // n may be 128 at the upper end: two factors keep each exponent in range.
     let n = shifted.to_bits() as i32 - MAGIC.to_bits() as i32;

@@ -197,12 +197,16 @@ fn check_backward(kind: Kind, dropout: Option<Dropout>) {
 
 #[test]
 fn backward_adds_the_formula_for_every_weight_format() {
-    KINDS.into_iter().for_each(|kind| check_backward(kind, None));
+    for kind in KINDS {
+        check_backward(kind, None);
+    }
 }
 
 #[test]
 fn backward_with_dropout_uses_the_mask_of_forward() {
-    KINDS.into_iter().for_each(|kind| check_backward(kind, Some(DROPOUT)));
+    for kind in KINDS {
+        check_backward(kind, Some(DROPOUT));
+    }
 }
 
 /// Σ y c over the parts, in f64.
