@@ -42,7 +42,7 @@ const BATCH: usize = 8;
 /// Parameters below which a model takes, and needs, larger steps.
 const SMALL: usize = 20_000_000;
 /// Parameters times tokens that two cores train on in about a minute.
-const WORK: usize = 2_700_000_000_000;
+const WORK: usize = 1_500_000_000_000;
 
 /// # Errors
 /// An output folder that is taken, a model that is asked for and not there.

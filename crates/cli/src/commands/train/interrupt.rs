@@ -6,12 +6,16 @@ use std::{
         Arc,
         atomic::{AtomicU8, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use crate::{
     error::{CliError, Result},
     ui,
 };
+
+/// Signals so close to the first one are not another request.
+const ECHO: Duration = Duration::from_millis(500);
 
 /// Nothing is learned yet: Ctrl-C ends the process.
 const LOADING: u8 = 0;
@@ -32,8 +36,14 @@ impl Interrupt {
     pub(crate) fn install(staging: &Path) -> Result<Self> {
         let state = Arc::new(AtomicU8::new(LOADING));
         let (seen, staging) = (state.clone(), staging.to_path_buf());
+        let mut asked: Option<Instant> = None;
         let handler = move || {
+            // `timeout` and some supervisors signal a process and its group: the same request, heard twice.
+            if asked.is_some_and(|asked| asked.elapsed() < ECHO) {
+                return;
+            }
             if seen.compare_exchange(TRAINING, STOPPING, Ordering::SeqCst, Ordering::SeqCst).is_ok() {
+                asked = Some(Instant::now());
                 ui::say("\nstopping after this step, then saving; Ctrl-C again ends at once");
                 return;
             }
