@@ -45,7 +45,7 @@ pub struct Linear {
     pub path: String,
     /// W₀ [out, in].
     pub base: Base,
-    /// [out].
+    /// `[out]`.
     pub bias: Option<Leaf>,
     /// The update, if this layer has one.
     pub adapter: Option<Adapter>,

@@ -64,7 +64,7 @@ impl<'m> Session<'m> {
         Ok(Self { model, params, layers, len: 0, capacity })
     }
 
-    /// Reads more tokens; gives the logits that follow the last one, [V].
+    /// Reads more tokens; gives the logits that follow the last one, `[V]`.
     ///
     /// # Errors
     /// [`Error::EmptyPrompt`], [`Error::TooLong`] beyond the capacity, a token beyond the vocabulary.

@@ -16,7 +16,7 @@ use crate::{
 /// A stream of packed documents on a device.
 #[derive(Clone, Debug)]
 pub struct Stream {
-    /// U32 [T].
+    /// U32 `[T]`.
     pub tokens: Tensor,
     /// Where the documents begin.
     pub documents: Documents,
@@ -101,7 +101,7 @@ impl Transformer {
         self.blocks.iter().flat_map(Block::linears)
     }
 
-    /// Cross entropy of `labels` (I32 [T], already shifted: the target of each position, -100 for none) on a stream, recorded
+    /// Cross entropy of `labels` (I32 `[T]`, already shifted: the target of each position, -100 for none) on a stream, recorded
     /// for a backward pass.
     ///
     /// # Errors

@@ -103,7 +103,6 @@ fn token(rest: &[char]) -> usize {
         ['b' | 'c', '"', ..] => string(rest, 2),
         ['b' | 'c', 'r', '"' | '#', ..] => raw_string(rest, 2).unwrap_or(1),
         ['r', '"' | '#', ..] => raw_string(rest, 1).unwrap_or(1),
-        ['b', '\'', ..] => 1,
         ['\'', '\\', ..] => 3 + end(rest[3.min(rest.len())..].iter().position(|&c| c == '\'')) + 1,
         ['\'', _, '\'', ..] => 3,
         _ => 1,

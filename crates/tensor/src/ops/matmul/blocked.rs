@@ -66,15 +66,6 @@ fn over_rows_staged(problem: &Problem, plan: &Plan, c: &mut Output, columns: Ran
     });
 }
 
-/// The product on the calling thread, rows of `c` `ldc` apart.
-pub(super) fn single_thread(problem: &Problem, c: &mut [f32], ldc: usize) {
-    let plan = Plan::new(problem);
-    let c = &mut c[..(problem.m - 1) * ldc + problem.n];
-    for columns in parts(problem.n, COLUMNS, problem.kernel.nr()) {
-        over_rows(problem, &plan, c, ldc, columns.start, columns, 1);
-    }
-}
-
 /// How the reduction is cut: words in all, and words of a block. Depends on the `K`s alone.
 struct Plan {
     steps: usize,

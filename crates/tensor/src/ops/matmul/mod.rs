@@ -136,34 +136,6 @@ fn gemm_with(
     }
 }
 
-/// `c (+)= a b` in f32 on the calling thread alone, for use inside tasks. `a` is `m x k`, `b` is `k x n`; rows of `c`
-/// are `ldc` apart, `c` ends with its last row's last element or later.
-pub(crate) fn gemm_single_thread(
-    c: &mut [f32],
-    ldc: usize,
-    accumulate: bool,
-    m: usize,
-    n: usize,
-    a: Operand,
-    b: Operand,
-    k: usize,
-) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    let segments = [Segment { a, b, k, scale: 1.0 }];
-    let problem = Problem {
-        kernel: Kernel::best(Precision::F32),
-        precision: Precision::F32,
-        m,
-        n,
-        segments: &segments,
-        accumulate,
-        bias: None,
-    };
-    blocked::single_thread(&problem, c, ldc);
-}
-
 /// The arguments of one call, without its output.
 struct Problem<'a> {
     kernel: Kernel,

@@ -419,34 +419,6 @@ fn nothing_to_sum_leaves_bias_and_what_was_there() {
 }
 
 #[test]
-fn a_single_thread_reads_and_writes_strided_pieces() {
-    let (t, d) = (131, 64);
-    for (m, n, k, tb) in [(65, t, d, true), (65, d, t, false), (5, 9, 3, true), (64, 20, 700, false)] {
-        for ta in [false, true] {
-            for accumulate in [false, true] {
-                let mut case = Case::new(m, n, one_part(k, (Kind::F32, ta), (Kind::F32, tb)));
-                (case.accumulate, case.slack) = (accumulate, 5);
-                let data = Data::new(&case);
-                let ldc = n + 3;
-                let mut c = vec![7.0; m * ldc];
-                for (row, from) in c.chunks_mut(ldc).zip(data.c.chunks(n)) {
-                    row[..n].copy_from_slice(from);
-                }
-                let part = data.segments()[0];
-                gemm_single_thread(&mut c, ldc, accumulate, m, n, part.a, part.b, k);
-                let expected = data.reference(Precision::F32);
-                for (row, expected) in c.chunks(ldc).zip(expected.chunks(n)) {
-                    for (x, (y, terms)) in row.iter().zip(expected) {
-                        assert!((f64::from(*x) - y).abs() <= data.bound(*terms), "{m} {n} {k}: {x} {y}");
-                    }
-                    assert_eq!(row[n..], [7.0; 3], "written past the columns");
-                }
-            }
-        }
-    }
-}
-
-#[test]
 fn a_subnormal_or_infinite_or_nan_element_rounds_to_bf16_as_the_half_crate_does() {
     let mut bits: Vec<u32> = values(4000, 3).iter().map(|x| x.to_bits()).collect();
     bits.extend([0, 1, 0x8000_0001, 0x007f_ffff, 0x7f80_0000, 0xff80_0000, 0x7f80_0001, 0xffff_ffff, 0x7f7f_ffff]);
