@@ -18,7 +18,8 @@ use safetensors::{Dtype, SafeTensors};
 #[must_use]
 pub fn golden(name: &str) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let found = [root.join("data"), root.join("../../shared/golden")].into_iter().map(|dir| dir.join(name)).find(|dir| dir.exists());
+    let found =
+        [root.join("data"), root.join("../../shared/golden")].into_iter().map(|dir| dir.join(name)).find(|dir| dir.exists());
     let required = std::env::var_os("REQUIRE_GOLDEN").is_some() && !name.starts_with("float64/");
     assert!(found.is_some() || !required, "the reference results `{name}` are missing");
     found
@@ -32,7 +33,9 @@ pub fn golden(name: &str) -> Option<PathBuf> {
 /// When the model is required and missing.
 #[must_use]
 pub fn real_model() -> Option<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
+    let cache = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")));
     let found = cache.map(|dir| dir.join("nibble/SmolLM2-135M-Instruct.Q4_1.gguf")).filter(|file| file.exists());
     assert!(found.is_some() || std::env::var_os("REQUIRE_REAL_MODEL").is_none(), "the real model is missing from the cache");
     found

@@ -23,7 +23,8 @@ struct Case {
 
 fn load(base: &Path, dir: &Path) -> (Transformer, ParamStore) {
     let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256 };
-    let mut model = Transformer::load(&Checkpoint::open(base).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
+    let mut model =
+        Transformer::load(&Checkpoint::open(base).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
     let file = AdapterFile::open(dir).unwrap();
     let params = model.attach(&file.config, Init::File(&file)).unwrap();
     (model, params)

@@ -43,7 +43,8 @@ fn the_run_of_the_reference_stack_is_reproduced() {
     let params = model.attach(&init.config, Init::File(&init)).unwrap();
 
     let rows = rows(&Tensors::read(&dir.join("batches.safetensors")), steps.len());
-    let data = Dataset::from_tokenized_rows(rows, &DatasetOptions { vocab_size: Some(49152), ..DatasetOptions::default() }).unwrap();
+    let data =
+        Dataset::from_tokenized_rows(rows, &DatasetOptions { vocab_size: Some(49152), ..DatasetOptions::default() }).unwrap();
     let options = LoaderOptions { packer: Packer::Documents { batch_size: 4 }, seed: 0, shuffle: false };
     let config = TrainConfig {
         num_train_epochs: 1.0,
@@ -71,7 +72,8 @@ fn the_run_of_the_reference_stack_is_reproduced() {
     assert!(similarity >= 0.9999, "the final adapter has cosine {similarity}");
 
     for (answer, exact) in curve["greedy"].as_array().unwrap().iter().zip(GREEDY_F32) {
-        let ids = |name: &str| -> Vec<u32> { answer[name].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect() };
+        let ids =
+            |name: &str| -> Vec<u32> { answer[name].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect() };
         let mut session = Session::new(trainer.model(), trained, 512).unwrap();
         let options = GenerateOptions { max_new_tokens: 40, stop: vec![2], ..GenerateOptions::default() };
         let new = session.generate(&ids("prompt_ids"), &options, |_| true).unwrap();

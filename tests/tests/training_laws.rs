@@ -27,7 +27,8 @@ fn model(config: &AdapterConfig, dtype: DType) -> (Transformer, ParamStore) {
     let path = golden("models/llama31").expect("the project has its own copy");
     let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
     let options = LoadOptions { quant, compute_dtype: dtype, max_positions: 256 };
-    let mut model = Transformer::load(&Checkpoint::open(&path).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
+    let mut model =
+        Transformer::load(&Checkpoint::open(&path).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
     let params = model.attach(config, Init::Random(7)).unwrap();
     (model, params)
 }

@@ -193,7 +193,12 @@ pub fn lm_head_loss(tape: &mut Tape<'_>, h: Var, weight: &Leaf, labels: &Tensor,
     let [var] = tape.record([id], [value], param.is_some(), move |[dloss], grads| {
         let seed = dloss.to_f32_vec()?;
         if seed != [1.0] {
-            return Err(Error::Argument { op: "lm_head_loss", argument: "gradient", expected: "1, as the loss is the end", found: 0 });
+            return Err(Error::Argument {
+                op: "lm_head_loss",
+                argument: "gradient",
+                expected: "1, as the loss is the end",
+                found: 0,
+            });
         }
         if let (Some(h), Some(dweight)) = (h, grads.leaf_mut(param.as_ref())?) {
             lm_head_loss::backward_weight(&h, &w, &labels, config, dweight)?;

@@ -29,6 +29,12 @@ pub(crate) enum CliError {
     /// An output folder that is a file.
     #[error("write `{}`: expected a folder, found a file", path.display())]
     OutputIsFile { path: PathBuf },
+    /// An output folder that something is read from.
+    #[error("replace `{}`: it holds `{}`, which this run reads", path.display(), input.display())]
+    OutputHoldsInput { path: PathBuf, input: PathBuf },
+    /// An output folder with something else in it than a result.
+    #[error("replace `{}`: expected a result of an earlier run, found neither `adapter_config.json` nor `config.json` in it", path.display())]
+    OutputIsOther { path: PathBuf },
     /// Flags that say what an adapter's own config says already.
     #[error("train: {} cannot be given with `--adapter {}`, whose own config decides", listed(flags), adapter.display())]
     AdapterFlags { flags: Vec<&'static str>, adapter: PathBuf },
@@ -97,6 +103,7 @@ impl CliError {
                 Some("`--model` takes a folder, a .gguf file or a name on the Hub such as `org/name`".into())
             }
             Self::OutputExists { .. } => Some("choose another `--output`, or replace it with `--overwrite-output-dir`".into()),
+            Self::OutputHoldsInput { .. } | Self::OutputIsOther { .. } => Some("choose another `--output`".into()),
             Self::AdapterFlags { .. } => {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }

@@ -30,12 +30,15 @@ pub(crate) struct Staging {
 }
 
 impl Staging {
-    /// Makes a folder beside `place`. With `overwrite`, what is at the place stays until [`Staging::commit`].
+    /// Makes a folder beside `place`. With `overwrite`, what is at the place stays until [`Staging::commit`]; it must be a
+    /// result of an earlier run, and hold none of `inputs`, which the run reads.
     ///
     /// # Errors
-    /// [`CliError::OutputExists`], [`CliError::OutputIsFile`], or the system refuses.
-    pub(crate) fn new(place: &Path, overwrite: bool) -> Result<Self> {
+    /// [`CliError::OutputExists`], [`CliError::OutputIsFile`], [`CliError::OutputHoldsInput`], [`CliError::OutputIsOther`], or
+    /// the system refuses.
+    pub(crate) fn new(place: &Path, overwrite: bool, inputs: &[&Path]) -> Result<Self> {
         check(place, overwrite)?;
+        keep_inputs(place, inputs)?;
         // A link as the last part is followed: the folder that it means is replaced, not the link.
         let place = if place.exists() { fs::canonicalize(place).map_err(io_error("open", place))? } else { place.to_path_buf() };
         let parent = place.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_path_buf();
@@ -56,7 +59,7 @@ impl Staging {
     /// Puts the folder into its place.
     ///
     /// # Errors
-    /// When the system refuses; what was written then stays under the name it has.
+    /// When the system refuses: the place is as it was, and what was written stays under the name it has.
     pub(crate) fn commit(self) -> Result<PathBuf> {
         let Self { place, folder } = self;
         let old = folder.path().with_extension("old");
@@ -65,12 +68,34 @@ impl Staging {
             fs::rename(&place, &old).map_err(io_error("replace", &place))?;
         }
         let written = folder.keep();
-        fs::rename(&written, &place).map_err(io_error("rename into", &place))?;
+        if let Err(error) = fs::rename(&written, &place) {
+            if had_one {
+                fs::rename(&old, &place).map_err(io_error("put back", &place))?;
+            }
+            return Err(io_error("rename into", &place)(error));
+        }
         if had_one {
             fs::remove_dir_all(&old).map_err(io_error("remove", &old))?;
         }
         Ok(place)
     }
+}
+
+/// What tells a result of an earlier run from somebody's folder.
+const RESULTS: [&str; 2] = ["adapter_config.json", "config.json"];
+
+/// Refuses to replace a folder that the run reads from, or that no run has written.
+fn keep_inputs(place: &Path, inputs: &[&Path]) -> Result<()> {
+    let Ok(place) = fs::canonicalize(place) else { return Ok(()) };
+    let inside = |input: &&&Path| fs::canonicalize(input).is_ok_and(|input| input.starts_with(&place));
+    if let Some(input) = inputs.iter().find(inside) {
+        return Err(CliError::OutputHoldsInput { path: place, input: input.to_path_buf() });
+    }
+    let empty = fs::read_dir(&place).map_err(io_error("list", &place))?.next().is_none();
+    if empty || RESULTS.iter().any(|name| place.join(name).is_file()) {
+        return Ok(());
+    }
+    Err(CliError::OutputIsOther { path: place })
 }
 
 /// Refuses a place with something in it.
@@ -115,16 +140,17 @@ mod tests {
     fn what_is_there_stays_until_the_new_folder_is_whole() {
         let root = tempfile::tempdir().unwrap();
         let place = root.path().join("deep/out");
-        let staging = Staging::new(&place, false).unwrap();
+        let staging = Staging::new(&place, false, &[]).unwrap();
         fs::write(staging.path().join("a"), "1").unwrap();
+        fs::write(staging.path().join("config.json"), "{}").unwrap();
         assert!(!place.exists());
         staging.commit().unwrap();
         assert_eq!(fs::read_to_string(place.join("a")).unwrap(), "1");
 
-        assert!(matches!(Staging::new(&place, false), Err(CliError::OutputExists { entries: 1, .. })));
-        drop(Staging::new(&place, true).unwrap());
+        assert!(matches!(Staging::new(&place, false, &[]), Err(CliError::OutputExists { entries: 2, .. })));
+        drop(Staging::new(&place, true, &[]).unwrap());
         assert!(place.join("a").exists(), "a run that fails leaves the old result");
-        let staging = Staging::new(&place, true).unwrap();
+        let staging = Staging::new(&place, true, &[]).unwrap();
         fs::write(staging.path().join("b"), "2").unwrap();
         staging.commit().unwrap();
         assert!(place.join("b").exists() && !place.join("a").exists());
@@ -150,11 +176,26 @@ mod tests {
     #[test]
     fn an_empty_folder_is_as_good_as_none_and_a_file_is_not() {
         let root = tempfile::tempdir().unwrap();
-        let staging = Staging::new(root.path().join("new").as_path(), false).unwrap();
+        let staging = Staging::new(root.path().join("new").as_path(), false, &[]).unwrap();
         drop(staging);
         fs::create_dir(root.path().join("empty")).unwrap();
-        Staging::new(&root.path().join("empty"), false).unwrap().commit().unwrap();
+        Staging::new(&root.path().join("empty"), false, &[]).unwrap().commit().unwrap();
         fs::write(root.path().join("file"), "").unwrap();
-        assert!(matches!(Staging::new(&root.path().join("file"), true), Err(CliError::OutputIsFile { .. })));
+        assert!(matches!(Staging::new(&root.path().join("file"), true, &[]), Err(CliError::OutputIsFile { .. })));
+    }
+
+    #[test]
+    fn a_folder_that_the_run_reads_or_that_is_no_result_is_never_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let place = root.path().join("model");
+        fs::create_dir(&place).unwrap();
+        fs::write(place.join("notes.txt"), "mine").unwrap();
+        assert!(matches!(Staging::new(&place, true, &[]), Err(CliError::OutputIsOther { .. })));
+        fs::write(place.join("config.json"), "{}").unwrap();
+        for input in [place.clone(), place.join("notes.txt")] {
+            assert!(matches!(Staging::new(&place, true, &[&input]), Err(CliError::OutputHoldsInput { .. })));
+        }
+        drop(Staging::new(&place, true, &[root.path()]).unwrap());
+        assert!(place.join("notes.txt").exists());
     }
 }

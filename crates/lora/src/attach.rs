@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use nibble_autograd::{Leaf, Param, ParamStoreBuilder};
 use nibble_tensor::{Rng, Shape};
 
-use crate::{Adapter, AdapterConfig, AdapterFile, Bias, Error, InitLoraWeights, Linear, Lora, Mismatch, PREFIX, Result, target::Targets};
+use crate::{
+    Adapter, AdapterConfig, AdapterFile, Bias, Error, InitLoraWeights, Linear, Lora, Mismatch, PREFIX, Result, target::Targets,
+};
 
 /// Where first values come from.
 #[derive(Clone, Copy, Debug)]
@@ -24,7 +26,12 @@ pub enum Init<'a> {
 /// # Errors
 /// [`Error::NoTarget`] when nothing is selected, [`Error::Pattern`], [`Error::Unsupported`], and [`Error::Mismatches`] when a
 /// file's tensors do not fit.
-pub fn attach(config: &AdapterConfig, linears: &mut [&mut Linear], init: Init<'_>, builder: &mut ParamStoreBuilder) -> Result<()> {
+pub fn attach(
+    config: &AdapterConfig,
+    linears: &mut [&mut Linear],
+    init: Init<'_>,
+    builder: &mut ParamStoreBuilder,
+) -> Result<()> {
     config.validate()?;
     let targets = Targets::new(config)?;
     let selected: Vec<usize> = (0..linears.len()).filter(|&i| targets.selects(&linears[i].path)).collect();
@@ -61,7 +68,8 @@ pub fn attach(config: &AdapterConfig, linears: &mut [&mut Linear], init: Init<'_
 }
 
 fn no_target(config: &AdapterConfig, linears: &[&mut Linear]) -> Error {
-    let mut available: Vec<String> = linears.iter().filter_map(|linear| linear.path.rsplit('.').next().map(str::to_owned)).collect();
+    let mut available: Vec<String> =
+        linears.iter().filter_map(|linear| linear.path.rsplit('.').next().map(str::to_owned)).collect();
     available.sort();
     available.dedup();
     let target_modules = config.target_modules.as_ref().map_or_else(|| "null".to_owned(), ToString::to_string);
@@ -81,7 +89,13 @@ impl Values<'_> {
         self.add_or(builder, name, shape.into(), |seed| random(&init, name, shape, Rng::new(seed).stream(layer as u64)))
     }
 
-    fn add_or(&mut self, builder: &mut ParamStoreBuilder, name: &str, shape: Shape, fresh: impl FnOnce(u64) -> Vec<f32>) -> Param {
+    fn add_or(
+        &mut self,
+        builder: &mut ParamStoreBuilder,
+        name: &str,
+        shape: Shape,
+        fresh: impl FnOnce(u64) -> Vec<f32>,
+    ) -> Param {
         let values = match self.init {
             Init::Random(seed) => fresh(seed),
             Init::File(file) => self.saved(file, name, shape),

@@ -236,7 +236,9 @@ impl AdapterConfig {
     /// # Errors
     /// [`Error::Unsupported`] with the first such field.
     pub fn validate(&self) -> Result<()> {
-        let refuse = |field, value: &dyn std::fmt::Display, expected| Err(Error::Unsupported { field, value: value.to_string(), expected });
+        let refuse = |field, value: &dyn std::fmt::Display, expected| {
+            Err(Error::Unsupported { field, value: value.to_string(), expected })
+        };
         if self.r == 0 || self.rank_pattern.values().any(|&r| r == 0) {
             return refuse("r", &0, "at least 1");
         }
@@ -262,7 +264,8 @@ impl AdapterConfig {
             ("alora_invocation_tokens", &self.alora_invocation_tokens),
         ];
         for (field, value) in values {
-            if let Some(value) = value.as_ref().filter(|value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty())) {
+            if let Some(value) = value.as_ref().filter(|value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty()))
+            {
                 return refuse(field, value, "null");
             }
         }
@@ -314,15 +317,24 @@ mod tests {
 
     #[test]
     fn nulls_and_unknown_fields_are_taken_as_peft_takes_them() {
-        let config: AdapterConfig =
-            serde_json::from_str(r#"{"peft_type":"LORA","rank_pattern":null,"loftq_config":{},"target_modules":"all-linear","r":4}"#).unwrap();
+        let config: AdapterConfig = serde_json::from_str(
+            r#"{"peft_type":"LORA","rank_pattern":null,"loftq_config":{},"target_modules":"all-linear","r":4}"#,
+        )
+        .unwrap();
         assert_eq!((config.r, config.rank_pattern.len()), (4, 0));
         config.validate().unwrap();
     }
 
     #[test]
     fn what_would_compute_something_else_is_refused_by_name() {
-        for text in [r#"{"use_dora":true}"#, r#"{"lora_bias":true}"#, r#"{"r":0}"#, r#"{"lora_dropout":1.0}"#, r#"{"init_lora_weights":"pissa"}"#, r#"{"init_lora_weights":"pissa","inference_mode":true}"#] {
+        for text in [
+            r#"{"use_dora":true}"#,
+            r#"{"lora_bias":true}"#,
+            r#"{"r":0}"#,
+            r#"{"lora_dropout":1.0}"#,
+            r#"{"init_lora_weights":"pissa"}"#,
+            r#"{"init_lora_weights":"pissa","inference_mode":true}"#,
+        ] {
             let config: AdapterConfig = serde_json::from_str(text).unwrap();
             let field = text[2..].split('"').next().unwrap();
             assert!(config.validate().unwrap_err().to_string().contains(field), "{text}");

@@ -144,7 +144,12 @@ impl Linear {
 ///
 /// # Errors
 /// As [`linear::forward`].
-pub fn forward_fused<'m, const N: usize>(tape: &mut Tape<'m>, layers: [&'m Linear; N], x: Var, dropout: Option<Rng>) -> Result<[Var; N]> {
+pub fn forward_fused<'m, const N: usize>(
+    tape: &mut Tape<'m>,
+    layers: [&'m Linear; N],
+    x: Var,
+    dropout: Option<Rng>,
+) -> Result<[Var; N]> {
     let params = tape.params();
     let mut parts = Vec::with_capacity(N);
     for (i, layer) in layers.iter().enumerate() {

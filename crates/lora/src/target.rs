@@ -46,7 +46,9 @@ impl Selection {
         match self {
             Self::AllLinear => path != "lm_head",
             Self::Pattern(regex) => matches(regex, path),
-            Self::Names(names) => names.iter().any(|name| path.strip_suffix(name.as_str()).is_some_and(|head| head.is_empty() || head.ends_with('.'))),
+            Self::Names(names) => names
+                .iter()
+                .any(|name| path.strip_suffix(name.as_str()).is_some_and(|head| head.is_empty() || head.ends_with('.'))),
         }
     }
 }
@@ -65,8 +67,10 @@ impl<'a> Targets<'a> {
                 .collect::<Result<_>>()?,
         };
         let ends_with = |field, key: &str| compile(field, key, &format!(r"\A(.*\.)?({key})\z"));
-        let ranks = config.rank_pattern.iter().map(|(key, &r)| Ok((ends_with("rank_pattern", key)?, r))).collect::<Result<_>>()?;
-        let alphas = config.alpha_pattern.iter().map(|(key, &a)| Ok((ends_with("alpha_pattern", key)?, a))).collect::<Result<_>>()?;
+        let ranks =
+            config.rank_pattern.iter().map(|(key, &r)| Ok((ends_with("rank_pattern", key)?, r))).collect::<Result<_>>()?;
+        let alphas =
+            config.alpha_pattern.iter().map(|(key, &a)| Ok((ends_with("alpha_pattern", key)?, a))).collect::<Result<_>>()?;
         Ok(Self { config, include, exclude, layers, ranks, alphas })
     }
 
@@ -74,7 +78,11 @@ impl<'a> Targets<'a> {
     pub(crate) fn selects(&self, path: &str) -> bool {
         self.include.selects(path)
             && !self.exclude.as_ref().is_some_and(|exclude| exclude.selects(path))
-            && self.config.layers_to_transform.as_ref().is_none_or(|wanted| self.layer(path).is_some_and(|n| wanted.as_slice().contains(&n)))
+            && self
+                .config
+                .layers_to_transform
+                .as_ref()
+                .is_none_or(|wanted| self.layer(path).is_some_and(|n| wanted.as_slice().contains(&n)))
     }
 
     fn layer(&self, path: &str) -> Option<usize> {
@@ -123,7 +131,8 @@ mod tests {
 
     #[test]
     fn a_string_is_a_regex_for_the_whole_path_and_all_linear_leaves_the_head() {
-        let pattern = |p: &str| AdapterConfig { target_modules: Some(TargetModules::Pattern(p.to_owned())), ..AdapterConfig::default() };
+        let pattern =
+            |p: &str| AdapterConfig { target_modules: Some(TargetModules::Pattern(p.to_owned())), ..AdapterConfig::default() };
         check(&pattern(r".*\.[01]\.self_attn\..*"), &[Q0, V1], &[DOWN2]);
         check(&pattern("q_proj"), &[], &[Q0]);
         check(&pattern("all-linear"), &[Q0, V1, DOWN2], &["lm_head"]);

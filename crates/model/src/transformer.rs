@@ -145,7 +145,9 @@ impl Transformer {
         for (i, block) in self.blocks.iter().enumerate() {
             let rng = dropout.map(|rng| rng.stream(i as u64));
             let [next, added] = match checkpointing {
-                Checkpointing::None | Checkpointing::Selective => block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?,
+                Checkpointing::None | Checkpointing::Selective => {
+                    block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?
+                }
                 Checkpointing::Full => self.checkpointed(tape, block, &stream.documents, x, a, rng)?,
             };
             (x, a) = (next, Some(added));

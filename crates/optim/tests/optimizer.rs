@@ -76,8 +76,8 @@ fn a_state_that_does_not_fit_is_refused_whole() {
     let error = optimizer.load_state(5, &[("exp_avg", &right), ("exp_avg_sq", &short), ("max_exp_avg_sq", &right)]).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "adamw: the saved state does not fit:\n  exp_avg_sq: expected float32 (4), found float32 (3)\n  max_exp_avg_sq: expected \
-         nothing, found float32 (4)"
+        "adamw: the saved state does not fit:\n  exp_avg_sq: expected float32 (4,), found float32 (3,)\n  max_exp_avg_sq: expected \
+         nothing, found float32 (4,)"
     );
     let error = optimizer.load_state(5, &[("exp_avg", &right.to_dtype(DType::Bf16).unwrap())]).unwrap_err();
     assert!(matches!(&error, Error::State { mismatches, .. } if mismatches.len() == 2), "{error}");

@@ -2,11 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::{
-    Arena, DType, Device, Element, Error, Float, Result, Shape, TensorMut,
-    arena::Block,
-    dtype::with_float,
-};
+use crate::{Arena, DType, Device, Element, Error, Float, Result, Shape, TensorMut, arena::Block, dtype::with_float};
 
 /// A contiguous view of memory with a shape and an element type.
 ///

@@ -17,7 +17,8 @@ use nibble_train::{TrainConfig, Trainer};
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let get = |i: usize, default: &str| args.get(i).cloned().unwrap_or_else(|| default.to_owned());
-    let path = args.first().ok_or("usage: bench_step MODEL [f32|bf16] [BATCH] [LENGTH] [STEPS] [none|selective|full] [nf4|none]")?;
+    let path =
+        args.first().ok_or("usage: bench_step MODEL [f32|bf16] [BATCH] [LENGTH] [STEPS] [none|selective|full] [nf4|none]")?;
     let compute_dtype = if get(1, "f32") == "bf16" { DType::Bf16 } else { DType::F32 };
     let (batch, length, steps): (usize, usize, usize) = (get(2, "1").parse()?, get(3, "512").parse()?, get(4, "6").parse()?);
     let checkpointing = match &get(5, "selective")[..] {

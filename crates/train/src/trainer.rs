@@ -53,7 +53,8 @@ impl Trainer {
         let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
         let grads = params.zero_grads()?;
-        let optimizer = Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
+        let optimizer =
+            Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
         let schedule = config.schedule(max_steps)?;
         Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0 })
     }

@@ -1,5 +1,9 @@
 //! Parsers of values, with the range in the error.
 
+use std::collections::BTreeMap;
+
+use nibble_optim::ScheduleOptions;
+
 /// A whole number of at least 1.
 pub(super) fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".to_owned())
@@ -49,6 +53,26 @@ pub(super) fn penalty(text: &str) -> Result<f32, String> {
 pub(super) fn block_size(text: &str) -> Result<usize, String> {
     let fits = |&size: &usize| nibble_nf4::QuantConfig { block_size: size, ..Default::default() }.check().is_ok();
     text.parse().ok().filter(fits).ok_or_else(|| "expected a power of two from 32 to 4096".to_owned())
+}
+
+/// `{"num_cycles": 2}` and the like.
+pub(super) fn schedule_options(text: &str) -> Result<ScheduleOptions, String> {
+    let mut options = ScheduleOptions::default();
+    let given: BTreeMap<String, f64> =
+        serde_json::from_str(text).map_err(|error| format!("expected an object of numbers: {error}"))?;
+    for (name, value) in given {
+        let option = match &name[..] {
+            "num_cycles" => &mut options.num_cycles,
+            "power" => &mut options.power,
+            "lr_end" => &mut options.lr_end,
+            "timescale" => &mut options.timescale,
+            "min_lr" => &mut options.min_lr,
+            "min_lr_rate" => &mut options.min_lr_rate,
+            _ => return Err(format!("expected num_cycles, power, lr_end, timescale, min_lr or min_lr_rate, found `{name}`")),
+        };
+        *option = Some(value);
+    }
+    Ok(options)
 }
 
 fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> Result<f64, String> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, builder::PossibleValuesParser};
 use nibble_data::Format;
-use nibble_optim::{OptimizerName, ScheduleName};
+use nibble_optim::{OptimizerName, ScheduleName, ScheduleOptions};
 
 use super::{ModelArgs, PrecisionArgs, parse};
 
@@ -60,6 +60,9 @@ pub(crate) struct TrainArgs {
     /// How the learning rate goes on from its peak: linear, cosine, constant, ...
     #[arg(long, value_name = "NAME", default_value = "linear", help_heading = "Training")]
     pub(crate) lr_scheduler_type: ScheduleName,
+    /// Options of the schedule as JSON: num_cycles, power, lr_end, timescale, min_lr, min_lr_rate
+    #[arg(long, value_name = "JSON", value_parser = parse::schedule_options, default_value = "{}", help_heading = "Training")]
+    pub(crate) lr_scheduler_kwargs: ScheduleOptions,
     /// Steps in which the learning rate rises from 0 [default: 0]
     #[arg(long, value_name = "N", conflicts_with = "warmup_ratio", help_heading = "Training")]
     pub(crate) warmup_steps: Option<usize>,

@@ -198,7 +198,7 @@ mod tests {
         let [mut p, mut m, mut v] = [5, 5, 4].map(|n| normal(1, DType::F32, [n]));
         let g = normal(2, DType::F32, [5]);
         let error = step(p.view_mut().unwrap(), &g, m.view_mut().unwrap(), v.view_mut().unwrap(), 1.0, &hyper).unwrap_err();
-        assert_eq!(error.to_string(), "adamw: `v` has the wrong shape: expected (5), found (4)");
+        assert_eq!(error.to_string(), "adamw: `v` has the wrong shape: expected (5,), found (4,)");
         let half = normal(2, DType::Bf16, [5]);
         let mut v = normal(1, DType::F32, [5]);
         let error = step(p.view_mut().unwrap(), &half, m.view_mut().unwrap(), v.view_mut().unwrap(), 1.0, &hyper).unwrap_err();

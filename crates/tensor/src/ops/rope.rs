@@ -244,6 +244,6 @@ mod tests {
         };
         assert_eq!(error([2, 1, 8], &[0, 64]), "rope: `positions` must be below the table's number of positions, found 64");
         assert_eq!(error([1, 1, 7], &[0]), "rope: `x` must be heads of at least twice the table's width, found 7");
-        assert_eq!(error([2, 1, 8], &[0]), "rope: `positions` has the wrong shape: expected (2), found (1)");
+        assert_eq!(error([2, 1, 8], &[0]), "rope: `positions` has the wrong shape: expected (2,), found (1,)");
     }
 }

@@ -139,6 +139,6 @@ mod tests {
         let hyper = Hyper { lr: 0.1, momentum: 0.9, nesterov: false, weight_decay: 0.0 };
         let [mut p, g, mut b] = [5, 5, 4].map(|n| normal(1, DType::F32, [n]));
         let error = step(p.view_mut().unwrap(), &g, Some(b.view_mut().unwrap()), 1.0, &hyper).unwrap_err();
-        assert_eq!(error.to_string(), "sgd: `momentum` has the wrong shape: expected (5), found (4)");
+        assert_eq!(error.to_string(), "sgd: `momentum` has the wrong shape: expected (5,), found (4,)");
     }
 }

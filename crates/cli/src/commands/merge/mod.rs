@@ -66,7 +66,8 @@ struct Output {
 /// What is wrong with the model, the adapter or the output folder, before anything is written; weights that are no numbers.
 pub(crate) fn run(args: &MergeArgs) -> Result<()> {
     let quant = quant_config(args)?;
-    let staging = Staging::new(&args.output, args.overwrite_output_dir)?;
+    let staging =
+        Staging::new(&args.output, args.overwrite_output_dir, &[Path::new(&args.model.model), Path::new(&args.adapter)])?;
     let adapter = base::open_adapter(&args.adapter)?;
     let base = Base::open(&args.model.model)?;
     base::warn_of_other_base(&adapter, base.name());

@@ -47,7 +47,7 @@ const WORK: usize = 1_500_000_000_000;
 /// # Errors
 /// An output folder that is taken, a model that is asked for and not there.
 pub(crate) fn run(args: &QuickstartArgs) -> Result<Ending> {
-    let staging = Staging::new(&args.output, args.overwrite_output_dir)?;
+    let staging = Staging::new(&args.output, args.overwrite_output_dir, &[])?;
     let interrupt = Interrupt::install(staging.path())?;
     let found = find::model(args.model.as_deref(), args.offline)?;
     let base = Base::from_source(found.source.clone())?;

@@ -7,6 +7,8 @@ mod progress;
 mod run;
 mod settings;
 
+use std::path::Path;
+
 use nibble_data::{DataLoader, Dataset};
 use nibble_lora::{AdapterConfig, AdapterFile, Init};
 use nibble_tensor::Arena;
@@ -30,7 +32,9 @@ use crate::{
 /// Whatever is wrong, before anything is loaded where it can be known by then.
 pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     let settings = Settings::from_args(args)?;
-    let staging = Staging::new(&args.output.output, args.output.overwrite_output_dir)?;
+    let mut inputs = vec![Path::new(&args.model.model), &args.data.data];
+    inputs.extend(args.adapter.as_deref().into_iter().chain(args.data.eval_data.as_deref()));
+    let staging = Staging::new(&args.output.output, args.output.overwrite_output_dir, &inputs)?;
     let interrupt = Interrupt::install(staging.path())?;
     let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
     let base = Base::open(&args.model.model)?;

@@ -3,7 +3,7 @@
 use nibble_data::{LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, TargetModules};
 use nibble_model::Checkpointing;
-use nibble_optim::{ScheduleName, ScheduleOptions};
+use nibble_optim::ScheduleName;
 use nibble_train::TrainConfig;
 
 use crate::{
@@ -70,10 +70,13 @@ impl Settings {
             shuffle: !args.data.no_shuffle,
             seed: args.seed,
         };
+        let config = train_config(args);
+        // A schedule that cannot be is said before anything is read.
+        config.schedule(1)?;
         Ok(Self {
             precision: Precision::from_args(&args.precision)?,
             adapter: if args.adapter.is_some() { None } else { Some(adapter_config(args)) },
-            config: train_config(args),
+            config,
             loader,
         })
     }
@@ -141,7 +144,7 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
         gradient_accumulation_steps: args.gradient_accumulation_steps,
         learning_rate: args.learning_rate,
         lr_scheduler_type: args.lr_scheduler_type,
-        lr_scheduler_kwargs: ScheduleOptions::default(),
+        lr_scheduler_kwargs: args.lr_scheduler_kwargs,
         warmup_steps: args.warmup_steps.unwrap_or(0),
         warmup_ratio: args.warmup_ratio.unwrap_or(0.0),
         weight_decay: args.weight_decay,
@@ -162,6 +165,7 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
 #[cfg(test)]
 mod tests {
     use clap::Parser as _;
+    use nibble_optim::ScheduleOptions;
 
     use super::*;
     use crate::args::{Cli, Command};
@@ -172,6 +176,15 @@ mod tests {
             Some(Command::Train(args)) => Settings::from_args(&args),
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn a_schedule_takes_its_own_options_and_no_other() {
+        let options =
+            settings("--lr-scheduler-type cosine_with_min_lr --lr-scheduler-kwargs {\"min_lr_rate\":0.1}").unwrap().config;
+        assert_eq!(options.lr_scheduler_kwargs.min_lr_rate, Some(0.1));
+        assert!(settings("--lr-scheduler-type cosine_with_min_lr").is_err());
+        assert!(settings("--lr-scheduler-kwargs {\"power\":2}").is_err());
     }
 
     #[test]

@@ -178,7 +178,7 @@ fn operands_that_do_not_fit_are_named() {
     let (x, w) = (normal(1, DType::F32, [2, 4]), normal(2, DType::F32, [3]));
     assert_eq!(
         forward(&x, &w, LLAMA).unwrap_err().to_string(),
-        "rms_norm: `weight` has the wrong shape: expected (4), found (3)"
+        "rms_norm: `weight` has the wrong shape: expected (4,), found (3,)"
     );
     let (w, half) = (normal(2, DType::F32, [4]), normal(3, DType::Bf16, [2, 4]));
     assert_eq!(
