@@ -11,7 +11,7 @@ use nibble_tensor::{
 
 use crate::{Leaf, Tape, Var};
 
-/// Rows of `table` [V, C] for `tokens` U32 [T], times `scale`, in `dtype`: [T, C].
+/// Rows of `table` [V, C] for `tokens` U32 `[T]`, times `scale`, in `dtype`: [T, C].
 ///
 /// # Errors
 /// [`Error::TokenOutOfRange`], [`Error::OutOfMemory`].
@@ -27,7 +27,7 @@ pub fn embedding(tape: &mut Tape<'_>, table: &Leaf, tokens: &Tensor, scale: f32,
     Ok(y)
 }
 
-/// RMSNorm over the last size; see [`rms_norm`].
+/// RMSNorm over the last size; see [`mod@rms_norm`].
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::OutOfMemory`].
@@ -172,11 +172,11 @@ pub struct Loss {
     pub value: f64,
     /// Labelled rows.
     pub rows: usize,
-    /// The end of the graph: F32 [1].
+    /// The end of the graph: F32 `[1]`.
     pub var: Var,
 }
 
-/// Output head and cross entropy over the labelled rows of `h` [T, C] with `weight` [V, C]; see [`lm_head_loss`].
+/// Output head and cross entropy over the labelled rows of `h` [T, C] with `weight` [V, C]; see [`mod@lm_head_loss`].
 ///
 /// # Errors
 /// [`Error::TokenOutOfRange`] for a label, [`Error::OutOfMemory`].

@@ -105,7 +105,7 @@ impl ParamStore {
         self.data.numel()
     }
 
-    /// The flat buffer, F32 [numel].
+    /// The flat buffer, F32 `[numel]`.
     #[must_use]
     pub fn data(&self) -> &Tensor {
         &self.data
@@ -151,7 +151,7 @@ pub struct ParamGrads {
 }
 
 impl ParamGrads {
-    /// The flat buffer, F32 [numel].
+    /// The flat buffer, F32 `[numel]`.
     #[must_use]
     pub fn flat(&self) -> &Tensor {
         &self.flat

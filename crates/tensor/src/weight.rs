@@ -34,17 +34,17 @@ pub struct BlockWeight {
 /// The blocks' absolute maxima.
 #[derive(Clone, Debug)]
 pub enum Absmax {
-    /// F32 [blocks].
+    /// F32 `[blocks]`.
     Plain(Tensor),
     /// Double quantisation: `absmax[i] = map[codes[i]] * absmax2[i / 256] + offset`.
     Nested {
-        /// U8 [blocks].
+        /// U8 `[blocks]`.
         codes: Tensor,
         /// F32 [ceil(blocks / 256)].
         absmax: Tensor,
         /// Mean of the absolute maxima.
         offset: f32,
-        /// F32 [256], the signed dynamic map.
+        /// F32 `[256]`, the signed dynamic map.
         map: Tensor,
     },
 }
@@ -54,7 +54,7 @@ pub enum Absmax {
 pub struct Int8Weight {
     /// I8 [out, in].
     pub codes: Tensor,
-    /// F32 [out]: the row's absolute maximum.
+    /// F32 `[out]`: the row's absolute maximum.
     pub scale: Tensor,
 }
 

@@ -59,7 +59,7 @@ impl Documents {
         &self.cu_seqlens
     }
 
-    /// U32 [T].
+    /// U32 `[T]`.
     #[must_use]
     pub fn positions(&self) -> &Tensor {
         &self.positions

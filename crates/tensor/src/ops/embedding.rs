@@ -2,7 +2,7 @@
 //!
 //! Backward: dtable\[v\] += scale · Σ over t with tokens\[t\] = v of dy\[t\], in the order of t. Saved for backward: tokens.
 //!
-//! Shapes: table [V, C], tokens U32 [T], y and dy [T, C].
+//! Shapes: table [V, C], tokens U32 `[T]`, y and dy [T, C].
 
 use super::typed;
 use crate::{DType, Device, Error, Result, Tensor, TensorMut, dtype::with_float};

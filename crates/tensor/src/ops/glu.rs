@@ -23,7 +23,7 @@ pub enum Activation {
 /// y, in the type of `gate`.
 ///
 /// # Errors
-/// [`Error::Shape`] and [`Error::DType`] when `up` differs from `gate` or they are integers, [`Error::OutOfMemory`].
+/// [`crate::Error::Shape`] and [`crate::Error::DType`] when `up` differs from `gate` or they are integers, [`crate::Error::OutOfMemory`].
 pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
     check("up", up, gate)?;
     let mut y = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;

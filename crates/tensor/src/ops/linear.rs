@@ -1,6 +1,6 @@
 //! Linear layers over one input: frozen bases in any format, low-rank adapters beside them.
 //!
-//! For each part i (q, k and v of an attention, gate and up of an MLP, or one alone), with x [T, K], W [N, K], bias [N],
+//! For each part i (q, k and v of an attention, gate and up of an MLP, or one alone), with x [T, K], W [N, K], bias `[N]`,
 //! A [R, K], B [N, R] and s the adapter's scaling:
 //!
 //! ```text
@@ -44,7 +44,7 @@ pub struct Adapter {
 pub struct Part {
     /// [N, K].
     pub weight: Weight,
-    /// [N].
+    /// `[N]`.
     pub bias: Option<Tensor>,
     /// The trained update.
     pub adapter: Option<Adapter>,
@@ -64,7 +64,7 @@ pub struct Output {
 pub struct PartGrads<'a> {
     /// [N, K].
     pub weight: Option<TensorMut<'a>>,
-    /// [N].
+    /// `[N]`.
     pub bias: Option<TensorMut<'a>>,
     /// [R, K] and [N, R].
     pub adapter: Option<(TensorMut<'a>, TensorMut<'a>)>,

@@ -9,7 +9,7 @@
 //! dh_t = Wᵀ ds_t,  dW += ds hᵀ
 //! ```
 //!
-//! h [T, C], weight [V, C], labels I32 [T]. Nothing is saved for backward: the forward pass computes dh for a loss gradient
+//! h [T, C], weight [V, C], labels I32 `[T]`. Nothing is saved for backward: the forward pass computes dh for a loss gradient
 //! of 1 along the way, the gradient written over the logits; the head's own gradient, where it trains, computes the logits
 //! again. Rows go in chunks of at most 128 whose logits take at most about 32 MiB.
 //!

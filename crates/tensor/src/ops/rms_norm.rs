@@ -4,8 +4,8 @@
 //!
 //! Backward, with g = offset + w and k = inv² · mean(dy · g · x): dx = inv · (dy · g − x · k), dw += Σ over rows dy · x · inv.
 //!
-//! Shapes: x, y, dx [.., C] (the leading sizes are rows: [T, C], or [T, H, D] with w [D] for the norm of heads), w [C],
-//! inv F32 [rows]. Saved for backward: x (after the residual sum) and inv.
+//! Shapes: x, y, dx [.., C] (the leading sizes are rows: [T, C], or [T, H, D] with w `[D]` for the norm of heads), w `[C]`,
+//! inv F32 `[rows]`. Saved for backward: x (after the residual sum) and inv.
 //!
 //! Rounding in 16-bit types is Llama's where offset = 0 (x · inv is rounded before it is multiplied by w), Gemma's elsewhere (one
 //! rounding, at the end).
@@ -27,7 +27,7 @@ pub struct Config {
 /// (y, inv): y in the type of `x`, inv F32 \[rows\].
 ///
 /// # Errors
-/// [`Error::Shape`] when `weight` is not \[C\], [`Error::DType`] for integer tensors, [`Error::OutOfMemory`].
+/// [`crate::Error::Shape`] when `weight` is not \[C\], [`crate::Error::DType`] for integer tensors, [`crate::Error::OutOfMemory`].
 pub fn forward(x: &Tensor, weight: &Tensor, config: Config) -> Result<(Tensor, Tensor)> {
     weight.expect_shape(OP, "weight", [x.shape().last()])?;
     let weight = typed::widened(OP, "weight", weight)?;
@@ -67,7 +67,7 @@ pub fn residual_forward(x: &Tensor, a: Tensor, weight: &Tensor, config: Config) 
 /// dx of [`forward`]; dw is added to `dweight` (F32 \[C\]), the same bits for any number of threads.
 ///
 /// # Errors
-/// [`Error::Shape`] and [`Error::DType`] when the operands do not fit each other, [`Error::OutOfMemory`].
+/// [`crate::Error::Shape`] and [`crate::Error::DType`] when the operands do not fit each other, [`crate::Error::OutOfMemory`].
 pub fn backward(
     dy: &Tensor,
     x: &Tensor,

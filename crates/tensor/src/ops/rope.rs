@@ -6,7 +6,7 @@
 //!
 //! Backward: the transpose, a rotation by −θ. Saved for backward: positions and table only.
 //!
-//! Shapes: x, y [T, H, D], positions U32 [T], table F32 [P, h].
+//! Shapes: x, y [T, H, D], positions U32 `[T]`, table F32 [P, h].
 
 use super::typed;
 use crate::{Arena, DType, Device, Error, Result, Tensor, dtype::with_float};
