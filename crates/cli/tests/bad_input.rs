@@ -239,6 +239,12 @@ fn an_output_folder_with_something_in_it_is_left_alone_unless_asked() {
         world.refuses_line(line, &["`out`", "new or empty folder", "--overwrite-output-dir"]);
         assert_eq!(fs::read_to_string(&kept).unwrap(), "mine");
     }
+    // What no run has written is not replaced at all, nor what this run reads.
+    let line = "train --model model --data rows.jsonl --output out --overwrite-output-dir";
+    world.refuses_line(line, &["out`", "a result of an earlier run"]);
+    world.write("out/adapter_config.json", "{}");
+    let line = "train --model model --data out/precious.txt --output out --overwrite-output-dir";
+    world.refuses_line(line, &["out`", "precious.txt", "which this run reads"]);
     // A run that fails leaves it too.
     world.refuses_line("train --model ./nowhere --data rows.jsonl --output out --overwrite-output-dir", &["`./nowhere`"]);
     assert!(kept.exists());
