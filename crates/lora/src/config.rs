@@ -6,6 +6,9 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{Error, Result};
 
+/// No layer has more inputs or outputs that a rank could serve.
+const MAX_RANK: usize = 1 << 16;
+
 /// The method, as PEFT names it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PeftType {
@@ -239,8 +242,8 @@ impl AdapterConfig {
         let refuse = |field, value: &dyn std::fmt::Display, expected| {
             Err(Error::Unsupported { field, value: value.to_string(), expected })
         };
-        if self.r == 0 || self.rank_pattern.values().any(|&r| r == 0) {
-            return refuse("r", &0, "at least 1");
+        if let Some(r) = self.rank_pattern.values().copied().chain([self.r]).find(|r| !(1..=MAX_RANK).contains(r)) {
+            return refuse("r", &r, "from 1 to 65536");
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return refuse("lora_dropout", &self.lora_dropout, "at least 0 and below 1");
@@ -331,6 +334,7 @@ mod tests {
             r#"{"use_dora":true}"#,
             r#"{"lora_bias":true}"#,
             r#"{"r":0}"#,
+            r#"{"r":100000000000}"#,
             r#"{"lora_dropout":1.0}"#,
             r#"{"init_lora_weights":"pissa"}"#,
             r#"{"init_lora_weights":"pissa","inference_mode":true}"#,
