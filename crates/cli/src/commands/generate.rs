@@ -33,12 +33,12 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let prompts = prompts.iter().map(|prompt| encoder.encode(prompt)).collect::<Result<Vec<_>>>()?;
     let limit = base.config.max_position_embeddings;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    if longest < limit && longest + options.max_new_tokens > limit {
+    if longest < limit && longest.saturating_add(options.max_new_tokens) > limit {
         ui::warn(format_args!("the model has {limit} positions: answers end there"));
     }
 
     let arena = Arena::new(precision.device);
-    let mut model = base.load(&arena, &precision, longest + options.max_new_tokens)?;
+    let mut model = base.load(&arena, &precision, longest.saturating_add(options.max_new_tokens))?;
     let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
     let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
     for (i, prompt) in prompts.iter().enumerate() {
@@ -137,8 +137,8 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// A template that is no Jinja.
     pub(super) fn chat(tokenizer: &'a Tokenizer, system: Option<&'a str>) -> Result<Self> {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_secs() as i64);
-        Ok(Self { tokenizer, chat: Some((tokenizer.chat_template(None)?.with_time(now), system)) })
+        // Without a date, as in training: a prompt is rendered as those that were learned.
+        Ok(Self { tokenizer, chat: Some((tokenizer.chat_template(None)?, system)) })
     }
 
     /// # Errors
@@ -174,7 +174,7 @@ impl Speaker<'_> {
     /// As [`Session::generate`], and what `on_text` says, which ends the answer.
     pub(super) fn answer(&self, prompt: &[u32], mut on_text: impl FnMut(&str) -> Result<()>) -> Result<Answer> {
         // A prompt alone beyond the positions is refused; an answer just ends with them.
-        let wanted = prompt.len() + self.options.max_new_tokens;
+        let wanted = prompt.len().saturating_add(self.options.max_new_tokens);
         let capacity = if prompt.len() < self.model.max_positions() { wanted.min(self.model.max_positions()) } else { wanted };
         let mut session = Session::new(self.model, self.params, capacity)?;
         let mut stream = self.tokenizer.stream(true);

@@ -50,7 +50,7 @@ impl Loader {
     /// of a forward pass are one larger pack.
     pub(crate) fn options(self, max_length: usize) -> LoaderOptions {
         let packer = if self.packing {
-            Packer::BestFitDecreasing { budget: self.batch_size * max_length }
+            Packer::BestFitDecreasing { budget: self.batch_size.saturating_mul(max_length) }
         } else {
             Packer::Documents { batch_size: self.batch_size }
         };
