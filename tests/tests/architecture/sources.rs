@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use crate::rust::{Source, has_word};
 use crate::{expect_none, files, read, relative, root};
 
-/// Folders and files where `unsafe` may stand: the CUDA driver, memory maps, vector instructions.
-const UNSAFE: [&str; 6] = [
+/// Folders and files where `unsafe` may stand: NVIDIA's compiler and driver, memory maps, vector instructions.
+const UNSAFE: [&str; 7] = [
+    "kernels/src/nvrtc.rs",
     "crates/tensor/src/cuda/",
     "crates/tensor/src/mapped.rs",
     "crates/tensor/src/ops/matmul/kernels/",
@@ -19,7 +20,7 @@ const UNSAFE: [&str; 6] = [
 const UNSAFE_IN_OPS: [&str; 5] = ["x86.rs", "avx2.rs", "avx512.rs", "neon.rs", "cuda.rs"];
 
 /// The crates that these belong to; every other forbids `unsafe`.
-const WITH_UNSAFE: [&str; 2] = ["crates/tensor/", "crates/nf4/"];
+const WITH_UNSAFE: [&str; 3] = ["crates/tensor/", "crates/nf4/", "kernels/"];
 
 /// The crate that is all tests, which look for reference files.
 const TESTS: &str = "tests/";
