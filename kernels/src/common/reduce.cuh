@@ -1,0 +1,41 @@
+// Sums in a fixed order: the bits depend on the launch's geometry alone.
+#pragma once
+
+#include "common/types.cuh"
+
+// The sum over the `width` lanes (a power of two) that hold this one, in each of them.
+template <typename V>
+__device__ __forceinline__ V lanes_sum(V x, u32 width = 32) {
+    for (u32 step = width >> 1; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+}
+
+// The sum over the threads of a block of whole warps in one dimension, in each of them. `slots` holds one value a warp, and
+// must not be the one of the block's last sum: with two in turn, one barrier a sum is enough.
+template <typename V>
+__device__ __forceinline__ V block_sum(V x, V *slots) {
+    x = lanes_sum(x);
+    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
+    __syncthreads();
+    V sum = slots[0];
+    for (u32 i = 1; i < blockDim.x / 32; ++i) sum += slots[i];
+    return sum;
+}
+
+// sum[c] += Σ over r < count of rows[r, c]. Block (32, 16): 32 columns, a sixteenth of the rows for each y. Grid: cols / 32.
+__device__ __forceinline__ void add_rows(float *sum, const float *rows, u32 count, u32 cols) {
+    __shared__ float partial[16][32];
+    const u32 c = blockIdx.x * 32 + threadIdx.x;
+    float mine = 0;
+    if (c < cols) {
+#pragma unroll 4
+        for (u32 r = threadIdx.y; r < count; r += 16) mine += rows[u64(r) * cols + c];
+    }
+    partial[threadIdx.y][threadIdx.x] = mine;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < cols) {
+        float total = 0;
+        for (u32 y = 0; y < 16; ++y) total += partial[y][threadIdx.x];
+        sum[c] += total;
+    }
+}

@@ -1,0 +1,18 @@
+// What changes from step to step, in device memory: 16 floats. A captured graph reads them anew at each replay.
+#pragma once
+
+#include "common/types.cuh"
+
+enum Step : u32 {
+    // Written by the host before each step.
+    STEP_GRAD_SCALE = 0,    // what gradients are multiplied by: 1 / loss scale, 1 without one
+    STEP_SKIP = 1,          // 1: an optimizer changes nothing when a gradient is not finite (a loss scaler is in use), else 0
+    STEP_LR = 2,            // learning rate
+    STEP_KEEP = 3,          // 1 − lr · weight_decay (AdamW)
+    STEP_SIZE = 4,          // lr / (1 − β₁ᵗ) (AdamW)
+    STEP_INVERSE_ROOT = 5,  // 1 / √(1 − β₂ᵗ) (AdamW)
+    // Written by grad_clip; by the host (0, 1, 0) where gradients are not clipped.
+    STEP_NORM = 8,        // norm of all gradients, times grad_scale
+    STEP_CLIP = 9,        // min(1, max_norm / (norm + 1e-6))
+    STEP_NOT_FINITE = 10  // 1 when the norm is NaN or infinite, else 0
+};

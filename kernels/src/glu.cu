@@ -1,0 +1,197 @@
+// Gated linear unit y = act(gate) · up and its gradients dgate = dy · up · act'(gate), dup = dy · act(gate).
+//
+// activation: 0 SiLU, 1 GELU by tanh, 2 GELU (the formulas of crates/tensor/src/ops/glu.rs).
+//
+// gate, up [rows, cols], y with a pitch of ld >= cols. dgate may be dy or gate, dup may be up (or dy): a thread reads all its
+// values before it writes one.
+//
+// Threads: two packs of 16 bytes of each operand a thread, blockDim.x packs apart. Blocks of 256; grid: with n = rows · cols (or
+// the n given) and P = n / (16 / sizeof(T)), ceil(P / 512) blocks in x, at least 1; a smaller grid takes them in turn. No shared
+// memory. Where cols or ld (backward: n) is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
+//
+// Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup.
+
+#include "common/vec.cuh"
+
+enum Activation : u32 { SILU = 0, GELU_TANH = 1, GELU = 2 };
+
+struct Act {
+    float value;
+    float slope;
+};
+
+// Within a few units in the last place; infinite beyond f32's range, as the division by it then gives 0.
+__device__ __forceinline__ float exp_f32(float x) {
+    float y;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504088896f));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Φ(x), as the CPU computes it.
+__device__ __forceinline__ float normal_cdf(float x) {
+    const float z = fabsf(x) * 0.70710678118654752f;
+    const float t = reciprocal(1.0f + 0.5f * z);
+    float p = 1.4879116e-1f;
+    p = p * t - 7.0184727e-1f;
+    p = p * t + 1.2061695f;
+    p = p * t - 7.6198419e-1f;
+    p = p * t - 2.5994683e-2f;
+    p = p * t - 2.751209e-2f;
+    p = p * t + 4.4362343e-2f;
+    p = p * t + 3.8460637e-1f;
+    p = p * t + 9.988684e-1f;
+    p = p * t - 1.2654595f;
+    const float tail = 0.5f * (t * exp_f32(p - z * z));
+    return x < 0 ? tail : 1.0f - tail;
+}
+
+template <u32 ACTIVATION>
+__device__ __forceinline__ Act activate(float x) {
+    if constexpr (ACTIVATION == SILU) {
+        const float s = reciprocal(1.0f + exp_f32(-x));
+        return {x * s, s + x * s * (1.0f - s)};
+    } else if constexpr (ACTIVATION == GELU_TANH) {
+        constexpr float TWICE_ROOT = 1.595769f;  // 2 √(2/π)
+        const float square = x * x;
+        const float s = reciprocal(1.0f + exp_f32(-TWICE_ROOT * x * (1.0f + 0.044715f * square)));
+        return {x * s, s + x * s * (1.0f - s) * (TWICE_ROOT * (1.0f + 0.134145f * square))};
+    } else {
+        const float cdf = normal_cdf(x);
+        return {x * cdf, cdf + x * (0.3989423f * exp_f32(-0.5f * x * x))};
+    }
+}
+
+// PACKS groups of N values a thread.
+template <u32 ACTIVATION, int N, typename T>
+__device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, u64 count, u32 per_row, u32 ld) {
+    constexpr int PACKS = 2;
+    const bool pitched = ld != per_row * N;
+    for (u64 first = u64(blockIdx.x) * blockDim.x * PACKS; first < count; first += u64(gridDim.x) * blockDim.x * PACKS) {
+        Held<T, N> g[PACKS], u[PACKS];
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {
+            const u64 n = first + threadIdx.x + i * blockDim.x;
+            if (n < count) {
+                g[i].load(gate + n * N);
+                u[i].load(up + n * N);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {
+            const u64 n = first + threadIdx.x + i * blockDim.x;
+            if (n >= count) break;
+            float out[N];
+#pragma unroll
+            for (int j = 0; j < N; ++j) out[j] = activate<ACTIVATION>(g[i][j]).value * u[i][j];
+            const u64 row = !pitched ? 0 : count >> 32 ? n / per_row : u32(n) / per_row;
+            store_f32(y + (pitched ? row * ld + (n - row * per_row) * N : n * N), out);
+        }
+    }
+}
+
+template <u32 ACTIVATION, int N, typename T>
+__device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u64 count) {
+    constexpr int PACKS = 2;
+    for (u64 first = u64(blockIdx.x) * blockDim.x * PACKS; first < count; first += u64(gridDim.x) * blockDim.x * PACKS) {
+        Held<T, N> d[PACKS], g[PACKS], u[PACKS];
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {
+            const u64 n = first + threadIdx.x + i * blockDim.x;
+            if (n < count) {
+                d[i].load(dy + n * N);
+                g[i].load(gate + n * N);
+                u[i].load(up + n * N);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {
+            const u64 n = first + threadIdx.x + i * blockDim.x;
+            if (n >= count) break;
+            float of_gate[N], of_up[N];
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const Act act = activate<ACTIVATION>(g[i][j]);
+                of_gate[j] = d[i][j] * u[i][j] * act.slope;
+                of_up[j] = d[i][j] * act.value;
+            }
+            store_f32(dgate + n * N, of_gate);
+            store_f32(dup + n * N, of_up);
+        }
+    }
+}
+
+template <u32 ACTIVATION, typename T>
+__device__ __forceinline__ void forward_of(T *y, const T *gate, const T *up, u32 rows, u32 cols, u32 ld) {
+    constexpr u32 N = Pack<T>::N;
+    if (cols % N == 0 && ld % N == 0 && aligned16(y) && aligned16(gate) && aligned16(up))
+        forward_packs<ACTIVATION, N>(y, gate, up, u64(rows) * (cols / N), cols / N, ld);
+    else
+        forward_packs<ACTIVATION, 1>(y, gate, up, u64(rows) * cols, cols, ld);
+}
+
+template <u32 ACTIVATION, typename T>
+__device__ __forceinline__ void backward_of(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u64 n) {
+    constexpr u32 N = Pack<T>::N;
+    if (n % N == 0 && aligned16(dgate) && aligned16(dup) && aligned16(dy) && aligned16(gate) && aligned16(up))
+        backward_packs<ACTIVATION, N>(dgate, dup, dy, gate, up, n / N);
+    else
+        backward_packs<ACTIVATION, 1>(dgate, dup, dy, gate, up, n);
+}
+
+template <typename T>
+__device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 activation, u32 rows, u32 cols, u32 ld) {
+    if (activation == SILU)
+        forward_of<SILU>(y, gate, up, rows, cols, ld);
+    else if (activation == GELU_TANH)
+        forward_of<GELU_TANH>(y, gate, up, rows, cols, ld);
+    else
+        forward_of<GELU>(y, gate, up, rows, cols, ld);
+}
+
+template <typename T>
+__device__ __forceinline__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u32 activation, u64 n) {
+    if (activation == SILU)
+        backward_of<SILU>(dgate, dup, dy, gate, up, n);
+    else if (activation == GELU_TANH)
+        backward_of<GELU_TANH>(dgate, dup, dy, gate, up, n);
+    else
+        backward_of<GELU>(dgate, dup, dy, gate, up, n);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    glu_fwd_f32(float *y, const float *gate, const float *up, u32 activation, u32 rows, u32 cols, u32 ld) {
+    forward(y, gate, up, activation, rows, cols, ld);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    glu_fwd_f16(f16 *y, const f16 *gate, const f16 *up, u32 activation, u32 rows, u32 cols, u32 ld) {
+    forward(y, gate, up, activation, rows, cols, ld);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    glu_bwd_f32(float *dgate, float *dup, const float *dy, const float *gate, const float *up, u32 activation, u64 n) {
+    backward(dgate, dup, dy, gate, up, activation, n);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    glu_bwd_f16(f16 *dgate, f16 *dup, const f16 *dy, const f16 *gate, const f16 *up, u32 activation, u64 n) {
+    backward(dgate, dup, dy, gate, up, activation, n);
+}
+
+#if HAS_BF16
+extern "C" __global__ void __launch_bounds__(256)
+    glu_fwd_bf16(bf16 *y, const bf16 *gate, const bf16 *up, u32 activation, u32 rows, u32 cols, u32 ld) {
+    forward(y, gate, up, activation, rows, cols, ld);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    glu_bwd_bf16(bf16 *dgate, bf16 *dup, const bf16 *dy, const bf16 *gate, const bf16 *up, u32 activation, u64 n) {
+    backward(dgate, dup, dy, gate, up, activation, n);
+}
+#endif

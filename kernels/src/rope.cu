@@ -1,0 +1,126 @@
+// Rotary position embedding, half-split layout: of each head the first 2 · half dimensions are rotated in pairs (i, half + i).
+//
+//   y[i] = x[i] cos − x[half + i] sin,  y[half + i] = x[half + i] cos + x[i] sin,  cos and sin at [position of the token, i]
+//
+// The other dimensions stay. `backward` turns the other way. cos and sin are F32 [positions, half] each; x [tokens, heads,
+// head_size]; y may be x. rope_qk turns the queries and keys of one layer, in place.
+//
+// Threads: a block a token. threadIdx.x is a pack of 16 bytes of the half (of each half one), threadIdx.y a head; a thread keeps
+// its cos and sin for the heads that it takes in turn. With L = ceil(half / (16 / sizeof(T))) (half itself where it is no
+// multiple, or head_size): block (min(L, 64), y), y = the largest of at most 128 / min(L, 64) that divides the number of heads
+// (of q and k together) into as few turns of two as possible: min(heads / 2 rounded up, 128 / min(L, 64)) will do. Any block is
+// right, of up to 256 threads. No shared memory. Grid: tokens.
+//
+// Bytes: x and y once; the tables come from the caches.
+
+#include "common/vec.cuh"
+
+struct Heads {
+    u32 first;  // heads that lie in the first buffer; the others lie in the second
+    u32 all;
+    u32 size;
+    u32 half;
+};
+
+// Heads [0, first) of this token lie at y and x, the others at k, in place.
+template <int N, typename T>
+__device__ __forceinline__ void rotate_token(T *y, const T *x, T *k, const float *cos_row, const float *sin_row, Heads heads,
+                                             float direction) {
+    for (u32 i = threadIdx.x * N; i < heads.half; i += blockDim.x * N) {
+        float cos[N], sin[N];
+        load_f32(cos_row + i, cos);
+        load_f32(sin_row + i, sin);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sin[j] *= direction;
+        // Two heads a turn, so that their loads overlap.
+        for (u32 h = threadIdx.y; h < heads.all; h += 2 * blockDim.y) {
+            Held<T, N> a[2], b[2];
+            T *out[2];
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                const u32 head = h + u * blockDim.y;
+                const bool second = head >= heads.first;
+                const u64 at = u64(second ? head - heads.first : head) * heads.size + i;
+                out[u] = (second ? k : y) + at;
+                if (head < heads.all) {
+                    const T *in = second ? k + at : x + at;
+                    a[u].load(in);
+                    b[u].load(in + heads.half);
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                if (h + u * blockDim.y >= heads.all) break;
+                float c[N], d[N];
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    c[j] = a[u][j] * cos[j] - b[u][j] * sin[j];
+                    d[j] = b[u][j] * cos[j] + a[u][j] * sin[j];
+                }
+                store_f32(out[u], c);
+                store_f32(out[u] + heads.half, d);
+            }
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void turn(T *y, const T *x, T *k, const u32 *positions, const float *cos, const float *sin,
+                                     u32 tokens, u32 first_heads, u32 second_heads, u32 head_size, u32 half, u32 backward) {
+    constexpr int N = Pack<T>::N;
+    const Heads heads = {first_heads, first_heads + second_heads, head_size, half};
+    const float direction = backward ? -1.0f : 1.0f;
+    const bool vector = half % N == 0 && head_size % N == 0 && aligned16(y) && aligned16(x) && aligned16(k) && aligned16(cos) &&
+                        aligned16(sin);
+    for (u32 t = blockIdx.x; t < tokens; t += gridDim.x) {
+        const u64 first = u64(t) * first_heads * head_size, second = u64(t) * second_heads * head_size;
+        const u64 table = u64(positions[t]) * half;
+        if (vector)
+            rotate_token<N>(y + first, x + first, k + second, cos + table, sin + table, heads, direction);
+        else
+            rotate_token<1>(y + first, x + first, k + second, cos + table, sin + table, heads, direction);
+        if (y != x) {
+            for (u32 h = threadIdx.y; h < first_heads; h += blockDim.y)
+                for (u32 i = 2 * half + threadIdx.x; i < head_size; i += blockDim.x)
+                    y[first + h * head_size + i] = x[first + h * head_size + i];
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3)
+    rope_f32(float *y, const float *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
+             u32 head_size, u32 half, u32 backward) {
+    turn<float>(y, x, nullptr, positions, cos, sin, tokens, heads, 0, head_size, half, backward);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3)
+    rope_f16(f16 *y, const f16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
+             u32 head_size, u32 half, u32 backward) {
+    turn<f16>(y, x, nullptr, positions, cos, sin, tokens, heads, 0, head_size, half, backward);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3)
+    rope_qk_f32(float *q, float *k, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 q_heads,
+                u32 k_heads, u32 head_size, u32 half, u32 backward) {
+    turn<float>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3)
+    rope_qk_f16(f16 *q, f16 *k, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 q_heads, u32 k_heads,
+                u32 head_size, u32 half, u32 backward) {
+    turn<f16>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
+}
+
+#if HAS_BF16
+extern "C" __global__ void __launch_bounds__(256, 3)
+    rope_bf16(bf16 *y, const bf16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
+              u32 head_size, u32 half, u32 backward) {
+    turn<bf16>(y, x, nullptr, positions, cos, sin, tokens, heads, 0, head_size, half, backward);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3)
+    rope_qk_bf16(bf16 *q, bf16 *k, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 q_heads,
+                 u32 k_heads, u32 head_size, u32 half, u32 backward) {
+    turn<bf16>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
+}
+#endif
