@@ -6,7 +6,10 @@
 //!   environment and `/usr/local/cuda*`;
 //! * `REQUIRE_KERNELS=1`: without NVRTC, or when a source does not compile or spills registers unsaid, the build fails. Else it
 //!   embeds what there is and warns: the program then compiles kernels at run time;
-//! * `NIBBLE_CUDA_ARCHS=90a,86`: compiles for these alone.
+//! * `NIBBLE_CUDA_ARCHS=90a,86`: compiles for these alone, for `none` embeds nothing.
+//!
+//! What is compiled is kept in the target folder for all profiles; an image is compiled again when its text, a header or the
+//! compiler changes.
 
 #![allow(dead_code, unreachable_pub, reason = "modules shared with the library have more than the build needs")]
 
@@ -67,8 +70,9 @@ fn build(required: bool) -> Result<(), Vec<String>> {
     let (modules, mut problems) = sources::read(&root.join("src"));
     let devices = devices().map_err(|problem| vec![problem])?;
     let images = match open() {
+        _ if devices.is_empty() => Vec::new(),
         Ok(nvrtc) => {
-            let (images, failed) = images::compile(&nvrtc, &modules, &devices, &out);
+            let (images, failed) = images::compile(&nvrtc, &modules, &devices, &out, &cache(&out));
             problems.extend(failed);
             images
         }
@@ -98,12 +102,21 @@ fn warn(problems: &[String], out: &Path) {
     println!("cargo:warning=CUDA kernels: {first}{more}");
 }
 
+/// Where images are kept between builds: in the target folder, which cargo marks with a file, for all its profiles.
+fn cache(out: &Path) -> PathBuf {
+    let target = out.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    target.unwrap_or(out).join("cuda-images")
+}
+
 /// The architectures to compile for.
 fn devices() -> Result<Vec<ComputeCapability>, String> {
     let Some(list) = variable("NIBBLE_CUDA_ARCHS") else { return Ok(ComputeCapability::BUILT.to_vec()) };
+    if list == "none" {
+        return Ok(Vec::new());
+    }
     list.split(',')
         .map(|name| {
-            let number = name.trim().trim_start_matches("sm_").trim_end_matches('a').parse::<u32>();
+            let number = name.trim().trim_start_matches("sm_").trim_end_matches('a').parse::<u8>();
             number.map(|number| ComputeCapability::new(number / 10, number % 10))
         })
         .collect::<Result<_, _>>()
@@ -117,6 +130,8 @@ fn open() -> Result<nvrtc::Nvrtc, String> {
         "none is embedded, no libnvrtc.so.12 or .13 was found: python3 -m pip install nvidia-cuda-nvrtc-cu12, or set NVRTC_DIR to its folder".to_owned()
     })?;
     println!("cargo:rerun-if-changed={}", path.display());
+    // For the tests.
+    println!("cargo:rustc-env=NIBBLE_NVRTC={}", path.display());
     nvrtc::Nvrtc::open(&path).map_err(|error| error.to_string())
 }
 

@@ -7,12 +7,13 @@ pub(crate) struct Signature {
     pub(crate) args: Vec<Argument>,
 }
 
-/// An argument: its name, the name of its `ArgKind`, and whether it is a pointer to values that are not `const`.
+/// An argument: its name, the name of its `ArgKind`, whether it is a pointer to values that are not `const`, and to what.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Argument {
     pub(crate) name: String,
     pub(crate) kind: &'static str,
     pub(crate) writes: bool,
+    pub(crate) element: Option<&'static str>,
 }
 
 /// What a pointer may point to.
@@ -67,19 +68,21 @@ fn argument(text: &str) -> Result<Argument, String> {
     let words: Vec<&str> = spaced.split_whitespace().filter(|word| !matches!(*word, "__restrict__" | "__restrict")).collect();
     let expected = || format!("argument `{}` is none of the types that a kernel takes", text.trim());
     let (name, types) = words.split_last().ok_or_else(expected)?;
-    let argument = |kind, writes| Argument { name: (*name).to_owned(), kind, writes };
+    let argument = |kind, writes, element| Argument { name: (*name).to_owned(), kind, writes, element };
     if !name.chars().all(is_word) {
         return Err(expected());
     }
+    let element = |word: &&str| ELEMENTS.into_iter().find(|element| element == word);
+    let value = |kind| Ok(argument(kind, false, None));
     match types {
-        [element, "*"] if ELEMENTS.contains(element) => Ok(argument("Pointer", true)),
-        ["const", element, "*"] | [element, "const", "*"] if ELEMENTS.contains(element) => Ok(argument("Pointer", false)),
-        ["const", "__grid_constant__", "TensorMap"] => Ok(argument("TensorMap", false)),
-        ["u32"] | ["const", "u32"] => Ok(argument("U32", false)),
-        ["i32"] | ["const", "i32"] => Ok(argument("I32", false)),
-        ["u64"] | ["const", "u64"] => Ok(argument("U64", false)),
-        ["i64"] | ["const", "i64"] => Ok(argument("I64", false)),
-        ["float"] | ["const", "float"] => Ok(argument("F32", false)),
+        [to, "*"] if element(to).is_some() => Ok(argument("Pointer", true, element(to))),
+        ["const", to, "*"] | [to, "const", "*"] if element(to).is_some() => Ok(argument("Pointer", false, element(to))),
+        ["const", "__grid_constant__", "TensorMap"] => value("TensorMap"),
+        ["u32"] | ["const", "u32"] => value("U32"),
+        ["i32"] | ["const", "i32"] => value("I32"),
+        ["u64"] | ["const", "u64"] => value("U64"),
+        ["i64"] | ["const", "i64"] => value("I64"),
+        ["float"] | ["const", "float"] => value("F32"),
         _ => Err(expected()),
     }
 }

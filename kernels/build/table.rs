@@ -28,16 +28,16 @@ fn text(modules: &[Module], images: &[Image]) -> Result<String, std::fmt::Error>
     for (name, module, kernel) in kernels {
         writeln!(out, "    Kernel {{ name: {name:?}, module: {module:?}, args: &[")?;
         for arg in &kernel.args {
-            let (name, kind, writes) = (&arg.name, arg.kind, arg.writes);
-            writeln!(out, "        Arg {{ name: {name:?}, kind: ArgKind::{kind}, writes: {writes} }},")?;
+            let (name, kind, writes, element) = (&arg.name, arg.kind, arg.writes, &arg.element);
+            writeln!(out, "        Arg {{ name: {name:?}, kind: ArgKind::{kind}, writes: {writes}, element: {element:?} }},")?;
         }
         writeln!(out, "    ] }},")?;
     }
     writeln!(out, "];\nstatic IMAGES: &[Image] = &[")?;
-    for Image { module, device, path } in images {
+    for Image { module, device, path, size } in images {
         let device = format!("ComputeCapability::new({}, {})", device.major, device.minor);
         let path = path.to_string_lossy();
-        writeln!(out, "    Image {{ module: {module:?}, device: {device}, bytes: include_bytes!({path:?}) }},")?;
+        writeln!(out, "    Image {{ module: {module:?}, device: {device}, size: {size}, packed: include_bytes!({path:?}) }},")?;
     }
     writeln!(out, "];")?;
     Ok(out)

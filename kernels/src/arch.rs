@@ -6,9 +6,9 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ComputeCapability {
     /// The generation: 8 for Ampere and Ada, 9 for Hopper, 10 and 12 for Blackwell.
-    pub major: u32,
+    pub major: u8,
     /// Within the generation.
-    pub minor: u32,
+    pub minor: u8,
 }
 
 impl ComputeCapability {
@@ -21,7 +21,7 @@ impl ComputeCapability {
 
     /// Capability `major.minor`.
     #[must_use]
-    pub const fn new(major: u32, minor: u32) -> Self {
+    pub const fn new(major: u8, minor: u8) -> Self {
         Self { major, minor }
     }
 

@@ -18,4 +18,4 @@ pub use arch::ComputeCapability;
 pub use cache::cached;
 pub use error::{Error, Result, Version};
 pub use places::{find_library, find_nvrtc, site_folders, toolkit_folders, toolkits, wheel_folders};
-pub use table::{Arg, ArgKind, Header, Kernel, Module, compile, image, kernel, kernels, module, modules};
+pub use table::{Arg, ArgKind, Header, Kernel, Module, compile, has_images, image, kernel, kernels, module, modules};

@@ -122,7 +122,7 @@ impl Nvrtc {
 
     /// Whether it compiles for a device.
     pub(crate) fn knows(&self, device: ComputeCapability) -> bool {
-        self.archs.contains(&((device.major * 10 + device.minor) as c_int))
+        self.archs.contains(&(c_int::from(device.major) * 10 + c_int::from(device.minor)))
     }
 
     /// Compiles a program to the image for a device.
@@ -206,5 +206,25 @@ impl Drop for Owned<'_> {
     fn drop(&mut self) {
         // SAFETY: the program was created by this library and is destroyed once; a failure leaves nothing to be done.
         unsafe { (self.nvrtc.functions.destroy)(&raw mut self.handle) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_carries_the_log_and_headers_are_found() {
+        let Some(path) = option_env!("NIBBLE_NVRTC") else { return };
+        let nvrtc = Nvrtc::open(Path::new(path)).unwrap();
+        let device = ComputeCapability::new(8, 0);
+        let headers = [("common/a.cuh", "constexpr int A = 3;")];
+        let source = "#include \"common/a.cuh\"\nextern \"C\" __global__ void a_f32(float *y) { *y = A; }";
+        let program = |source| Program { name: "a", source, headers: &headers };
+        let compiled = nvrtc.compile(&program(source), device).unwrap();
+        assert!(compiled.log.contains("Compiling entry function 'a_f32'"), "{}", compiled.log);
+        let error = nvrtc.compile(&program("int f() { return missing; }"), device).err().unwrap();
+        let Error::Compile { module, log, .. } = &error else { panic!("{error}") };
+        assert!(module == "a" && log.contains("missing") && log.contains("a.cu(1)"), "{error}");
     }
 }

@@ -38,16 +38,16 @@ pub fn site_folders(packages: &Path) -> Vec<PathBuf> {
     children(&packages.join("nvidia")).into_iter().map(|package| package.join("lib")).filter(|lib| lib.is_dir()).collect()
 }
 
-/// The first library of one of the names, the names in order of preference.
+/// The library of one of the names in the first folder that has one; the names in order of preference.
 #[must_use]
 pub fn find_library(folders: &[PathBuf], names: &[&str]) -> Option<PathBuf> {
-    names.iter().find_map(|name| folders.iter().map(|folder| folder.join(name)).find(|path| path.is_file()))
+    folders.iter().find_map(|folder| names.iter().map(|name| folder.join(name)).find(|path| path.is_file()))
 }
 
-/// NVRTC in one of the folders: version 12 before 13, since it compiles for drivers from 525 on.
+/// NVRTC in one of the folders: version 12 before 13, wherever it is, since its images run with drivers from 525 on.
 #[must_use]
 pub fn find_nvrtc(folders: &[PathBuf]) -> Option<PathBuf> {
-    find_library(folders, &["libnvrtc.so.12", "libnvrtc.so.13"])
+    ["libnvrtc.so.12", "libnvrtc.so.13"].iter().find_map(|name| find_library(folders, &[name]))
 }
 
 /// The entries of a folder, sorted; none where there is no such folder.

@@ -32,6 +32,8 @@ pub struct Arg {
     pub kind: ArgKind,
     /// Whether the kernel may write through it: a pointer to values that are not `const`.
     pub writes: bool,
+    /// The source's name of the type that a pointer points to, such as `bf16`.
+    pub element: Option<&'static str>,
 }
 
 /// What is passed for an argument.
@@ -79,7 +81,10 @@ pub struct Header {
 struct Image {
     module: &'static str,
     device: ComputeCapability,
-    bytes: &'static [u8],
+    /// As deflate packed it.
+    packed: &'static [u8],
+    /// Bytes unpacked.
+    size: usize,
 }
 
 include!(concat!(env!("OUT_DIR"), "/table.rs"));
@@ -112,8 +117,20 @@ pub fn module(name: &str) -> Option<&'static Module> {
 /// it. `None` where the build embedded none.
 #[must_use]
 pub fn image(module: &str, device: ComputeCapability) -> Option<Cow<'static, [u8]>> {
+    let image = fitting(module, device)?;
+    miniz_oxide::inflate::decompress_to_vec_with_limit(image.packed, image.size).ok().map(Cow::Owned)
+}
+
+fn fitting(module: &str, device: ComputeCapability) -> Option<&'static Image> {
     let fitting = IMAGES.iter().filter(|image| image.module == module && image.device.runs_on(device));
-    fitting.max_by_key(|image| image.device).map(|image| Cow::Borrowed(image.bytes))
+    fitting.max_by_key(|image| image.device)
+}
+
+/// Whether the build embedded images of all modules that a device uses: it needs no NVRTC then.
+#[must_use]
+pub fn has_images(device: ComputeCapability) -> bool {
+    let mut used = MODULES.iter().filter(|module| !module.hopper_only || device == ComputeCapability::HOPPER);
+    used.all(|module| fitting(module.name, device).is_some())
 }
 
 impl Module {
