@@ -1,0 +1,46 @@
+// Barriers in shared memory that count arrivals and bytes of asynchronous copies (sm_90 on).
+//
+// A ring of buffers has a `full` and an `empty` barrier each. Phases alternate: a waiter names the parity of the phase it waits
+// to end, 0 for the first. On a fresh barrier waiting for parity 1 returns at once, so a producer starts with 1 on the `empty`
+// ones.
+#pragma once
+
+#include "common/types.cuh"
+
+__device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine; a __syncthreads follows.
+__device__ __forceinline__ void mbarrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// One arrival, and `bytes` more to come before the phase ends.
+__device__ __forceinline__ void mbarrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Place in a ring of N buffers.
+template <int N>
+struct Ring {
+    u32 index = 0;
+    u32 parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++index == N) index = 0, parity ^= 1;
+    }
+};
