@@ -1,0 +1,147 @@
+// Rows of a table by token id: y[t] = T(scale · table[tokens[t]]), y [rows, cols] of T, table [V, cols] of U.
+// Backward: dtable[v] += scale · Σ over t with tokens[t] = v of dy[t], one after another in the order of t: the CPU's bits.
+//
+// Forward: a block copies a row. Backward: the block of token t works where t is the first with its id: it looks for later ones
+// in windows of 1024 tokens, and adds the rows of a window to its columns in registers. The ids are read once a token, from the
+// second-level cache.
+//
+// Launch: block 128, grid rows in x (a smaller one takes the rest in turn), no dynamic shared memory. rows < 2^31.
+//
+// Bytes: forward rows · cols (sizeof(T) + sizeof(U)); backward dy once, the rows of dtable that occur twice, 4 rows² for the ids.
+
+#include "common/vec.cuh"
+
+constexpr u32 THREADS = 128;
+// Tokens looked at together: a word of 32 for each of 32.
+constexpr u32 WINDOW = 1024;
+
+template <int N, typename T, typename U>
+__device__ __forceinline__ void scaled_row(T *y, const U *x, float scale, u32 cols) {
+    for (u32 c = threadIdx.x * N; c < cols; c += THREADS * N) {
+        float v[N];
+        load_f32(x + c, v);
+#pragma unroll
+        for (int j = 0; j < N; ++j) v[j] *= scale;
+        store_f32(y + c, v);
+    }
+}
+
+template <typename T, typename U>
+__device__ __forceinline__ void forward(T *y, const U *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    constexpr int N = Pack<T>::N > Pack<U>::N ? Pack<T>::N : Pack<U>::N;
+    const bool packed = cols % N == 0 && aligned16(y) && aligned16(table);
+    for (u64 t = blockIdx.x; t < rows; t += gridDim.x) {
+        T *to = y + t * cols;
+        const U *from = table + u64(tokens[t]) * cols;
+        if (packed) scaled_row<N>(to, from, scale, cols);
+        else scaled_row<1>(to, from, scale, cols);
+    }
+}
+
+// sums[c] += scale · dy[first + i][c] for the i whose bits are set in `found`, in order.
+template <int N, typename T>
+__device__ __forceinline__ void add_found(float *sums, const T *dy, const u32 *found, float scale, u32 first, u32 cols) {
+    for (u32 c = threadIdx.x * N; c < cols; c += THREADS * N) {
+        float sum[N];
+        load_f32(sums + c, sum);
+        for (u32 word = 0; word < WINDOW / 32; ++word) {
+            for (u32 bits = found[word]; bits != 0; bits &= bits - 1) {
+                float v[N];
+                load_f32(dy + u64(first + word * 32 + (__ffs(bits) - 1)) * cols + c, v);
+#pragma unroll
+                for (int j = 0; j < N; ++j) sum[j] = __fadd_rn(sum[j], __fmul_rn(scale, v[j]));
+            }
+        }
+        store_f32(sums + c, sum);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void backward(float *dtable, const T *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    constexpr int N = Pack<T>::N;
+    __shared__ u32 found[WINDOW / 32];
+    const bool packed = cols % N == 0 && aligned16(dtable) && aligned16(dy);
+    for (u32 t = blockIdx.x; t < rows; t += gridDim.x) {
+        const u32 id = tokens[t];
+        int before = 0;
+        for (u32 s = 0; s < t && !before; s += THREADS * 4) {
+            int same = 0;
+#pragma unroll
+            for (u32 j = 0; j < 4; ++j) {
+                const u32 at = s + j * THREADS + threadIdx.x;
+                same |= at < t && tokens[at] == id;
+            }
+            before = __syncthreads_or(same);
+        }
+        if (before) continue;
+        float *sums = dtable + u64(id) * cols;
+        for (u32 first = t; first < rows; first += WINDOW) {
+            int any = 0;
+#pragma unroll
+            for (u32 j = 0; j < WINDOW / THREADS; ++j) {
+                const u32 within = j * THREADS + threadIdx.x;
+                const bool same = first + within < rows && tokens[first + within] == id;
+                const u32 lanes = __ballot_sync(0xffffffffu, same);
+                if (threadIdx.x % 32 == 0) found[within / 32] = lanes;
+                any |= same;
+            }
+            if (__syncthreads_or(any)) {
+                if (packed) add_found<N>(sums, dy, found, scale, first, cols);
+                else add_found<1>(sums, dy, found, scale, first, cols);
+            }
+            __syncthreads();
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f32_f32(float *y, const float *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f16_f16(f16 *y, const f16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f32_f16(float *y, const f16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f16_f32(f16 *y, const float *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_bwd_f32(float *dtable, const float *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    backward(dtable, dy, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_bwd_f16(float *dtable, const f16 *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    backward(dtable, dy, tokens, scale, rows, cols);
+}
+
+#if HAS_BF16
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_bf16_bf16(bf16 *y, const bf16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f32_bf16(float *y, const bf16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_bf16_f32(bf16 *y, const float *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_bwd_bf16(float *dtable, const bf16 *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    backward(dtable, dy, tokens, scale, rows, cols);
+}
+#endif
