@@ -28,8 +28,8 @@ __device__ __forceinline__ u32 load_codes(const u8 *p) {
 
 // Runs of N elements of the tile from `start` on.
 template <typename T, typename S>
-__device__ __forceinline__ void widen_runs(T *__restrict__ out, const u8 *__restrict__ packed, const S &scales, const float *table,
-                                           u64 start, u64 count, u32 cols, u32 ld, u32 shift) {
+__device__ __forceinline__ void widen_runs(T *__restrict__ out, const u8 *__restrict__ packed, const S &scales,
+                                           const float *table, u64 start, u64 count, u32 cols, u32 ld, u32 shift) {
     constexpr int N = Pack<T>::N, RUNS = TILE / (THREADS * N);
     u64 row = 0;
     u32 col = 0;
