@@ -158,20 +158,6 @@ __device__ __forceinline__ void pack(u32 (&p)[KEYS / 4], const float (&s)[KEYS /
     for (u32 i = 0; i < KEYS / 4; i++) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
 }
 
-// Four registers of each of four neighbouring lanes, transposed.
-__device__ __forceinline__ void transpose4(u32 (&x)[4], u32 lane) {
-#pragma unroll
-    for (u32 bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-        for (u32 i = 0; i < 4; i++)
-            if ((i & bit) == 0) {
-                const bool upper = lane & bit;
-                const u32 got = __shfl_xor_sync(~0u, upper ? x[i] : x[i | bit], bit);
-                if (upper) x[i] = got;
-                else x[i | bit] = got;
-            }
-}
-
 template <typename T, int D>
 __device__ __forceinline__ void consume(Shared<D> at, const Work *work, T *o, float *lse, const Sizes &n) {
     const u32 group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;

@@ -202,23 +202,15 @@ struct CopyStrided {
     T *y;
     const T *x;
     u32 per_row, ld_y, ld_x;
-    Pack<T> v[2];
+    Held<T, N> v[2];
 
     __device__ __forceinline__ void load(int i, u64 n) {
         const Place at(n, per_row);
-        const T *from = x + at.row * ld_x + at.column * N;
-        if constexpr (N == 1)
-            v[i].v[0] = *from;
-        else
-            v[i] = load16(from);
+        v[i].load(x + at.row * ld_x + at.column * N);
     }
     __device__ __forceinline__ void store(int i, u64 n) {
         const Place at(n, per_row);
-        T *to = y + at.row * ld_y + at.column * N;
-        if constexpr (N == 1)
-            *to = v[i].v[0];
-        else
-            store16(to, v[i]);
+        v[i].store(y + at.row * ld_y + at.column * N);
     }
 };
 

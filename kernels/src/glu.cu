@@ -86,11 +86,13 @@ __device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, 
         for (int i = 0; i < PACKS; ++i) {
             const u64 n = first + threadIdx.x + i * blockDim.x;
             if (n >= count) break;
-            float out[N];
+            float vg[N], vu[N];
+            g[i].unpack(vg);
+            u[i].unpack(vu);
 #pragma unroll
-            for (int j = 0; j < N; ++j) out[j] = activate<ACTIVATION>(g[i][j]).value * u[i][j];
+            for (int j = 0; j < N; ++j) vu[j] *= activate<ACTIVATION>(vg[j]).value;
             const u64 row = !pitched ? 0 : count >> 32 ? n / per_row : u32(n) / per_row;
-            store_f32(y + (pitched ? row * ld + (n - row * per_row) * N : n * N), out);
+            store_f32(y + (pitched ? row * ld + (n - row * per_row) * N : n * N), vu);
         }
     }
 }
@@ -113,15 +115,18 @@ __device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, co
         for (int i = 0; i < PACKS; ++i) {
             const u64 n = first + threadIdx.x + i * blockDim.x;
             if (n >= count) break;
-            float of_gate[N], of_up[N];
+            float vd[N], vg[N], vu[N];
+            d[i].unpack(vd);
+            g[i].unpack(vg);
+            u[i].unpack(vu);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-                const Act act = activate<ACTIVATION>(g[i][j]);
-                of_gate[j] = d[i][j] * u[i][j] * act.slope;
-                of_up[j] = d[i][j] * act.value;
+                const Act act = activate<ACTIVATION>(vg[j]);
+                vu[j] = vd[j] * vu[j] * act.slope;
+                vd[j] *= act.value;
             }
-            store_f32(dgate + n * N, of_gate);
-            store_f32(dup + n * N, of_up);
+            store_f32(dgate + n * N, vu);
+            store_f32(dup + n * N, vd);
         }
     }
 }

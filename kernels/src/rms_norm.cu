@@ -22,8 +22,10 @@
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
-// Values of a row that a thread holds.
-constexpr int HELD = 16;
+// Values of a row that a thread holds: forward, and backward (fewer of f32, or they would not fit the registers).
+constexpr int VALUES = 16;
+template <typename T>
+constexpr int BACKWARD_VALUES = sizeof(T) == 4 ? 8 : 16;
 
 // The sum over the threads of this row, in each of them; `turn` alternates between calls.
 __device__ __forceinline__ float row_sum(float x, u32 turn) {
@@ -31,19 +33,19 @@ __device__ __forceinline__ float row_sum(float x, u32 turn) {
     return blockDim.x <= 32 ? lanes_sum(x, blockDim.x) : block_sum(x, slots[turn & 1]);
 }
 
-// w may lie anywhere in a flat buffer of parameters.
-template <int N>
-__device__ __forceinline__ void load_weight(const float *w, bool aligned, float offset, float (&g)[N]) {
-    if (aligned) {
+// offset + w of a thread's columns. w may lie anywhere in a flat buffer of parameters.
+template <int PER, int N>
+__device__ __forceinline__ void load_weights(const float *w, u32 packs, float offset, float (&g)[PER][N]) {
+    const bool aligned = aligned16(w);
 #pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            const Pack<float> four = load16(w + i);
+    for (int i = 0; i < PER; ++i) {
+        const u32 c = threadIdx.x + i * blockDim.x;
+        if (c < packs && aligned)
+            load_f32(w + c * N, g[i]);
+        else if (c < packs)
+            for (int j = 0; j < N; ++j) g[i][j] = w[c * N + j];
 #pragma unroll
-            for (int j = 0; j < 4; ++j) g[i + j] = offset + four.v[j];
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) g[i] = offset + w[i];
+        for (int j = 0; j < N; ++j) g[i][j] += offset;
     }
 }
 
@@ -52,100 +54,115 @@ __device__ __forceinline__ float normed(float x, float inv, float g, float offse
     return offset == 0 ? rounded<T>(x * inv) * g : x * inv * g;
 }
 
-// One row, N values at a time, read again for its result.
+// N values at a time; a row is read again for its result.
 template <int N, bool RESIDUAL, typename T>
-__device__ __forceinline__ void looped(T *r, T *y, float *inv_rms, const T *x, const T *a, const float *w, float eps,
-                                       float offset, u32 cols, bool live, u32 turn) {
-    const u32 end = live ? cols : 0;
-    float squares = 0;
-    for (u32 c = threadIdx.x * N; c < end; c += blockDim.x * N) {
-        float v[N], b[N];
-        load_f32(x + c, v);
-        if (RESIDUAL) load_f32(a + c, b);
+__device__ __forceinline__ void forward_looped(T *r, T *y, float *inv_rms, const T *x, const T *a, const float *w, float eps,
+                                               float offset, u32 rows, u32 cols, u32 ld) {
+    u32 turn = 0;
+    for (u64 first = u64(blockIdx.x) * blockDim.y; first < rows; first += u64(gridDim.x) * blockDim.y) {
+        const u64 row = first + threadIdx.y, at = row * cols;
+        const u32 end = row < rows ? cols : 0;
+        float squares = 0;
+        for (u32 c = threadIdx.x * N; c < end; c += blockDim.x * N) {
+            float v[N], b[N];
+            load_f32(x + at + c, v);
+            if (RESIDUAL) load_f32(a + at + c, b);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            if (RESIDUAL) v[j] = rounded<T>(v[j] + b[j]);
-            squares += v[j] * v[j];
+            for (int j = 0; j < N; ++j) {
+                if (RESIDUAL) v[j] = rounded<T>(v[j] + b[j]);
+                squares += v[j] * v[j];
+            }
+            if (RESIDUAL) store_f32(r + at + c, v);
         }
-        if (RESIDUAL) store_f32(r + c, v);
-    }
-    const float inv = __frsqrt_rn(row_sum(squares, turn) / float(cols) + eps);
-    for (u32 c = threadIdx.x * N; c < end; c += blockDim.x * N) {
-        float v[N];
-        load_f32(RESIDUAL ? r + c : x + c, v);
+        const float inv = __frsqrt_rn(row_sum(squares, turn++) / float(cols) + eps);
+        for (u32 c = threadIdx.x * N; c < end; c += blockDim.x * N) {
+            float v[N];
+            load_f32((RESIDUAL ? r : x) + at + c, v);
 #pragma unroll
-        for (int j = 0; j < N; ++j) v[j] = normed<T>(v[j], inv, offset + w[c + j], offset);
-        store_f32(y + c, v);
+            for (int j = 0; j < N; ++j) v[j] = normed<T>(v[j], inv, offset + w[c + j], offset);
+            store_f32(y + row * ld + c, v);
+        }
+        if (row < rows && threadIdx.x == 0) inv_rms[row] = inv;
     }
-    if (live && threadIdx.x == 0) *inv_rms = inv;
+}
+
+// This block's rows, held in registers: the next row is on its way while this one is summed, and w stays.
+template <typename T, bool RESIDUAL>
+__device__ __forceinline__ void forward_rows(T *r, T *y, float *inv_rms, const T *x, const T *a, const float *w, float eps,
+                                             float offset, u32 rows, u32 cols, u32 ld) {
+    constexpr int N = Pack<T>::N, PER = VALUES / N;
+    const u32 packs = cols / N, stride = gridDim.x * blockDim.y;
+    const float share = 1.0f / float(cols);
+    float g[PER][N];
+    Held<T, N> next_x[PER], next_a[PER];
+    const auto load = [&](u64 row) {
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const u32 c = threadIdx.x + i * blockDim.x;
+            if (row < rows && c < packs) {
+                next_x[i].load(x + row * cols + c * N);
+                if (RESIDUAL) next_a[i].load(a + row * cols + c * N);
+            }
+        }
+    };
+    u64 first = u64(blockIdx.x) * blockDim.y;
+    load(first + threadIdx.y);
+    load_weights(w, packs, offset, g);
+    u32 turn = 0;
+    for (; first < rows; first += stride) {
+        const u64 row = first + threadIdx.y;
+        const bool live = row < rows;
+        Held<T, N> held[PER];
+        float squares = 0;
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const u32 c = threadIdx.x + i * blockDim.x;
+            if (live && c < packs) {
+                held[i] = next_x[i];
+                float v[N];
+                held[i].unpack(v);
+                if (RESIDUAL) {
+                    float b[N];
+                    next_a[i].unpack(b);
+#pragma unroll
+                    for (int j = 0; j < N; ++j) v[j] += b[j];
+                    held[i].pack(v);
+                    held[i].unpack(v);
+                }
+#pragma unroll
+                for (int j = 0; j < N; ++j) squares += v[j] * v[j];
+            }
+        }
+        load(row + stride);
+        const float inv = __frsqrt_rn(row_sum(squares, turn++) * share + eps);
+#pragma unroll
+        for (int i = 0; i < PER; ++i) {
+            const u32 c = threadIdx.x + i * blockDim.x;
+            if (live && c < packs) {
+                if (RESIDUAL) held[i].store(r + row * cols + c * N);
+                float v[N];
+                held[i].unpack(v);
+#pragma unroll
+                for (int j = 0; j < N; ++j) v[j] = normed<T>(v[j], inv, g[i][j], offset);
+                store_f32(y + row * ld + c * N, v);
+            }
+        }
+        if (live && threadIdx.x == 0) inv_rms[row] = inv;
+    }
 }
 
 template <typename T, bool RESIDUAL>
 __device__ __forceinline__ void forward(T *r, T *y, float *inv_rms, const T *x, const T *a, const float *w, float eps,
                                         float offset, u32 rows, u32 cols, u32 ld) {
-    constexpr int N = Pack<T>::N, PER = HELD / N;
-    const u32 packs = cols / N;
+    constexpr int N = Pack<T>::N;
     bool packed = cols % N == 0 && ld % N == 0 && aligned16(x) && aligned16(y);
     if (RESIDUAL) packed = packed && aligned16(a) && aligned16(r);
-    const bool held_whole = packed && packs <= PER * blockDim.x;
-    const bool w_aligned = aligned16(w);
-    const float share = 1.0f / float(cols);
-    u32 turn = 0;
-    for (u64 first = u64(blockIdx.x) * blockDim.y; first < rows; first += u64(gridDim.x) * blockDim.y) {
-        const u64 row = first + threadIdx.y;
-        const bool live = row < rows;
-        const T *x_row = x + row * cols, *a_row = RESIDUAL ? a + row * cols : nullptr;
-        T *r_row = RESIDUAL ? r + row * cols : nullptr, *y_row = y + row * ld;
-        if (held_whole) {
-            Pack<T> held[PER], added[PER];
-#pragma unroll
-            for (int i = 0; i < PER; ++i) {
-                const u32 c = threadIdx.x + i * blockDim.x;
-                if (live && c < packs) {
-                    held[i] = load16(x_row + c * N);
-                    if (RESIDUAL) added[i] = load16(a_row + c * N);
-                }
-            }
-            float squares = 0;
-#pragma unroll
-            for (int i = 0; i < PER; ++i) {
-                const u32 c = threadIdx.x + i * blockDim.x;
-                if (live && c < packs) {
-                    float v[N];
-                    unpack(held[i], v);
-                    if (RESIDUAL) {
-                        float b[N];
-                        unpack(added[i], b);
-#pragma unroll
-                        for (int j = 0; j < N; ++j) v[j] += b[j];
-                        held[i] = pack(v, T{});
-                        store16(r_row + c * N, held[i]);
-                        unpack(held[i], v);
-                    }
-#pragma unroll
-                    for (int j = 0; j < N; ++j) squares += v[j] * v[j];
-                }
-            }
-            const float inv = __frsqrt_rn(row_sum(squares, turn++) * share + eps);
-#pragma unroll
-            for (int i = 0; i < PER; ++i) {
-                const u32 c = threadIdx.x + i * blockDim.x;
-                if (live && c < packs) {
-                    float v[N], g[N];
-                    unpack(held[i], v);
-                    load_weight(w + c * N, w_aligned, offset, g);
-#pragma unroll
-                    for (int j = 0; j < N; ++j) v[j] = normed<T>(v[j], inv, g[j], offset);
-                    store16(y_row + c * N, pack(v, T{}));
-                }
-            }
-            if (live && threadIdx.x == 0) inv_rms[row] = inv;
-        } else if (packed) {
-            looped<N, RESIDUAL>(r_row, y_row, inv_rms + row, x_row, a_row, w, eps, offset, cols, live, turn++);
-        } else {
-            looped<1, RESIDUAL>(r_row, y_row, inv_rms + row, x_row, a_row, w, eps, offset, cols, live, turn++);
-        }
-    }
+    if (packed && cols <= VALUES * blockDim.x)
+        forward_rows<T, RESIDUAL>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
+    else if (packed)
+        forward_looped<N, RESIDUAL>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
+    else
+        forward_looped<1, RESIDUAL>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
 }
 
 // Sums of dw over the rows of this block: each thread has its columns in `dw`; with several rows a time, they are added up here.
@@ -174,62 +191,71 @@ __device__ __forceinline__ void store_partials(float *partials, const float (&dw
     }
 }
 
+// This block's rows, as forward_rows.
 template <typename T, bool WEIGHT>
 __device__ __forceinline__ void backward_rows(T *dx, float *dw_partials, const T *dy, const T *x, const float *w,
                                               const float *inv_rms, float offset, u32 rows, u32 cols, u32 add) {
-    constexpr int N = Pack<T>::N, PER = HELD / N;
-    const u32 packs = cols / N;
-    const bool w_aligned = aligned16(w);
+    constexpr int N = Pack<T>::N, PER = BACKWARD_VALUES<T> / N;
+    const u32 packs = cols / N, stride = gridDim.x * blockDim.y;
     const float share = 1.0f / float(cols);
-    float dw[PER][N] = {};
-    u32 turn = 0;
-    for (u64 first = u64(blockIdx.x) * blockDim.y; first < rows; first += u64(gridDim.x) * blockDim.y) {
-        const u64 row = first + threadIdx.y;
-        const bool live = row < rows;
-        const float inv = live ? inv_rms[row] : 0;
-        Pack<T> held_x[PER], held_dy[PER], held_dx[PER];
+    float g[PER][N], dw[PER][N] = {};
+    Held<T, N> next_x[PER], next_dy[PER], next_dx[PER];
+    float next_inv = 0;
+    const auto load = [&](u64 row) {
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const u32 c = threadIdx.x + i * blockDim.x;
-            if (live && c < packs) {
-                held_x[i] = load16(x + row * cols + c * N);
-                held_dy[i] = load16(dy + row * cols + c * N);
-                if (add) held_dx[i] = load16(dx + row * cols + c * N);
+            if (row < rows && c < packs) {
+                next_x[i].load(x + row * cols + c * N);
+                next_dy[i].load(dy + row * cols + c * N);
+                if (add) next_dx[i].load(dx + row * cols + c * N);
             }
         }
+        if (row < rows) next_inv = inv_rms[row];
+    };
+    u64 first = u64(blockIdx.x) * blockDim.y;
+    load(first + threadIdx.y);
+    load_weights(w, packs, offset, g);
+    u32 turn = 0;
+    for (; first < rows; first += stride) {
+        const u64 row = first + threadIdx.y;
+        const bool live = row < rows;
+        const float inv = next_inv;
+        Held<T, N> held_x[PER], held_dy[PER], held_dx[PER];
         float dot = 0;
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const u32 c = threadIdx.x + i * blockDim.x;
             if (live && c < packs) {
-                float vx[N], vdy[N], g[N];
-                unpack(held_x[i], vx);
-                unpack(held_dy[i], vdy);
-                load_weight(w + c * N, w_aligned, offset, g);
+                held_x[i] = next_x[i], held_dy[i] = next_dy[i];
+                if (add) held_dx[i] = next_dx[i];
+                float vx[N], vdy[N];
+                held_x[i].unpack(vx);
+                held_dy[i].unpack(vdy);
 #pragma unroll
                 for (int j = 0; j < N; ++j) {
-                    dot += vdy[j] * g[j] * vx[j];
+                    dot += vdy[j] * g[i][j] * vx[j];
                     if (WEIGHT) dw[i][j] += vdy[j] * (vx[j] * inv);
                 }
             }
         }
+        load(row + stride);
         const float k = inv * inv * (row_sum(dot, turn++) * share);
 #pragma unroll
         for (int i = 0; i < PER; ++i) {
             const u32 c = threadIdx.x + i * blockDim.x;
             if (live && c < packs) {
-                float vx[N], vdy[N], g[N];
-                unpack(held_x[i], vx);
-                unpack(held_dy[i], vdy);
-                load_weight(w + c * N, w_aligned, offset, g);
+                float vx[N], vdy[N];
+                held_x[i].unpack(vx);
+                held_dy[i].unpack(vdy);
 #pragma unroll
-                for (int j = 0; j < N; ++j) vx[j] = inv * (vdy[j] * g[j] - vx[j] * k);
+                for (int j = 0; j < N; ++j) vx[j] = inv * (vdy[j] * g[i][j] - vx[j] * k);
                 if (add) {
-                    unpack(held_dx[i], vdy);
+                    held_dx[i].unpack(vdy);
 #pragma unroll
                     for (int j = 0; j < N; ++j) vx[j] += vdy[j];
                 }
-                store16(dx + row * cols + c * N, pack(vx, T{}));
+                store_f32(dx + row * cols + c * N, vx);
             }
         }
     }
@@ -284,7 +310,7 @@ __device__ __forceinline__ void backward(T *dx, float *dw_partials, const T *dy,
     constexpr int N = Pack<T>::N;
     if (cols % N != 0 || !aligned16(dx) || !aligned16(dy) || !aligned16(x)) {
         backward_looped<1>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
-    } else if (cols > HELD * blockDim.x) {
+    } else if (cols > BACKWARD_VALUES<T> * blockDim.x) {
         backward_looped<N>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
     } else if (dw_partials == nullptr) {
         backward_rows<T, false>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
@@ -293,25 +319,25 @@ __device__ __forceinline__ void backward(T *dx, float *dw_partials, const T *dy,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_fwd_f32(float *y, float *inv_rms, const float *x, const float *w, float eps, float offset, u32 rows, u32 cols,
                      u32 ld) {
     forward<float, false>(nullptr, y, inv_rms, x, nullptr, w, eps, offset, rows, cols, ld);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_fwd_f16(f16 *y, float *inv_rms, const f16 *x, const float *w, float eps, float offset, u32 rows, u32 cols,
                      u32 ld) {
     forward<f16, false>(nullptr, y, inv_rms, x, nullptr, w, eps, offset, rows, cols, ld);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512, 1)
     residual_rms_norm_fwd_f32(float *r, float *y, float *inv_rms, const float *x, const float *a, const float *w, float eps,
                               float offset, u32 rows, u32 cols, u32 ld) {
     forward<float, true>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512, 1)
     residual_rms_norm_fwd_f16(f16 *r, f16 *y, float *inv_rms, const f16 *x, const f16 *a, const float *w, float eps,
                               float offset, u32 rows, u32 cols, u32 ld) {
     forward<f16, true>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
@@ -330,13 +356,13 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 }
 
 #if HAS_BF16
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_fwd_bf16(bf16 *y, float *inv_rms, const bf16 *x, const float *w, float eps, float offset, u32 rows, u32 cols,
                       u32 ld) {
     forward<bf16, false>(nullptr, y, inv_rms, x, nullptr, w, eps, offset, rows, cols, ld);
 }
 
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512, 1)
     residual_rms_norm_fwd_bf16(bf16 *r, bf16 *y, float *inv_rms, const bf16 *x, const bf16 *a, const float *w, float eps,
                                float offset, u32 rows, u32 cols, u32 ld) {
     forward<bf16, true>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);

@@ -51,14 +51,17 @@ __device__ __forceinline__ void rotate_token(T *y, const T *x, T *k, const float
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 if (h + u * blockDim.y >= heads.all) break;
-                float c[N], d[N];
+                float v[N], w[N];
+                a[u].unpack(v);
+                b[u].unpack(w);
 #pragma unroll
                 for (int j = 0; j < N; ++j) {
-                    c[j] = a[u][j] * cos[j] - b[u][j] * sin[j];
-                    d[j] = b[u][j] * cos[j] + a[u][j] * sin[j];
+                    const float first = v[j] * cos[j] - w[j] * sin[j];
+                    w[j] = w[j] * cos[j] + v[j] * sin[j];
+                    v[j] = first;
                 }
-                store_f32(out[u], c);
-                store_f32(out[u] + heads.half, d);
+                store_f32(out[u], v);
+                store_f32(out[u] + heads.half, w);
             }
         }
     }

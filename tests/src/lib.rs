@@ -7,6 +7,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use nibble_tensor::{
+    Arena, Device,
+    cuda::{
+        CudaDevice, OpenOptions,
+        libraries::{self, SearchPaths},
+    },
+};
 use safetensors::{Dtype, SafeTensors};
 
 /// A folder of reference results: the project's own copy when it has one, else the folder beside the project.
@@ -39,6 +46,22 @@ pub fn real_model() -> Option<PathBuf> {
     let found = cache.map(|dir| dir.join("nibble/SmolLM2-135M-Instruct.Q4_1.gguf")).filter(|file| file.exists());
     assert!(found.is_some() || std::env::var_os("REQUIRE_REAL_MODEL").is_none(), "the real model is missing from the cache");
     found
+}
+
+/// Memory of the device that the tests run on: the CPU, or with `NIBBLE_TEST_DEVICE=cuda` the first GPU (whose libraries are
+/// looked for in `LD_LIBRARY_PATH` and where systems keep them).
+///
+/// # Panics
+/// When a GPU is asked for and cannot be used.
+#[must_use]
+pub fn arena() -> Arena {
+    if std::env::var_os("NIBBLE_TEST_DEVICE").is_none_or(|device| device != "cuda") {
+        return Arena::new(Device::Cpu);
+    }
+    let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
+    let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
+    let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None }).expect("a GPU");
+    Arena::on(Device::Cuda(device), usize::MAX).expect("its memory")
 }
 
 /// The tensors of a safetensors file, in memory.

@@ -5,7 +5,7 @@ use std::path::Path;
 use nibble_autograd::{ParamStore, Tape};
 use nibble_lora::{AdapterFile, Init, save_adapter};
 use nibble_model::{Checkpointing, LoadOptions, LossOptions, Stream, Transformer, files::Checkpoint};
-use nibble_tensor::{Arena, DType, Device, Tensor};
+use nibble_tensor::{DType, ops::lm_head_loss::Labels};
 use nibble_tests::{Tensors, Unpadded, golden, relative_error};
 
 /// Relative, in the norm of each tensor.
@@ -24,7 +24,7 @@ struct Case {
 fn load(base: &Path, dir: &Path) -> (Transformer, ParamStore) {
     let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256 };
     let mut model =
-        Transformer::load(&Checkpoint::open(base).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
+        Transformer::load(&Checkpoint::open(base).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap();
     let file = AdapterFile::open(dir).unwrap();
     let params = model.attach(&file.config, Init::File(&file)).unwrap();
     (model, params)
@@ -75,14 +75,13 @@ fn loss_and_every_gradient_equal_the_reference() {
     each_adapter(|case| {
         let batch = Unpadded::new(&case.reference, "");
         let stream = Stream::new(case.model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
-        let labels = Tensor::from_slice(case.model.arena(), &batch.labels, [batch.labels.len()]).unwrap();
-        let options = LossOptions { scale: 1.0 / batch.label_count() as f32, checkpointing: Checkpointing::None, dropout: None };
+        let labels = Labels::new(case.model.arena(), &batch.labels, 1.0 / batch.label_count() as f32).unwrap();
+        let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
         let mut grads = case.params.zero_grads().unwrap();
         let mut tape = Tape::new(&case.params);
         let loss = case.model.loss(&mut tape, &stream, &labels, options).unwrap();
-        case.close("loss", &[loss.value as f32], case.reference.floats("loss"));
-        let one = Tensor::from_slice(case.model.arena(), &[1.0f32], [1]).unwrap();
-        tape.backward([loss.var], [one], [], &mut grads).unwrap();
+        case.close("loss", &[loss.value().unwrap() as f32], case.reference.floats("loss"));
+        loss.backward(tape, &mut grads).unwrap();
         let expected = case.reference.names().filter(|name| name.starts_with("grad.")).count();
         assert_eq!(case.params.params().len(), expected, "{}: trained tensors", case.name);
         for param in case.params.params() {
@@ -91,7 +90,7 @@ fn loss_and_every_gradient_equal_the_reference() {
             let names = [format!("grad.{stem}.default.weight"), format!("grad.{stem}.modules_to_save.default.weight")];
             let name = names.iter().find(|name| case.reference.has(name)).unwrap();
             let found = grads.get(param).unwrap();
-            case.close_gradient(name, found.as_slice().unwrap());
+            case.close_gradient(name, &found.to_f32_vec().unwrap());
         }
     });
 }

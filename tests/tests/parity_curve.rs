@@ -8,7 +8,7 @@ use nibble_lora::{AdapterFile, Init};
 use nibble_model::{GenerateOptions, LoadOptions, Session, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
 use nibble_optim::ScheduleName;
-use nibble_tensor::{Arena, DType, Device};
+use nibble_tensor::DType;
 use nibble_tests::{Tensors, cosine, golden, real_model};
 use nibble_train::{TrainConfig, Trainer};
 
@@ -35,7 +35,7 @@ fn the_run_of_the_reference_stack_is_reproduced() {
     let curve: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(dir.join("curve.json")).unwrap()).unwrap();
     let steps = curve["steps"].as_array().unwrap();
 
-    let arena = Arena::new(Device::Cpu);
+    let arena = nibble_tests::arena();
     let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
     let options = LoadOptions { quant, compute_dtype: DType::F32, max_positions: 512 };
     let mut model = Transformer::load(&Checkpoint::open(&base).unwrap(), &arena, &options, &mut |_, _| {}).unwrap();

@@ -2,7 +2,7 @@
 
 use nibble_autograd::{ParamStore, Tape};
 use nibble_model::{Checkpointing, GenerateOptions, LoadOptions, LossOptions, Session, Stream, Transformer, files::Checkpoint};
-use nibble_tensor::{Arena, DType, Device, Tensor};
+use nibble_tensor::{DType, ops::lm_head_loss::Labels};
 use nibble_tests::{Tensors, Unpadded, golden, relative_error};
 
 /// Relative, in the norm of each tensor.
@@ -12,7 +12,7 @@ const FAMILIES: [&str; 5] = ["llama", "llama31", "mistral", "qwen2", "qwen3"];
 
 fn load(path: &std::path::Path) -> Transformer {
     let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256 };
-    Transformer::load(&Checkpoint::open(path).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap()
+    Transformer::load(&Checkpoint::open(path).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap()
 }
 
 fn each_family(check: impl Fn(&str, Transformer, &Tensors)) {
@@ -48,19 +48,18 @@ fn loss_and_every_gradient_equal_the_reference() {
         for checkpointing in [Checkpointing::None, Checkpointing::Full] {
             let batch = Unpadded::new(reference, "");
             let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
-            let labels = Tensor::from_slice(model.arena(), &batch.labels, [batch.labels.len()]).unwrap();
-            let options = LossOptions { scale: 1.0 / batch.label_count() as f32, checkpointing, dropout: None };
+            let labels = Labels::new(model.arena(), &batch.labels, 1.0 / batch.label_count() as f32).unwrap();
+            let options = LossOptions { checkpointing, dropout: None };
             let mut grads = params.zero_grads().unwrap();
             let mut tape = Tape::new(&params);
             let loss = model.loss(&mut tape, &stream, &labels, options).unwrap();
-            close(family, "loss", &[loss.value as f32], reference.floats("loss"));
-            let one = Tensor::from_slice(model.arena(), &[1.0f32], [1]).unwrap();
-            tape.backward([loss.var], [one], [], &mut grads).unwrap();
+            close(family, "loss", &[loss.value().unwrap() as f32], reference.floats("loss"));
+            loss.backward(tape, &mut grads).unwrap();
             let expected = reference.names().filter(|name| name.starts_with("grad.")).count();
             assert_eq!(params.params().len(), expected, "{family}: parameters");
             for param in params.params() {
                 let found = grads.get(param).unwrap();
-                close(family, &param.name, found.as_slice().unwrap(), reference.floats(&format!("grad.{}", param.name)));
+                close(family, &param.name, &found.to_f32_vec().unwrap(), reference.floats(&format!("grad.{}", param.name)));
             }
         }
     });

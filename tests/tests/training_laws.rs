@@ -7,7 +7,7 @@ use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
 use nibble_model::{Checkpointing, LoadOptions, LossOptions, Stream, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
-use nibble_tensor::{Arena, DType, Device, Rng, Tensor};
+use nibble_tensor::{DType, Rng, ops::lm_head_loss::Labels};
 use nibble_tests::{golden, relative_error};
 use nibble_train::{TrainConfig, Trainer};
 
@@ -28,7 +28,7 @@ fn model(config: &AdapterConfig, dtype: DType) -> (Transformer, ParamStore) {
     let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
     let options = LoadOptions { quant, compute_dtype: dtype, max_positions: 256 };
     let mut model =
-        Transformer::load(&Checkpoint::open(&path).unwrap(), &Arena::new(Device::Cpu), &options, &mut |_, _| {}).unwrap();
+        Transformer::load(&Checkpoint::open(&path).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap();
     let params = model.attach(config, Init::Random(7)).unwrap();
     (model, params)
 }
@@ -80,7 +80,7 @@ fn after_one_step_every_adapter_matrix_of_every_layer_has_a_gradient() {
         assert_eq!(params.len(), 2 * 7 * 3);
         for param in params.iter().filter(|param| matrices.iter().any(|name| param.name.contains(name))) {
             let gradient = trainer.grads().get(param).unwrap();
-            assert!(gradient.as_slice::<f32>().unwrap().iter().any(|&g| g != 0.0), "{} has no gradient", param.name);
+            assert!(gradient.to_vec::<f32>().unwrap().iter().any(|&g| g != 0.0), "{} has no gradient", param.name);
         }
     }
 }
@@ -89,14 +89,14 @@ fn gradients(checkpointing: Checkpointing, dropout: f64, dtype: DType) -> (f64, 
     let (model, params) = model(&adapter(InitLoraWeights::Random, dropout), dtype);
     let batch = dataset(4).batch(&[0, 1, 2, 3]);
     let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
-    let labels = Tensor::from_slice(model.arena(), &batch.labels, [batch.labels.len()]).unwrap();
+    let labels = Labels::new(model.arena(), &batch.labels, 0.1).unwrap();
     let mut grads = params.zero_grads().unwrap();
     let mut tape = Tape::new(&params);
-    let options = LossOptions { scale: 0.1, checkpointing, dropout: Some(Rng::new(5)) };
+    let options = LossOptions { checkpointing, dropout: Some(Rng::new(5)) };
     let loss = model.loss(&mut tape, &stream, &labels, options).unwrap();
-    let one = Tensor::from_slice(model.arena(), &[1.0f32], [1]).unwrap();
-    tape.backward([loss.var], [one], [], &mut grads).unwrap();
-    (loss.value, grads.flat().to_f32_vec().unwrap())
+    let value = loss.value().unwrap();
+    loss.backward(tape, &mut grads).unwrap();
+    (value, grads.flat().to_f32_vec().unwrap())
 }
 
 #[test]

@@ -1,20 +1,21 @@
 //! Differentiable wrappers of the fused ops: each calls `forward`, and records `backward` with what it needs.
 
 use nibble_tensor::{
-    DType, Error, Result, Tensor,
+    DType, Result, Tensor,
     ops::{
-        Documents, attention, embedding, glu, lm_head_loss,
+        Documents, attention, embedding, glu,
+        lm_head_loss::{self, Labels},
         rms_norm::{self, Config as NormConfig},
         rope::{self, RopeTable},
     },
 };
 
-use crate::{Leaf, Tape, Var};
+use crate::{Leaf, ParamGrads, Tape, Var};
 
 /// Rows of `table` [V, C] for `tokens` U32 `[T]`, times `scale`, in `dtype`: [T, C].
 ///
 /// # Errors
-/// [`Error::TokenOutOfRange`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::TokenOutOfRange`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn embedding(tape: &mut Tape<'_>, table: &Leaf, tokens: &Tensor, scale: f32, dtype: DType) -> Result<Var> {
     let y = embedding::forward(&tape.params().value(table)?, tokens, scale, dtype)?;
     let (param, tokens) = (table.param().cloned(), tokens.clone());
@@ -30,7 +31,7 @@ pub fn embedding(tape: &mut Tape<'_>, table: &Leaf, tokens: &Tensor, scale: f32,
 /// RMSNorm over the last size; see [`mod@rms_norm`].
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) -> Result<Var> {
     let w = tape.params().value(weight)?;
     let (x, id) = x.into_parts();
@@ -45,7 +46,7 @@ pub fn rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) 
 /// h = RMSNorm(x) where the residual stream begins: gives x on, and h.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn fork_rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
     let w = tape.params().value(weight)?;
     let (x, id) = x.into_parts();
@@ -75,7 +76,7 @@ fn with(var: Var, recipe: Option<impl Fn() -> Result<Tensor> + 'static>) -> Var 
 /// r = x + a, h = RMSNorm(r): the residual stream goes on as `r`, the next layer reads `h`.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
     let w = tape.params().value(weight)?;
     let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
@@ -93,7 +94,7 @@ pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, con
 /// h = RMSNorm(x + a) where the residual stream ends.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn final_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config: NormConfig) -> Result<Var> {
     let w = tape.params().value(weight)?;
     let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
@@ -110,7 +111,7 @@ pub fn final_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config
 /// Rotary position embedding of `x` [T, H, D].
 ///
 /// # Errors
-/// [`Error::Shape`], a position beyond the table.
+/// [`nibble_tensor::Error::Shape`], a position beyond the table.
 pub fn rope<'m>(tape: &mut Tape<'m>, x: Var, documents: &Documents, table: &'m RopeTable) -> Result<Var> {
     let (x, id) = x.into_parts();
     let positions = documents.positions().clone();
@@ -122,7 +123,7 @@ pub fn rope<'m>(tape: &mut Tape<'m>, x: Var, documents: &Documents, table: &'m R
 /// Causal attention within the documents of a stream: q [T, H, D], k and v [T, K, D] to [T, H, D].
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents, config: attention::Config) -> Result<Var> {
     let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
     let (o, lse) = attention::forward(&q, &k, &v, documents, config)?;
@@ -137,7 +138,7 @@ pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents
 /// activation(gate) * up.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::OutOfMemory`].
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation) -> Result<Var> {
     let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
     let y = glu::forward(&gate, &up, activation)?;
@@ -155,7 +156,7 @@ pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation)
 /// Other sizes over the same memory.
 ///
 /// # Errors
-/// [`Error::Shape`] when the number of elements differs.
+/// [`nibble_tensor::Error::Shape`] when the number of elements differs.
 pub fn reshape<const N: usize>(tape: &mut Tape<'_>, x: Var, shape: [usize; N]) -> Result<Var> {
     let (x, id) = x.into_parts();
     let before = x.shape();
@@ -165,45 +166,59 @@ pub fn reshape<const N: usize>(tape: &mut Tape<'_>, x: Var, shape: [usize; N]) -
     Ok(y)
 }
 
-/// A loss and the number of labels it was taken over.
+/// A loss and the number of labels it was taken over: the end of a graph.
 #[derive(Debug)]
 pub struct Loss {
-    /// Σ over labelled rows of the cross entropy, times the scale of the config.
-    pub value: f64,
     /// Labelled rows.
     pub rows: usize,
-    /// The end of the graph: F32 `[1]`.
-    pub var: Var,
+    var: Var,
+}
+
+impl Loss {
+    /// F32 `[1]`, on the device: Σ over labelled rows of the cross entropy, times the labels' scale.
+    #[must_use]
+    pub fn tensor(&self) -> &Tensor {
+        self.var.tensor()
+    }
+
+    /// The value, read from the device: waits for it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn value(&self) -> Result<f64> {
+        Ok(self.tensor().to_f32_vec()?.iter().map(|&loss| f64::from(loss)).sum())
+    }
+
+    /// Runs the backward pass of `tape`, which recorded this loss; adds to `grads`.
+    ///
+    /// # Errors
+    /// What an op's backward returns.
+    pub fn backward(self, tape: Tape<'_>, grads: &mut ParamGrads) -> Result<()> {
+        // The loss is the end: its own gradient is 1, which `lm_head_loss` has taken into account.
+        let end = self.var.tensor().clone();
+        tape.backward([self.var], [end], [], grads)?;
+        Ok(())
+    }
 }
 
 /// Output head and cross entropy over the labelled rows of `h` [T, C] with `weight` [V, C]; see [`mod@lm_head_loss`].
 ///
 /// # Errors
-/// [`Error::TokenOutOfRange`] for a label, [`Error::OutOfMemory`].
-pub fn lm_head_loss(tape: &mut Tape<'_>, h: Var, weight: &Leaf, labels: &Tensor, config: lm_head_loss::Config) -> Result<Loss> {
-    let w = tape.params().value(weight)?;
+/// [`nibble_tensor::Error::TokenOutOfRange`] for a label, [`nibble_tensor::Error::OutOfMemory`].
+pub fn lm_head_loss(tape: &mut Tape<'_>, h: Var, weight: &Leaf, labels: &Labels, config: lm_head_loss::Config) -> Result<Loss> {
+    let w = tape.params().operand(weight, h.tensor().dtype())?;
     let (h, id) = h.into_parts();
     let param = weight.param().cloned();
     let want_dh = tape.is_recording() && id.is_some();
     let output = lm_head_loss::forward(&h, &w, labels, config, want_dh)?;
-    let value = Tensor::from_slice(h.arena(), &[output.loss as f32], [1])?;
     let (labels, dh) = (labels.clone(), output.dh);
     // The head's input is only needed again when the head itself trains.
     let h = param.is_some().then_some(h);
-    let [var] = tape.record([id], [value], param.is_some(), move |[dloss], grads| {
-        let seed = dloss.to_f32_vec()?;
-        if seed != [1.0] {
-            return Err(Error::Argument {
-                op: "lm_head_loss",
-                argument: "gradient",
-                expected: "1, as the loss is the end",
-                found: 0,
-            });
-        }
+    let [var] = tape.record([id], [output.loss], param.is_some(), move |[_], grads| {
         if let (Some(h), Some(dweight)) = (h, grads.leaf_mut(param.as_ref())?) {
             lm_head_loss::backward_weight(&h, &w, &labels, config, dweight)?;
         }
         Ok([dh])
     });
-    Ok(Loss { value: output.loss, rows: output.rows, var })
+    Ok(Loss { rows: output.rows, var })
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nibble_tensor::{Arena, DType, Result, Shape, Tensor, TensorMut};
+use nibble_tensor::{Arena, DType, Device, Result, Shape, Tensor, TensorMut};
 
 /// A trained tensor: its place in the flat buffer of a [`ParamStore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ impl Leaf {
 #[derive(Debug)]
 pub struct ParamStore {
     data: Tensor,
+    /// The same values in the type that a GPU multiplies in, as of the last [`ParamStore::prepare`].
+    copy: Option<Tensor>,
     params: Vec<Param>,
 }
 
@@ -80,7 +82,7 @@ impl ParamStoreBuilder {
     /// [`nibble_tensor::Error::OutOfMemory`].
     pub fn build(self, arena: &Arena) -> Result<ParamStore> {
         let data = Tensor::from_slice(arena, &self.data, [self.data.len()])?;
-        Ok(ParamStore { data, params: self.params })
+        Ok(ParamStore { data, copy: None, params: self.params })
     }
 }
 
@@ -111,9 +113,38 @@ impl ParamStore {
         &self.data
     }
 
-    /// The flat buffer for the optimizer.
+    /// The flat buffer for the optimizer; [`ParamStore::prepare`] after it has written.
     pub fn data_mut(&mut self) -> &mut Tensor {
         &mut self.data
+    }
+
+    /// Makes the values ready for products with activations of `dtype`: on a GPU, a copy of all of them in that type.
+    ///
+    /// # Errors
+    /// [`nibble_tensor::Error::OutOfMemory`].
+    pub fn prepare(&mut self, dtype: DType) -> Result<()> {
+        if self.data.device() == Device::Cpu || dtype == DType::F32 || self.numel() == 0 {
+            self.copy = None;
+            return Ok(());
+        }
+        match &mut self.copy {
+            Some(copy) if copy.dtype() == dtype => self.data.convert_into(copy),
+            _ => {
+                self.copy = Some(self.data.to_dtype(dtype)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// A view of a leaf's value for products with activations of `dtype`: the prepared copy where there is one.
+    ///
+    /// # Errors
+    /// When the parameter is not of this store.
+    pub fn operand(&self, leaf: &Leaf, dtype: DType) -> Result<Tensor> {
+        match (leaf, &self.copy) {
+            (Leaf::Param(param), Some(copy)) if copy.dtype() == dtype => copy.view(param.offset, param.shape),
+            _ => self.value(leaf),
+        }
     }
 
     /// A view of one parameter.
@@ -162,8 +193,7 @@ impl ParamGrads {
     /// # Errors
     /// When a view of the buffer lives.
     pub fn zero(&mut self) -> Result<()> {
-        self.flat.as_mut_slice::<f32>()?.fill(0.0);
-        Ok(())
+        self.flat.set_zero()
     }
 
     /// A view of one parameter's gradient.

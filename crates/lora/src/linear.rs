@@ -2,7 +2,7 @@
 
 use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Tape, Var};
 use nibble_tensor::{
-    Result, Rng, Tensor, Weight,
+    DType, Result, Rng, Tensor, Weight,
     ops::linear::{self, Dropout, Part, PartGrads},
 };
 
@@ -102,17 +102,18 @@ impl Linear {
         Ok(y)
     }
 
-    fn part(&self, params: &ParamStore, dropout: Option<Rng>) -> Result<Part> {
+    fn part(&self, params: &ParamStore, dtype: DType, dropout: Option<Rng>) -> Result<Part> {
+        let operand = |param: &Param| params.operand(&Leaf::Param(param.clone()), dtype);
         let weight = match &self.base {
             Base::Frozen(weight) => weight.clone(),
-            Base::Trained(param) => Weight::Dense(params.get(param)?),
+            Base::Trained(param) => Weight::Dense(operand(param)?),
         };
         let bias = self.bias.as_ref().map(|bias| params.value(bias)).transpose()?;
         let adapter = match &self.adapter {
             None => None,
             Some(Adapter::Lora(lora)) => Some(linear::Adapter {
-                a: params.get(&lora.a)?,
-                b: params.get(&lora.b)?,
+                a: operand(&lora.a)?,
+                b: operand(&lora.b)?,
                 scale: lora.scale,
                 dropout: dropout.filter(|_| lora.dropout > 0.0).map(|rng| Dropout { p: lora.dropout, rng }),
             }),
@@ -153,22 +154,18 @@ pub fn forward_fused<'m, const N: usize>(
     let params = tape.params();
     let mut parts = Vec::with_capacity(N);
     for (i, layer) in layers.iter().enumerate() {
-        parts.push(layer.part(params, dropout.map(|rng| rng.stream(i as u64)))?);
+        parts.push(layer.part(params, x.tensor().dtype(), dropout.map(|rng| rng.stream(i as u64)))?);
     }
-    let (x, saved, id) = x.into_saved();
-    let (mut ys, mut hs) = (Vec::with_capacity(N), Vec::with_capacity(N));
-    for output in linear::forward(&x, &parts)? {
-        ys.push(output.y);
-        hs.push(output.h);
-    }
+    let (x, input, id) = x.into_saved();
+    let (ys, saved) = linear::forward(&x, &parts)?;
     let mut ys = ys.into_iter();
     drop(x);
     // invariant: the op gives one output a part, and there are N parts
     let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
     let trains = layers.iter().any(|layer| layer.trains());
     Ok(tape.record([id], outputs, trains, move |dys, grads| {
-        let (grads, x) = (part_grads(&layers, grads)?, saved.get()?);
-        Ok([linear::backward(&dys, &x, &hs, &parts, grads, id.is_some())?])
+        let (grads, x) = (part_grads(&layers, grads)?, input.get()?);
+        Ok([linear::backward(&dys, &x, &saved, &parts, grads, id.is_some())?])
     }))
 }
 

@@ -13,7 +13,7 @@ use crate::{Adapter, Linear};
 pub fn merge(linear: &Linear, params: &ParamStore, weight: &mut [f32]) -> Result<f64> {
     let Some(Adapter::Lora(lora)) = &linear.adapter else { return Ok(0.0) };
     let (a, b) = (params.get(&lora.a)?, params.get(&lora.b)?);
-    let (a, b) = (a.as_slice::<f32>()?, b.as_slice::<f32>()?);
+    let (a, b) = (a.to_vec::<f32>()?, b.to_vec::<f32>()?);
     let (_, inputs) = linear.sizes();
     let rank = lora.a.shape.dims()[0];
     let (mut update, mut total) = (0.0f64, 0.0f64);

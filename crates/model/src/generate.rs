@@ -77,7 +77,8 @@ impl<'m> Session<'m> {
         }
         let arena = &self.model.arena;
         let documents = Documents::continuation(arena, self.len, tokens.len())?;
-        let stream = Stream { tokens: Tensor::from_slice(arena, tokens, [tokens.len()])?, documents };
+        let stream = Stream::from_documents(arena, tokens, documents)?;
+        stream.expect_within(self.model.config.vocab_size, self.model.max_positions())?;
         let mut tape = Tape::inference(self.params);
         let mut x = self.model.embed(&mut tape, &stream.tokens)?;
         let mut a = None;

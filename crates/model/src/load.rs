@@ -1,18 +1,20 @@
 //! From a checkpoint to a model, tensor by tensor.
 
+use std::collections::HashMap;
+
 use half::bf16;
 use nibble_autograd::Leaf;
 use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
-    Arena, DType, Tensor,
+    Arena, DType, Device, Rng, Tensor,
     ops::{attention, glu, rms_norm, rope::RopeTable},
 };
 
 use crate::{
     Result, Transformer,
     block::{Block, Shared},
-    config::{Activation, ModelConfig, QkNorm},
+    config::{Activation, ModelConfig, QkNorm, Role},
     files::{Checkpoint, StoredType},
 };
 
@@ -42,8 +44,27 @@ impl Transformer {
     ) -> Result<Self> {
         let config = checkpoint.config()?;
         checkpoint.check(&config)?;
+        Self::build(config, Source::Checkpoint(checkpoint), arena, options, progress)
+    }
+
+    /// A model of made-up weights, for benches: speed and memory do not depend on the values.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn random(config: ModelConfig, arena: &Arena, options: &LoadOptions, seed: u64) -> Result<Self> {
+        let shapes = config.tensors().into_iter().map(|spec| (spec.name, (spec.shape, spec.role))).collect();
+        Self::build(config, Source::Random(shapes, Rng::new(seed)), arena, options, &mut |_, _| {})
+    }
+
+    fn build(
+        config: ModelConfig,
+        source: Source<'_>,
+        arena: &Arena,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Self> {
         let total = config.tensors().len();
-        let mut loader = Loader { checkpoint, arena, options, done: 0, total, progress };
+        let mut loader = Loader { source, arena, options, done: 0, total, progress };
         let embed_tokens = loader.leaf("model.embed_tokens.weight")?;
         let blocks = (0..config.num_hidden_layers).map(|i| loader.block(&config, i)).collect::<Result<_>>()?;
         let norm = loader.leaf("model.norm.weight")?;
@@ -62,8 +83,18 @@ impl Transformer {
     }
 }
 
+/// Where the tensors come from.
+enum Source<'a> {
+    Checkpoint(&'a Checkpoint),
+    /// Made up, by name.
+    Random(HashMap<String, (Vec<usize>, Role)>, Rng),
+}
+
+/// The standard deviation of made-up weights, as transformers initialises them.
+const RANDOM_STD: f32 = 0.02;
+
 struct Loader<'a> {
-    checkpoint: &'a Checkpoint,
+    source: Source<'a>,
     arena: &'a Arena,
     options: &'a LoadOptions,
     done: usize,
@@ -124,15 +155,22 @@ impl Loader<'_> {
     }
 
     fn quantized(&self, name: &str, quant: &QuantConfig) -> Result<Weight> {
-        let info = self.checkpoint.info(name)?;
+        let checkpoint = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Random(shapes, rng) => {
+                let (shape, _) = &shapes[name];
+                return Ok(Weight::random(self.arena, [shape[0], shape[1]], quant, RANDOM_STD, *rng)?);
+            }
+        };
+        let info = checkpoint.info(name)?;
         let numel: usize = info.shape.iter().product();
         let blocks = if info.dtype == StoredType::BF16 {
             let mut values = vec![bf16::ZERO; numel];
-            self.checkpoint.read_bf16(name, &mut values)?;
+            checkpoint.read_bf16(name, &mut values)?;
             nibble_nf4::quantize(&values, quant)
         } else {
             let mut values = vec![0.0f32; numel];
-            self.checkpoint.read_f32(name, &mut values)?;
+            checkpoint.read_f32(name, &mut values)?;
             nibble_nf4::quantize(&values, quant)
         };
         let blocks = blocks.map_err(|source| crate::Error::Quantize { name: name.to_owned(), source })?;
@@ -140,20 +178,29 @@ impl Loader<'_> {
     }
 
     fn dense(&self, name: &str) -> Result<Tensor> {
-        let info = self.checkpoint.info(name)?;
+        let checkpoint = match &self.source {
+            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Random(shapes, rng) => return random_dense(self.arena, &shapes[name], *rng),
+        };
+        let info = checkpoint.info(name)?;
         let numel: usize = info.shape.iter().product();
+        let on_host = self.arena.device() == Device::Cpu;
+        let host = if on_host { self.arena.clone() } else { Arena::new(Device::Cpu) };
         let mut tensor = match info.dtype {
             StoredType::BF16 => {
-                let mut tensor = Tensor::empty(self.arena, DType::Bf16, [numel])?;
-                self.checkpoint.read_bf16(name, tensor.as_mut_slice::<bf16>()?)?;
+                let mut tensor = Tensor::empty(&host, DType::Bf16, [numel])?;
+                checkpoint.read_bf16(name, tensor.as_mut_slice::<bf16>()?)?;
                 tensor
             }
             stored => {
-                let mut tensor = Tensor::empty(self.arena, DType::F32, [numel])?;
-                self.checkpoint.read_f32(name, tensor.as_mut_slice::<f32>()?)?;
+                let mut tensor = Tensor::empty(&host, DType::F32, [numel])?;
+                checkpoint.read_f32(name, tensor.as_mut_slice::<f32>()?)?;
                 if stored == StoredType::F16 { tensor.to_dtype(DType::F16)? } else { tensor }
             }
         };
+        if !on_host {
+            tensor = tensor.to_arena(self.arena)?;
+        }
         tensor = match info.shape[..] {
             [rows, cols] => tensor.reshape([rows, cols])?,
             _ => tensor,
@@ -162,9 +209,25 @@ impl Loader<'_> {
     }
 
     fn finish(&mut self, name: &str) -> Result<()> {
-        self.checkpoint.release(name)?;
+        if let Source::Checkpoint(checkpoint) = &self.source {
+            checkpoint.release(name)?;
+        }
         self.done += 1;
         (self.progress)(self.done, self.total);
         Ok(())
     }
+}
+
+/// A made-up tensor in bf16; the weights of norms are 1.
+fn random_dense(arena: &Arena, (shape, role): &(Vec<usize>, Role), rng: Rng) -> Result<Tensor> {
+    let numel: usize = shape.iter().product();
+    let pattern: Vec<bf16> = match role {
+        Role::Norm => vec![bf16::ONE],
+        _ => (0..numel.min(1 << 18) as u64).map(|n| bf16::from_f32(RANDOM_STD * rng.normal(n))).collect(),
+    };
+    let pattern: Vec<bf16> = pattern.iter().copied().cycle().take(numel.min(1 << 18)).collect();
+    Ok(match shape[..] {
+        [rows, cols] => Tensor::tiled(arena, &pattern, [rows, cols])?,
+        _ => Tensor::tiled(arena, &pattern, [numel])?,
+    })
 }

@@ -4,7 +4,10 @@ use nibble_autograd::{Leaf, ParamStore, ParamStoreBuilder, Tape, Var, ops};
 use nibble_lora::{AdapterConfig, AdapterFile, Init, Linear};
 use nibble_tensor::{
     Arena, DType, Rng, Tensor,
-    ops::{Documents, lm_head_loss},
+    ops::{
+        Documents,
+        lm_head_loss::{self, Labels},
+    },
 };
 
 use crate::{
@@ -20,6 +23,8 @@ pub struct Stream {
     pub tokens: Tensor,
     /// Where the documents begin.
     pub documents: Documents,
+    /// The highest token id and where it first is: checked here because a GPU's ids cannot be read without waiting.
+    highest: (u32, usize),
 }
 
 impl Stream {
@@ -28,9 +33,26 @@ impl Stream {
     /// # Errors
     /// When the offsets do not end with the number of tokens.
     pub fn new(arena: &Arena, tokens: &[u32], cu_seqlens: &[u32]) -> Result<Self> {
-        let documents = Documents::new(arena, cu_seqlens)?;
-        let tokens = Tensor::from_slice(arena, tokens, [documents.tokens()])?;
-        Ok(Self { tokens, documents })
+        Self::from_documents(arena, tokens, Documents::new(arena, cu_seqlens)?)
+    }
+
+    pub(crate) fn from_documents(arena: &Arena, ids: &[u32], documents: Documents) -> Result<Self> {
+        let highest = ids.iter().copied().zip(0..).max_by_key(|&(id, at)| (id, std::cmp::Reverse(at))).unwrap_or_default();
+        let tokens = Tensor::from_slice(arena, ids, [documents.tokens()])?;
+        Ok(Self { tokens, documents, highest })
+    }
+
+    /// Checks the ids and positions against a model's tables.
+    pub(crate) fn expect_within(&self, vocab_size: usize, positions: usize) -> Result<()> {
+        let (id, position) = self.highest;
+        if id as usize >= vocab_size {
+            let id = id.into();
+            return Err(nibble_tensor::Error::TokenOutOfRange { op: "embedding", position, id, vocab_size }.into());
+        }
+        if self.documents.last_position() >= positions {
+            return Err(Error::TooLong { tokens: self.documents.last_position() + 1, positions });
+        }
+        Ok(())
     }
 }
 
@@ -49,8 +71,6 @@ pub enum Checkpointing {
 /// How a loss is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct LossOptions {
-    /// The loss is the sum over labelled tokens times this: 1 / the labelled tokens of the whole optimizer step.
-    pub scale: f32,
     /// What is kept for the backward pass.
     pub checkpointing: Checkpointing,
     /// Stream of the dropout masks; nothing in evaluation.
@@ -101,14 +121,14 @@ impl Transformer {
         self.blocks.iter().flat_map(Block::linears)
     }
 
-    /// Cross entropy of `labels` (I32 `[T]`, already shifted: the target of each position, -100 for none) on a stream, recorded
-    /// for a backward pass.
+    /// Cross entropy of `labels` (already shifted: the target of each position, -100 for none) on a stream, recorded for a
+    /// backward pass.
     ///
     /// # Errors
     /// A token or label beyond the vocabulary, a document longer than rope's table, out of memory.
-    pub fn loss<'m>(&'m self, tape: &mut Tape<'m>, stream: &Stream, labels: &Tensor, options: LossOptions) -> Result<ops::Loss> {
+    pub fn loss<'m>(&'m self, tape: &mut Tape<'m>, stream: &Stream, labels: &Labels, options: LossOptions) -> Result<ops::Loss> {
         let h = self.hidden(tape, stream, options.checkpointing, options.dropout)?;
-        let config = lm_head_loss::Config { scale: options.scale, softcap: self.config.features.final_logit_softcap };
+        let config = lm_head_loss::Config { softcap: self.config.features.final_logit_softcap };
         Ok(ops::lm_head_loss(tape, h, self.head(), labels, config)?)
     }
 
@@ -124,7 +144,7 @@ impl Transformer {
 
     /// The head on rows of the last norm's output.
     pub(crate) fn head_logits(&self, params: &ParamStore, h: &Tensor) -> Result<Tensor> {
-        Ok(lm_head_loss::logits(h, &params.value(self.head())?, self.config.features.final_logit_softcap)?)
+        Ok(lm_head_loss::logits(h, &params.operand(self.head(), h.dtype())?, self.config.features.final_logit_softcap)?)
     }
 
     pub(crate) fn head(&self) -> &Leaf {
@@ -139,6 +159,7 @@ impl Transformer {
         checkpointing: Checkpointing,
         dropout: Option<Rng>,
     ) -> Result<Var> {
+        stream.expect_within(self.config.vocab_size, self.max_positions())?;
         tape.set_recomputing(checkpointing == Checkpointing::Selective);
         let mut x = self.embed(tape, &stream.tokens)?;
         let mut a = None;

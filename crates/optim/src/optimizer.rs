@@ -169,7 +169,7 @@ pub(crate) fn load_tensors(optimizer: &'static str, own: &mut [(&str, &mut Tenso
     }
     for (name, own) in own {
         if let Some(found) = find(name) {
-            own.as_mut_slice::<f32>()?.copy_from_slice(found.as_slice()?);
+            own.write(&found.to_vec::<f32>()?)?;
         }
     }
     Ok(())

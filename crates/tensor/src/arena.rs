@@ -5,7 +5,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::{Device, Error, Result};
+use crate::{
+    Device, Error, Result,
+    cuda::{DeviceHeap, Span},
+};
 
 /// One cache line: the unit blocks are made of, so that every tensor starts on 64 bytes.
 #[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
@@ -34,6 +37,8 @@ struct Inner {
     device: Device,
     limit: usize,
     pool: Mutex<Pool>,
+    /// The memory of a GPU; a processor's is in the pool.
+    heap: Option<DeviceHeap>,
 }
 
 #[derive(Debug, Default)]
@@ -63,9 +68,25 @@ impl Arena {
     }
 
     /// An arena whose live tensors take at most `limit` bytes.
+    ///
+    /// # Panics
+    /// When the GPU's driver has no addresses to give: [`Arena::on`] returns it as an error.
     #[must_use]
     pub fn with_limit(device: Device, limit: usize) -> Self {
-        Self(Arc::new(Inner { device, limit, pool: Mutex::default() }))
+        // Only a device can fail, and its callers use `on`.
+        Self::on(device, limit).expect("addresses for a device's memory")
+    }
+
+    /// An arena whose live tensors take at most `limit` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when the driver has no addresses to give.
+    pub fn on(device: Device, limit: usize) -> Result<Self> {
+        let heap = match device {
+            Device::Cpu => None,
+            Device::Cuda(device) => Some(DeviceHeap::new(device)?),
+        };
+        Ok(Self(Arc::new(Inner { device, limit, pool: Mutex::default(), heap })))
     }
 
     /// The device the memory is on.
@@ -91,6 +112,16 @@ impl Arena {
         self.pool().release();
     }
 
+    /// Bytes that the driver has given to this arena; nothing on the CPU.
+    #[must_use]
+    pub fn device_bytes(&self) -> Option<usize> {
+        self.0.heap.as_ref().map(DeviceHeap::backed)
+    }
+
+    pub(crate) fn device_heap(&self) -> Option<&DeviceHeap> {
+        self.0.heap.as_ref()
+    }
+
     fn pool(&self) -> MutexGuard<'_, Pool> {
         self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -102,23 +133,21 @@ impl Arena {
     pub(crate) fn take(&self, bytes: usize) -> Result<Block> {
         let lines = class(bytes.div_ceil(64));
         let mut pool = self.pool();
-        if pool.stats.live.saturating_add(lines.saturating_mul(64)) > self.0.limit {
-            return Err(Error::OutOfMemory {
-                device: self.0.device.to_string(),
-                requested: bytes,
-                live: pool.stats.live,
-                limit: self.0.limit,
-            });
-        }
-        let Some(memory) = pool.take(lines) else {
-            return Err(Error::OutOfMemory {
-                device: self.0.device.to_string(),
-                requested: bytes,
-                live: pool.stats.live,
-                limit: pool.stats.live,
-            });
+        let out_of_memory = |live, limit| {
+            Err(Error::OutOfMemory { device: self.0.device.to_string(), requested: bytes, live, limit })
         };
-        pool.stats.live += memory.len() * 64;
+        let wanted = if self.0.heap.is_some() { bytes } else { lines.saturating_mul(64) };
+        if pool.stats.live.saturating_add(wanted) > self.0.limit {
+            return out_of_memory(pool.stats.live, self.0.limit);
+        }
+        let memory = match &self.0.heap {
+            None => pool.take(lines).map(Memory::Host),
+            Some(heap) => heap.take(bytes)?.map(|span| Memory::Device { span, address: heap.address(span) }),
+        };
+        let Some(memory) = memory else {
+            return out_of_memory(pool.stats.live, pool.stats.live);
+        };
+        pool.stats.live += memory.len();
         pool.stats.peak = pool.stats.peak.max(pool.stats.live);
         drop(pool);
         Ok(Block { memory, arena: self.clone() })
@@ -151,8 +180,24 @@ impl Pool {
 /// Memory taken from an arena; dropping gives it back.
 #[derive(Debug)]
 pub(crate) struct Block {
-    memory: Vec<Line>,
+    memory: Memory,
     arena: Arena,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Host(Vec<Line>),
+    Device { span: Span, address: u64 },
+}
+
+impl Memory {
+    /// Bytes.
+    fn len(&self) -> usize {
+        match self {
+            Self::Host(lines) => lines.len() * 64,
+            Self::Device { span, .. } => span.len,
+        }
+    }
 }
 
 impl Block {
@@ -160,22 +205,54 @@ impl Block {
         &self.arena
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.memory)
+    /// The bytes, on the CPU.
+    pub(crate) fn bytes(&self, op: &'static str) -> Result<&[u8]> {
+        match &self.memory {
+            Memory::Host(lines) => Ok(bytemuck::cast_slice(lines)),
+            Memory::Device { .. } => Err(self.not_on_host(op)),
+        }
     }
 
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.memory)
+    /// The bytes for writing, on the CPU.
+    pub(crate) fn bytes_mut(&mut self, op: &'static str) -> Result<&mut [u8]> {
+        if matches!(self.memory, Memory::Device { .. }) {
+            return Err(self.not_on_host(op));
+        }
+        match &mut self.memory {
+            Memory::Host(lines) => Ok(bytemuck::cast_slice_mut(lines)),
+            Memory::Device { .. } => Ok(&mut []),
+        }
+    }
+
+    /// The address on the device; nothing on the CPU.
+    pub(crate) fn address(&self) -> Option<u64> {
+        match self.memory {
+            Memory::Host(_) => None,
+            Memory::Device { address, .. } => Some(address),
+        }
+    }
+
+    fn not_on_host(&self, op: &'static str) -> Error {
+        Error::NotOnHost { op, device: self.arena.device().to_string() }
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let memory = std::mem::take(&mut self.memory);
+        let memory = std::mem::replace(&mut self.memory, Memory::Host(Vec::new()));
         let mut pool = self.arena.pool();
-        pool.stats.live -= memory.len() * 64;
-        pool.stats.free += memory.len() * 64;
-        pool.free.entry(memory.len()).or_default().push(memory);
+        pool.stats.live -= memory.len();
+        match memory {
+            Memory::Host(lines) => {
+                pool.stats.free += lines.len() * 64;
+                pool.free.entry(lines.len()).or_default().push(lines);
+            }
+            Memory::Device { span, .. } => {
+                if let Some(heap) = &self.arena.0.heap {
+                    heap.give(span);
+                }
+            }
+        }
     }
 }
 
@@ -197,7 +274,7 @@ mod tests {
             let b = arena.take(50_000).unwrap();
             drop(a);
             let c = arena.take(960).unwrap();
-            (b.bytes().len(), c.bytes().len())
+            (b.bytes("test").unwrap().len(), c.bytes("test").unwrap().len())
         };
         step();
         let before = arena.stats();

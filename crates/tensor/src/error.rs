@@ -77,6 +77,36 @@ pub enum Error {
         /// The limit in bytes.
         limit: usize,
     },
+    /// A device that is not there, or too old.
+    #[error("no GPU can be used: {reason}")]
+    NoDevice {
+        /// What is missing.
+        reason: String,
+    },
+    /// A call into the driver or one of its libraries failed.
+    #[error("cuda: {call} failed: {reason}")]
+    Cuda {
+        /// The call.
+        call: &'static str,
+        /// The library's words.
+        reason: String,
+    },
+    /// A kernel cannot be launched.
+    #[error("cuda: kernel `{kernel}` cannot run: {reason}")]
+    Kernel {
+        /// Its name.
+        kernel: String,
+        /// Why.
+        reason: String,
+    },
+    /// Elements read or written in place that are on a device.
+    #[error("{op}: the tensor is on {device}, not on the host")]
+    NotOnHost {
+        /// The op.
+        op: &'static str,
+        /// Where it is.
+        device: String,
+    },
     /// The 4-bit or 8-bit format refused its input.
     #[error(transparent)]
     Quantization(#[from] nibble_nf4::Error),

@@ -19,6 +19,8 @@
 #![deny(unsafe_code)]
 
 mod arena;
+#[allow(unsafe_code)]
+pub mod cuda;
 mod device;
 mod dtype;
 mod error;

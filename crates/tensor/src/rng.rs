@@ -5,6 +5,11 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rng {
     key: u64,
+    /// Where the path below begins: what a device is told anew each step, while paths stay.
+    root: u64,
+    /// Up to four indices of 16 bits from the root to this stream, the first in the lowest bits.
+    path: u64,
+    depth: u32,
 }
 
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -19,13 +24,32 @@ impl Rng {
     /// The stream with this seed.
     #[must_use]
     pub const fn new(seed: u64) -> Self {
-        Self { key: mix(seed.wrapping_add(GOLDEN)) }
+        Self::at(mix(seed.wrapping_add(GOLDEN)))
     }
 
     /// An independent stream below this one.
     #[must_use]
     pub const fn stream(self, index: u64) -> Self {
-        Self { key: mix(self.key ^ mix(index.wrapping_add(GOLDEN))) }
+        let key = mix(self.key ^ mix(index.wrapping_add(GOLDEN)));
+        if self.depth == 4 || index > 0xffff {
+            return Self::at(key);
+        }
+        Self { key, root: self.root, path: self.path | index << (16 * self.depth), depth: self.depth + 1 }
+    }
+
+    const fn at(key: u64) -> Self {
+        Self { key, root: key, path: 0, depth: 0 }
+    }
+
+    /// The same numbers, as a stream that others are counted from.
+    #[must_use]
+    pub const fn rooted(self) -> Self {
+        Self::at(self.key)
+    }
+
+    /// The root's key, and the path from it to this stream with its depth.
+    pub(crate) const fn parts(self) -> (u64, u64, u32) {
+        (self.root, self.path, self.depth)
     }
 
     /// The n-th 64 random bits.
@@ -63,6 +87,18 @@ mod tests {
         let uniform: f64 = (0..n).map(|i| f64::from(rng.uniform(i))).sum::<f64>() / n as f64;
         let variance: f64 = (0..n).map(|i| f64::from(rng.normal(i)).powi(2)).sum::<f64>() / n as f64;
         assert!((uniform - 0.5).abs() < 0.005 && (variance - 1.0).abs() < 0.02, "{uniform} {variance}");
+    }
+
+    #[test]
+    fn a_path_from_the_root_leads_to_the_same_key() {
+        let deep = Rng::new(7).stream(70_000).stream(3).stream(65_535).stream(0).stream(9);
+        let (root, path, depth) = deep.parts();
+        let mut again = Rng::at(root);
+        for level in 0..depth {
+            again = again.stream(path >> (16 * level) & 0xffff);
+        }
+        assert_eq!((again.key, depth), (deep.key, 4));
+        assert_eq!(deep.stream(1).bits(5), deep.rooted().stream(1).bits(5));
     }
 
     #[test]

@@ -1,8 +1,14 @@
 //! Contiguous memory with a shape and an element type.
 
-use std::sync::Arc;
+use std::{marker::PhantomData, sync::Arc};
 
-use crate::{Arena, DType, Device, Element, Error, Float, Result, Shape, TensorMut, arena::Block, dtype::with_float};
+use crate::{
+    Arena, DType, Device, Element, Error, Float, Result, Shape, TensorMut,
+    arena::Block,
+    cuda::{Arg, Grid, suffix},
+    dtype::with_float,
+    view_mut::MemoryMut,
+};
 
 /// A contiguous view of memory with a shape and an element type.
 ///
@@ -34,8 +40,20 @@ impl Tensor {
     /// [`Error::OutOfMemory`].
     pub fn zeros(arena: &Arena, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let mut tensor = Self::empty(arena, dtype, shape)?;
-        tensor.bytes_mut("zeros")?.fill(0);
+        tensor.set_zero()?;
         Ok(tensor)
+    }
+
+    /// Sets all elements to zero.
+    ///
+    /// # Errors
+    /// [`Error::Shared`] when another handle lives.
+    pub fn set_zero(&mut self) -> Result<()> {
+        match self.device() {
+            Device::Cpu => self.bytes_mut("set_zero")?.fill(0),
+            Device::Cuda(device) => device.fill(self.address_mut()?, 0, self.bytes())?,
+        }
+        Ok(())
     }
 
     /// A copy of `values`.
@@ -48,8 +66,70 @@ impl Tensor {
             return Err(Error::Shape { op: "from_slice", operand: "values", expected: shape, found: [values.len()].into() });
         }
         let mut tensor = Self::empty(arena, E::DTYPE, shape)?;
-        tensor.as_mut_slice::<E>()?.copy_from_slice(values);
+        tensor.write(values)?;
         Ok(tensor)
+    }
+
+    /// Copies `values` from the host over the elements.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the lengths differ, [`Error::DType`], [`Error::Shared`] when another handle lives.
+    pub fn write<E: Element>(&mut self, values: &[E]) -> Result<()> {
+        self.expect_dtype("write", E::DTYPE)?;
+        if values.len() != self.numel() {
+            return Err(Error::Shape { op: "write", operand: "values", expected: self.shape, found: [values.len()].into() });
+        }
+        match self.device() {
+            Device::Cpu => self.as_mut_slice::<E>()?.copy_from_slice(values),
+            Device::Cuda(device) => device.upload(self.address_mut()?, bytemuck::cast_slice(values))?,
+        }
+        Ok(())
+    }
+
+    /// `pattern` again and again: large made-up tensors without as much memory on the host.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty pattern, [`Error::OutOfMemory`].
+    pub fn tiled<E: Element>(arena: &Arena, pattern: &[E], shape: impl Into<Shape>) -> Result<Self> {
+        if pattern.is_empty() {
+            return Err(Error::Argument { op: "tiled", argument: "pattern", expected: "at least one element", found: 0 });
+        }
+        let mut tensor = Self::empty(arena, E::DTYPE, shape)?;
+        for chunk in tensor.view_mut()?.chunks(pattern.len()) {
+            chunk.write(pattern)?;
+        }
+        Ok(tensor)
+    }
+
+    /// The elements, copied to the host.
+    ///
+    /// # Errors
+    /// [`Error::DType`] when `E` is not the tensor's element type.
+    pub fn to_vec<E: Element>(&self) -> Result<Vec<E>> {
+        match self.device() {
+            Device::Cpu => Ok(self.as_slice::<E>()?.to_vec()),
+            Device::Cuda(device) => {
+                self.expect_dtype("to_vec", E::DTYPE)?;
+                let mut values = vec![E::zeroed(); self.numel()];
+                device.download(bytemuck::cast_slice_mut(&mut values), self.address()?)?;
+                Ok(values)
+            }
+        }
+    }
+
+    /// A copy on the device of `arena`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn to_arena(&self, arena: &Arena) -> Result<Self> {
+        let mut out = Self::empty(arena, self.dtype, self.shape)?;
+        match (self.device(), arena.device()) {
+            (Device::Cpu, Device::Cpu) => out.bytes_mut("to_arena")?.copy_from_slice(self.host_bytes("to_arena")?),
+            (Device::Cpu, Device::Cuda(device)) => device.upload(out.address_mut()?, self.host_bytes("to_arena")?)?,
+            (Device::Cuda(device), Device::Cpu) => device.download(out.bytes_mut("to_arena")?, self.address()?)?,
+            (Device::Cuda(_), Device::Cuda(device)) => device.copy(out.address_mut()?, self.address()?, self.bytes())?,
+        }
+        Ok(out)
     }
 
     /// The sizes.
@@ -137,8 +217,7 @@ impl Tensor {
     /// [`Error::DType`] when `E` is not the tensor's element type.
     pub fn as_slice<E: Element>(&self) -> Result<&[E]> {
         self.expect_dtype("as_slice", E::DTYPE)?;
-        let size = self.dtype.size();
-        Ok(bytemuck::cast_slice(&self.block.bytes()[self.offset * size..(self.offset + self.numel()) * size]))
+        Ok(bytemuck::cast_slice(self.host_bytes("as_slice")?))
     }
 
     /// The elements for writing, on the CPU.
@@ -156,7 +235,11 @@ impl Tensor {
     /// [`Error::Shared`] when another handle lives.
     pub fn view_mut(&mut self) -> Result<TensorMut<'_>> {
         let (dtype, shape, device) = (self.dtype, self.shape, self.device());
-        Ok(TensorMut::new(self.bytes_mut("view_mut")?, dtype, shape, device))
+        let memory = match device {
+            Device::Cpu => MemoryMut::Host(self.bytes_mut("view_mut")?),
+            Device::Cuda(_) => MemoryMut::Device(self.address_mut()?, PhantomData),
+        };
+        Ok(TensorMut::new(memory, dtype, shape, device))
     }
 
     /// Views of disjoint parts (offset in elements and shape, each) for writing at the same time, in the order given.
@@ -168,7 +251,10 @@ impl Tensor {
         let size = dtype.size();
         let mut order: Vec<usize> = (0..parts.len()).collect();
         order.sort_by_key(|&i| parts[i].0);
-        let mut rest = self.bytes_mut("views_mut")?;
+        let mut rest = match device {
+            Device::Cpu => MemoryMut::Host(self.bytes_mut("views_mut")?),
+            Device::Cuda(_) => MemoryMut::Device(self.address_mut()?, PhantomData),
+        };
         let mut at = 0;
         let mut views = Vec::with_capacity(parts.len());
         for i in order {
@@ -177,9 +263,8 @@ impl Tensor {
             if offset < at || end > shape.numel() {
                 return Err(Error::Shape { op: "views_mut", operand: "parts", expected: shape, found: [end].into() });
             }
-            let (_, tail) = rest.split_at_mut((offset - at) * size);
-            let (bytes, tail) = tail.split_at_mut((end - offset) * size);
-            views.push((i, TensorMut::new(bytes, dtype, part, device)));
+            let (memory, tail) = rest.split((offset - at) * size, (end - offset) * size);
+            views.push((i, TensorMut::new(memory, dtype, part, device)));
             (rest, at) = (tail, end);
         }
         views.sort_by_key(|(i, _)| *i);
@@ -191,6 +276,11 @@ impl Tensor {
     /// # Errors
     /// [`Error::DType`] for integer tensors.
     pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        if self.device() != Device::Cpu {
+            return with_float!(self.dtype, "to_f32_vec", "self", E => {
+                Ok(self.to_vec::<E>()?.into_iter().map(Float::to_f32).collect())
+            });
+        }
         with_float!(self.dtype, "to_f32_vec", "self", E => Ok(self.as_slice::<E>()?.iter().map(|&x| Float::to_f32(x)).collect()))
     }
 
@@ -203,16 +293,36 @@ impl Tensor {
             return Ok(self.clone());
         }
         let mut out = Self::empty(self.arena(), dtype, self.shape)?;
-        with_float!(self.dtype, "to_dtype", "self", E => {
+        self.convert_into(&mut out)?;
+        Ok(out)
+    }
+
+    /// Writes the elements over `out`, in its type (rounded to nearest even).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the shapes differ, [`Error::DType`] for integer types, [`Error::Shared`].
+    pub fn convert_into(&self, out: &mut Self) -> Result<()> {
+        const OP: &str = "convert_into";
+        out.expect_shape(OP, "out", self.shape)?;
+        let dtype = out.dtype;
+        if let Device::Cuda(device) = self.device() {
+            if dtype == self.dtype {
+                return device.copy(out.address_mut()?, self.address()?, self.bytes());
+            }
+            let name = format!("cast_{}_{}", suffix(OP, self.dtype)?, suffix(OP, dtype)?);
+            let (y, x) = (Arg::write(out)?, Arg::read(self)?);
+            // Two packs of 16 bytes of the narrower type a thread.
+            return device.launch(&name, Grid::over(self.numel(), 4096, 256), &[y, x, Arg::U64(self.numel() as u64)]);
+        }
+        with_float!(self.dtype, OP, "self", E => {
             let source = self.as_slice::<E>()?;
-            with_float!(dtype, "to_dtype", "dtype", F => {
+            with_float!(dtype, OP, "out", F => {
                 for (y, x) in out.as_mut_slice::<F>()?.iter_mut().zip(source) {
                     *y = F::from_f32(Float::to_f32(*x));
                 }
                 Ok(())
             })
-        })?;
-        Ok(out)
+        })
     }
 
     /// Copies the rows of `source` over rows `start ..` of the first size.
@@ -226,8 +336,13 @@ impl Tensor {
         let size = self.dtype.size();
         let (at, len) = ((place.offset - self.offset) * size, source.numel() * size);
         drop(place);
-        let from = &source.block.bytes()[source.offset * size..][..len];
-        self.bytes_mut("copy_rows")?[at..at + len].copy_from_slice(from);
+        match self.device() {
+            Device::Cpu => {
+                let from = source.host_bytes("copy_rows")?;
+                self.bytes_mut("copy_rows")?[at..at + len].copy_from_slice(from);
+            }
+            Device::Cuda(device) => device.copy(self.address_mut()? + at as u64, source.address()?, len)?,
+        }
         Ok(())
     }
 
@@ -247,11 +362,35 @@ impl Tensor {
         Err(Error::DType { op, operand: "self", expected: expected.name(), found: self.dtype })
     }
 
-    fn bytes_mut(&mut self, op: &'static str) -> Result<&mut [u8]> {
+    /// Bytes of the elements.
+    fn bytes(&self) -> usize {
+        self.numel() * self.dtype.size()
+    }
+
+    fn byte_range(&self) -> std::ops::Range<usize> {
         let size = self.dtype.size();
-        let range = self.offset * size..(self.offset + self.numel()) * size;
+        self.offset * size..(self.offset + self.numel()) * size
+    }
+
+    fn host_bytes(&self, op: &'static str) -> Result<&[u8]> {
+        Ok(&self.block.bytes(op)?[self.byte_range()])
+    }
+
+    fn bytes_mut(&mut self, op: &'static str) -> Result<&mut [u8]> {
+        let range = self.byte_range();
         let block = Arc::get_mut(&mut self.block).ok_or(Error::Shared { op })?;
-        Ok(&mut block.bytes_mut()[range])
+        Ok(&mut block.bytes_mut(op)?[range])
+    }
+
+    /// The address of the first element on the device.
+    pub(crate) fn address(&self) -> Result<u64> {
+        let address = self.block.address().ok_or(Error::Cuda { call: "address", reason: "the tensor is on the host".into() })?;
+        Ok(address + self.byte_range().start as u64)
+    }
+
+    /// The same for writing: the only handle.
+    pub(crate) fn address_mut(&mut self) -> Result<u64> {
+        if self.is_unique() { self.address() } else { Err(Error::Shared { op: "write" }) }
     }
 }
 

@@ -1,19 +1,60 @@
 //! A borrowed part of a tensor, for writing.
 
+use std::marker::PhantomData;
+
 use crate::{DType, Device, Element, Error, Result, Shape};
 
 /// A part of a tensor borrowed for writing: gradients of one parameter inside the flat buffer of all.
 #[derive(Debug)]
 pub struct TensorMut<'a> {
-    bytes: &'a mut [u8],
+    memory: MemoryMut<'a>,
     dtype: DType,
     shape: Shape,
     device: Device,
 }
 
+/// Where the elements are.
+#[derive(Debug)]
+pub(crate) enum MemoryMut<'a> {
+    Host(&'a mut [u8]),
+    /// The address of the first element, borrowed as long as the tensor is.
+    Device(u64, PhantomData<&'a mut ()>),
+}
+
+impl<'a> MemoryMut<'a> {
+    /// `len` bytes after the first `skip`, and what follows them.
+    pub(crate) fn split(self, skip: usize, len: usize) -> (Self, Self) {
+        match self {
+            Self::Host(bytes) => {
+                let (_, tail) = bytes.split_at_mut(skip);
+                let (part, tail) = tail.split_at_mut(len);
+                (Self::Host(part), Self::Host(tail))
+            }
+            Self::Device(address, _) => {
+                let at = address + skip as u64;
+                (Self::Device(at, PhantomData), Self::Device(at + len as u64, PhantomData))
+            }
+        }
+    }
+}
+
 impl<'a> TensorMut<'a> {
-    pub(crate) fn new(bytes: &'a mut [u8], dtype: DType, shape: Shape, device: Device) -> Self {
-        Self { bytes, dtype, shape, device }
+    pub(crate) fn new(memory: MemoryMut<'a>, dtype: DType, shape: Shape, device: Device) -> Self {
+        Self { memory, dtype, shape, device }
+    }
+
+    /// The element type.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The address on the device.
+    pub(crate) fn address(&mut self) -> Result<u64> {
+        match self.memory {
+            MemoryMut::Host(_) => Err(Error::Cuda { call: "address", reason: "the tensor is on the host".into() }),
+            MemoryMut::Device(address, _) => Ok(address),
+        }
     }
 
     /// The sizes.
@@ -36,12 +77,41 @@ impl<'a> TensorMut<'a> {
         if self.dtype != E::DTYPE {
             return Err(Error::DType { op: "as_mut_slice", operand: "self", expected: E::DTYPE.name(), found: self.dtype });
         }
-        Ok(bytemuck::cast_slice_mut(self.bytes))
+        match &mut self.memory {
+            MemoryMut::Host(bytes) => Ok(bytemuck::cast_slice_mut(bytes)),
+            MemoryMut::Device(..) => Err(Error::NotOnHost { op: "as_mut_slice", device: self.device.to_string() }),
+        }
+    }
+
+    /// Flat views of `len` elements each (the last one of what is left).
+    pub(crate) fn chunks(self, len: usize) -> impl Iterator<Item = Self> {
+        let (dtype, device, total) = (self.dtype, self.device, self.shape.numel());
+        let mut rest = Some(self.memory);
+        (0..total).step_by(len).filter_map(move |start| {
+            let len = len.min(total - start);
+            let (part, tail) = rest.take()?.split(0, len * dtype.size());
+            rest = Some(tail);
+            Some(Self::new(part, dtype, [len].into(), device))
+        })
+    }
+
+    /// Copies the first elements of `values` from the host over all of the view.
+    pub(crate) fn write<E: Element>(mut self, values: &[E]) -> Result<()> {
+        let values = &values[..self.shape.numel()];
+        match self.device {
+            Device::Cpu => self.as_mut_slice::<E>()?.copy_from_slice(values),
+            Device::Cuda(device) => device.upload(self.address()?, bytemuck::cast_slice(values))?,
+        }
+        Ok(())
     }
 
     /// The same view for a shorter time, to hand it on and keep it.
     pub fn reborrow(&mut self) -> TensorMut<'_> {
-        TensorMut { bytes: self.bytes, dtype: self.dtype, shape: self.shape, device: self.device }
+        let memory = match &mut self.memory {
+            MemoryMut::Host(bytes) => MemoryMut::Host(bytes),
+            MemoryMut::Device(address, _) => MemoryMut::Device(*address, PhantomData),
+        };
+        TensorMut { memory, dtype: self.dtype, shape: self.shape, device: self.device }
     }
 
     /// Checks a shape on behalf of `op`.

@@ -2,7 +2,7 @@
 
 use nibble_nf4 as nf4;
 
-use crate::{Arena, DType, Result, Shape, Tensor};
+use crate::{Arena, DType, Device, Result, Rng, Shape, Tensor, ops::dequantize};
 
 /// A frozen matrix [out, in] (rows are output features) in one of the formats a base model is kept in.
 #[derive(Clone, Debug)]
@@ -69,6 +69,15 @@ impl Weight {
         }
     }
 
+    fn place(&self) -> (Device, &Arena) {
+        let arena = match self {
+            Self::Nf4(w) | Self::Fp4(w) => w.packed.arena(),
+            Self::Int8(w) => w.codes.arena(),
+            Self::Dense(w) => w.arena(),
+        };
+        (arena.device(), arena)
+    }
+
     /// Bytes the matrix takes, scales included.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -102,18 +111,48 @@ impl Weight {
         };
         let packed = Tensor::from_slice(arena, blocks.packed(), [blocks.packed().len()])?;
         let config = *blocks.config();
-        let weight = BlockWeight { shape: shape.into(), config, packed, absmax };
-        Ok(match config.format {
-            nf4::Format::Nf4 => Self::Nf4(weight),
-            nf4::Format::Fp4 => Self::Fp4(weight),
-        })
+        Ok(Self::from_parts(BlockWeight { shape: shape.into(), config, packed, absmax }))
     }
 
-    /// The matrix in f32, on the CPU.
+    /// A made-up matrix of normal numbers times `std`, quantised: one block of them, repeated.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn random(arena: &Arena, shape: impl Into<Shape>, config: &nf4::QuantConfig, std: f32, rng: Rng) -> Result<Self> {
+        let shape = shape.into();
+        // A whole number of the blocks of both levels of scales.
+        let pattern = (shape.numel()).min(config.block_size * 256 * 8);
+        let values: Vec<f32> = (0..pattern as u64).map(|n| std * rng.normal(n)).collect();
+        let blocks = nf4::quantize(&values, config)?;
+        let count = shape.numel().div_ceil(config.block_size);
+        let absmax = match blocks.absmax() {
+            nf4::Absmax::Plain(absmax) => Absmax::Plain(Tensor::tiled(arena, absmax, [count])?),
+            nf4::Absmax::Nested { codes, absmax, offset, map } => Absmax::Nested {
+                codes: Tensor::tiled(arena, codes, [count])?,
+                absmax: Tensor::tiled(arena, absmax, [count.div_ceil(256)])?,
+                offset: *offset,
+                map: Tensor::from_slice(arena, &map[..], [256])?,
+            },
+        };
+        let packed = Tensor::tiled(arena, blocks.packed(), [shape.numel().div_ceil(2)])?;
+        Ok(Self::from_parts(BlockWeight { shape, config: *config, packed, absmax }))
+    }
+
+    fn from_parts(weight: BlockWeight) -> Self {
+        match weight.config.format {
+            nf4::Format::Nf4 => Self::Nf4(weight),
+            nf4::Format::Fp4 => Self::Fp4(weight),
+        }
+    }
+
+    /// The matrix in f32, on the host.
     ///
     /// # Errors
     /// As the format's decoder.
     pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        if let (Device::Cuda(device), arena) = self.place() {
+            return dequantize::cuda::matrix(device, self, DType::F32, arena)?.to_f32_vec();
+        }
         match self {
             Self::Nf4(w) | Self::Fp4(w) => {
                 let mut out = vec![0.0; w.shape.numel()];

@@ -6,7 +6,7 @@ use nibble_autograd::{ParamGrads, ParamStore, Tape};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{LrSchedule, Optimizer, clip_grad_norm};
-use nibble_tensor::{Rng, Tensor};
+use nibble_tensor::{Rng, ops::lm_head_loss::Labels};
 
 use crate::{Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig};
 
@@ -133,7 +133,7 @@ impl Trainer {
         let labels: usize = batches.iter().map(Batch::label_count).sum();
         let tokens = batches.iter().map(Batch::len).sum();
         self.grads.zero()?;
-        let dropout = Rng::new(self.config.seed).stream(self.step as u64);
+        let dropout = Rng::new(self.config.seed).stream(self.step as u64).rooted();
         let mut loss = 0.0;
         for (i, batch) in batches.iter().enumerate() {
             loss += self.backward(batch, 1.0 / labels.max(1) as f32, Some(dropout.stream(i as u64)))?;
@@ -169,16 +169,16 @@ impl Trainer {
     fn backward(&mut self, batch: &Batch, scale: f32, dropout: Option<Rng>) -> Result<f64> {
         let arena = self.model.arena();
         let stream = Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?;
-        let labels = Tensor::from_slice(arena, &batch.labels, [batch.labels.len()])?;
-        let options = LossOptions { scale, checkpointing: self.config.checkpointing, dropout };
+        let labels = Labels::new(arena, &batch.labels, scale)?;
+        let options = LossOptions { checkpointing: self.config.checkpointing, dropout };
         let mut tape = Tape::new(&self.params);
         let loss = self.model.loss(&mut tape, &stream, &labels, options)?;
+        let value = loss.value()?;
         // A loss that is no number has no gradient worth computing: the caller reports it.
-        if loss.value.is_finite() {
-            let one = Tensor::from_slice(arena, &[1.0f32], [1])?;
-            tape.backward([loss.var], [one], [], &mut self.grads)?;
+        if value.is_finite() {
+            loss.backward(tape, &mut self.grads)?;
         }
-        Ok(loss.value)
+        Ok(value)
     }
 
     fn expect_finite(&self, quantity: &'static str, value: f64, rows: &[usize]) -> Result<()> {
@@ -220,14 +220,15 @@ pub fn evaluate(model: &Transformer, params: &ParamStore, data: &Dataset, batch_
     for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
         let batch = data.batch(&indices);
         let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
-        let labels = Tensor::from_slice(model.arena(), &batch.labels, [batch.labels.len()])?;
-        let options = LossOptions { scale: 1.0, checkpointing: Checkpointing::None, dropout: None };
+        let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
+        let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
         let loss = model.loss(&mut Tape::inference(params), &stream, &labels, options)?;
-        if !loss.value.is_finite() {
+        let value = loss.value()?;
+        if !value.is_finite() {
             let rows = indices.iter().map(|&i| data.examples()[i].row).collect();
-            return Err(Error::NonFiniteEval { value: loss.value, rows });
+            return Err(Error::NonFiniteEval { value, rows });
         }
-        sum += loss.value;
+        sum += value;
         tokens += loss.rows;
     }
     let loss = sum / tokens.max(1) as f64;

@@ -16,6 +16,7 @@ struct DocTile {
     u32 begin;  // the document's first token
     u32 len;    // its tokens
     u32 row;    // the tile's first row within it; >= len: an idle slot
+    u32 index;  // the document
 };
 
 template <int TILE>
@@ -27,7 +28,7 @@ __device__ __forceinline__ DocTile find_tile(const u32 *__restrict__ cu_seqlens,
         else high = mid;
     }
     u32 begin = cu_seqlens[low], end = cu_seqlens[low + 1];
-    return {begin, end - begin, (slot - (begin / TILE + low)) * TILE};
+    return {begin, end - begin, (slot - (begin / TILE + low)) * TILE, low};
 }
 
 // Byte offset of 16 bytes (8 columns) of a row in a tile [rows, D] of 16-bit values. The chunks of a row are permuted by its

@@ -15,26 +15,34 @@ __device__ __forceinline__ V lanes_sum(V x, u32 width = 32) {
 template <typename V>
 __device__ __forceinline__ V block_sum(V x, V *slots) {
     x = lanes_sum(x);
-    if (threadIdx.x % 32 == 0) slots[threadIdx.x / 32] = x;
+    const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    if (lane == 0) slots[threadIdx.x / 32] = x;
     __syncthreads();
-    V sum = slots[0];
-    for (u32 i = 1; i < blockDim.x / 32; ++i) sum += slots[i];
-    return sum;
+    return lanes_sum(lane < warps ? slots[lane] : V(0));
 }
 
 // sum[c] += Σ over r < count of rows[r, c]. Block (32, 16): 32 columns, a sixteenth of the rows for each y. Grid: cols / 32.
 __device__ __forceinline__ void add_rows(float *sum, const float *rows, u32 count, u32 cols) {
+    // Rows in flight a thread.
+    constexpr u32 BATCH = 8;
     __shared__ float partial[16][32];
     const u32 c = blockIdx.x * 32 + threadIdx.x;
     float mine = 0;
-    if (c < cols) {
-#pragma unroll 4
-        for (u32 r = threadIdx.y; r < count; r += 16) mine += rows[u64(r) * cols + c];
+    for (u32 first = threadIdx.y; first < count; first += 16 * BATCH) {
+        float batch[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+            const u32 r = first + 16 * i;
+            batch[i] = r < count && c < cols ? rows[u64(r) * cols + c] : 0.0f;
+        }
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) mine += batch[i];
     }
     partial[threadIdx.y][threadIdx.x] = mine;
     __syncthreads();
     if (threadIdx.y == 0 && c < cols) {
         float total = 0;
+#pragma unroll
         for (u32 y = 0; y < 16; ++y) total += partial[y][threadIdx.x];
         sum[c] += total;
     }

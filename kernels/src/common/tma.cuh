@@ -20,3 +20,19 @@ __device__ __forceinline__ void tma_load(u32 dst, const TensorMap &map, u32 barr
                  "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
                  : "memory");
 }
+
+// `bytes` (a multiple of 16) from shared memory to consecutive global memory: over it, or added to the f32 that is there.
+__device__ __forceinline__ void bulk_store(void *dst, u32 src, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void bulk_add(float *dst, u32 src, u32 bytes) {
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Waits until this thread's bulk copies have read their source; until they are done.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

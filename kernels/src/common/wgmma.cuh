@@ -45,6 +45,20 @@ __device__ __forceinline__ void hold(u32 (&r)[N]) {
     for (u32 i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
+// Four registers of each of four neighbouring lanes, transposed: pairs of C's columns 8 j + 2 t, j = 0..4, become 16 bytes a lane.
+__device__ __forceinline__ void transpose4(u32 (&x)[4], u32 lane) {
+#pragma unroll
+    for (u32 bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if ((i & bit) == 0) {
+                const bool upper = lane & bit;
+                const u32 got = __shfl_xor_sync(~0u, upper ? x[i] : x[i | bit], bit);
+                if (upper) x[i] = got;
+                else x[i | bit] = got;
+            }
+}
+
 // Ordinary stores to shared memory so far, made visible to products and the copy engine.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

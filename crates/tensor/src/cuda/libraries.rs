@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use nibble_kernels::{find_library, find_nvrtc, toolkit_folders, toolkits, wheel_folders};
+use nibble_kernels::{ComputeCapability, find_library, find_nvrtc, has_images, toolkit_folders, toolkits, wheel_folders};
 
 /// Folders that systems keep libraries in.
 const SYSTEM: [&str; 9] = [
@@ -34,10 +34,15 @@ pub struct SearchPaths {
 }
 
 impl SearchPaths {
-    /// What does not depend on the environment.
+    /// What does not depend on the environment: toolkits and Python packages of the whole machine, and the system's folders.
     #[must_use]
     pub fn of_system() -> Self {
-        Self { installed: vec!["/usr/local".into()], system: SYSTEM.map(PathBuf::from).to_vec(), ..Self::default() }
+        Self {
+            environments: ["/usr/local", "/usr"].map(PathBuf::from).to_vec(),
+            installed: vec!["/usr/local".into()],
+            system: SYSTEM.map(PathBuf::from).to_vec(),
+            ..Self::default()
+        }
     }
 
     /// All folders, in order.
@@ -80,6 +85,12 @@ pub fn find(paths: &SearchPaths) -> Libraries {
         nvrtc: find_nvrtc(&all),
         nccl: find_library(&all, &["libnccl.so.2"]),
     }
+}
+
+/// Whether a device needs NVRTC: the build holds no images of its kernels.
+#[must_use]
+pub fn needs_nvrtc(device: ComputeCapability) -> bool {
+    !has_images(device)
 }
 
 fn is_stub(folder: &Path) -> bool {

@@ -13,8 +13,8 @@
 //!
 //! Shapes: all F32, of one shape. Moves 28 bytes an element.
 
-use super::typed;
-use crate::{DType, Device, Result, Tensor, TensorMut};
+use super::{step as steps, typed};
+use crate::{DType, Device, Error, Result, Tensor, TensorMut};
 
 const OP: &str = "adamw";
 
@@ -62,12 +62,39 @@ pub fn step(
     grads.expect_shape(OP, "grads", params.shape())?;
     m.expect_shape(OP, "m", params.shape())?;
     v.expect_shape(OP, "v", params.shape())?;
-    let p = typed::slice_mut(OP, "params", &mut params)?;
-    let (m, v) = (typed::slice_mut(OP, "m", &mut m)?, typed::slice_mut(OP, "v", &mut v)?);
     match grads.device() {
-        Device::Cpu => cpu::step(p, grads.as_slice()?, m, v, cpu::Factors::new(hyper, grad_scale)),
+        Device::Cpu => {
+            let p = typed::slice_mut(OP, "params", &mut params)?;
+            let (m, v) = (typed::slice_mut(OP, "m", &mut m)?, typed::slice_mut(OP, "v", &mut v)?);
+            cpu::step(p, grads.as_slice()?, m, v, cpu::Factors::new(hyper, grad_scale));
+            Ok(())
+        }
+        Device::Cuda(device) => {
+            let values = Tensor::from_slice(grads.arena(), &steps::values(hyper, grad_scale), [steps::LEN])?;
+            cuda::step(device, params, grads, m, v, None, &values, hyper)
+        }
     }
-    Ok(())
+}
+
+/// One step on a GPU whose learning rate, corrections and clipping factor are read from `values` ([`steps`]) when it runs, so
+/// that it can be captured; of `hyper` only the constants are used. `no_decay` U32 \[2 n\] holds the starts and ends of what
+/// is not decayed.
+///
+/// # Errors
+/// As [`step`]; [`Error::Argument`] on the CPU.
+pub fn captured_step(
+    params: TensorMut<'_>,
+    grads: &Tensor,
+    m: TensorMut<'_>,
+    v: TensorMut<'_>,
+    no_decay: Option<&Tensor>,
+    values: &Tensor,
+    hyper: &Hyper,
+) -> Result<()> {
+    match grads.device() {
+        Device::Cuda(device) => cuda::step(device, params, grads, m, v, no_decay, values, hyper),
+        Device::Cpu => Err(Error::Argument { op: OP, argument: "device", expected: "a GPU", found: 0 }),
+    }
 }
 
 mod cpu {
@@ -127,6 +154,44 @@ mod cpu {
                 *p = (*p * f.before - update) * f.after;
             }
         }
+    }
+}
+
+mod cuda {
+    use super::{DecayOrder, Hyper};
+    use crate::{
+        Result, Tensor, TensorMut,
+        cuda::{Arg, CudaDevice, Grid},
+    };
+
+    pub(super) fn step(
+        device: CudaDevice,
+        mut params: TensorMut<'_>,
+        grads: &Tensor,
+        mut m: TensorMut<'_>,
+        mut v: TensorMut<'_>,
+        no_decay: Option<&Tensor>,
+        values: &Tensor,
+        hyper: &Hyper,
+    ) -> Result<()> {
+        let args = [
+            Arg::write_view(&mut params)?,
+            Arg::write_view(&mut m)?,
+            Arg::write_view(&mut v)?,
+            Arg::NONE,
+            Arg::read(grads)?,
+            Arg::read(values)?,
+            Arg::read_or_none(no_decay)?,
+            Arg::size(no_decay.map_or(0, |ranges| ranges.numel() / 2)),
+            Arg::F32((1.0 - hyper.beta1) as f32),
+            Arg::F32(hyper.beta2 as f32),
+            Arg::F32((1.0 - hyper.beta2) as f32),
+            Arg::F32(hyper.eps as f32),
+            Arg::U32((hyper.decay == DecayOrder::After).into()),
+            Arg::U32(0),
+            Arg::U64(grads.numel() as u64),
+        ];
+        device.launch("adamw_f32", Grid::over(grads.numel(), 2048, 256), &args)
     }
 }
 

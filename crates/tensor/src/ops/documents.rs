@@ -11,6 +11,10 @@ pub struct Documents {
     cu_seqlens: Arc<[u32]>,
     /// U32 [T]: the position of each token within its document (for rope).
     positions: Tensor,
+    /// U32 [documents + 1]: the offsets where the kernels read them.
+    offsets: Tensor,
+    /// The highest position.
+    last_position: usize,
 }
 
 impl Documents {
@@ -30,8 +34,16 @@ impl Documents {
             return Err(fail("strictly increasing", pair[1]));
         }
         let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
-        let positions = Tensor::from_slice(arena, &positions, [positions.len()])?;
-        Ok(Self { cu_seqlens: cu_seqlens.into(), positions })
+        Self::build(arena, cu_seqlens, &positions)
+    }
+
+    fn build(arena: &Arena, cu_seqlens: &[u32], positions: &[u32]) -> Result<Self> {
+        Ok(Self {
+            cu_seqlens: cu_seqlens.into(),
+            positions: Tensor::from_slice(arena, positions, [positions.len()])?,
+            offsets: Tensor::from_slice(arena, cu_seqlens, [cu_seqlens.len()])?,
+            last_position: positions.iter().copied().max().unwrap_or(0) as usize,
+        })
     }
 
     /// One document of `len` tokens whose first token has position `start` (a continuation of cached tokens).
@@ -43,8 +55,7 @@ impl Documents {
             return Err(Error::Argument { op: "documents", argument: "len", expected: "at least 1", found: 0 });
         }
         let positions: Vec<u32> = (start as u32..(start + len) as u32).collect();
-        let positions = Tensor::from_slice(arena, &positions, [len])?;
-        Ok(Self { cu_seqlens: [0, len as u32].into(), positions })
+        Self::build(arena, &[0, len as u32], &positions)
     }
 
     /// T.
@@ -57,6 +68,17 @@ impl Documents {
     #[must_use]
     pub fn cu_seqlens(&self) -> &[u32] {
         &self.cu_seqlens
+    }
+
+    /// The highest position of a token: one less than the rows of rope's table that are needed.
+    #[must_use]
+    pub fn last_position(&self) -> usize {
+        self.last_position
+    }
+
+    /// U32 [documents + 1], on the device.
+    pub(crate) fn offsets(&self) -> &Tensor {
+        &self.offsets
     }
 
     /// U32 `[T]`.

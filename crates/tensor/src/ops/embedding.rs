@@ -17,13 +17,14 @@ pub fn forward(table: &Tensor, tokens: &Tensor, scale: f32, dtype: DType) -> Res
     let &[vocab_size, channels] = table.dims() else {
         return Err(Error::Argument { op: OP, argument: "rank", expected: "2, for [V, C]", found: table.dims().len() });
     };
-    let ids = check_tokens(tokens, vocab_size)?;
-    let mut y = Tensor::empty(table.arena(), dtype, [ids.len(), channels])?;
+    check_tokens(tokens, vocab_size)?;
+    let mut y = Tensor::empty(table.arena(), dtype, [tokens.numel(), channels])?;
     match table.device() {
         Device::Cpu => with_float!(table.dtype(), OP, "table", S => with_float!(dtype, OP, "dtype", E => {
-            cpu::forward::<S, E>(table.as_slice()?, ids, scale, channels, y.as_mut_slice()?);
+            cpu::forward::<S, E>(table.as_slice()?, tokens.as_slice()?, scale, channels, y.as_mut_slice()?);
             Ok(())
         }))?,
+        Device::Cuda(device) => cuda::forward(device, table, tokens, scale, &mut y)?,
     }
     Ok(y)
 }
@@ -36,22 +37,29 @@ pub fn backward(dy: &Tensor, tokens: &Tensor, scale: f32, mut dtable: TensorMut<
     let channels = dy.shape().last();
     let vocab_size = dtable.shape().dims().first().copied().unwrap_or(0);
     dtable.expect_shape(OP, "dtable", [vocab_size, channels])?;
-    let ids = check_tokens(tokens, vocab_size)?;
-    dy.expect_shape(OP, "dy", [ids.len(), channels])?;
+    check_tokens(tokens, vocab_size)?;
+    dy.expect_shape(OP, "dy", [tokens.numel(), channels])?;
     match dy.device() {
         Device::Cpu => with_float!(dy.dtype(), OP, "dy", E => {
-            cpu::backward::<E>(dy.as_slice()?, ids, scale, channels, typed::slice_mut(OP, "dtable", &mut dtable)?);
+            let dtable = typed::slice_mut(OP, "dtable", &mut dtable)?;
+            cpu::backward::<E>(dy.as_slice()?, tokens.as_slice()?, scale, channels, dtable);
             Ok(())
         }),
+        Device::Cuda(device) => cuda::backward(device, dy, tokens, scale, &mut dtable),
     }
 }
 
-fn check_tokens(tokens: &Tensor, vocab_size: usize) -> Result<&[u32]> {
-    let ids = typed::slice::<u32>(OP, "tokens", tokens)?;
-    tokens.expect_shape(OP, "tokens", [ids.len()])?;
+/// Checks the ids where they can be read without waiting: a GPU's are checked where they are made.
+fn check_tokens(tokens: &Tensor, vocab_size: usize) -> Result<()> {
+    typed::expect_dtype(OP, "tokens", tokens, DType::U32)?;
+    tokens.expect_shape(OP, "tokens", [tokens.numel()])?;
+    if tokens.device() != Device::Cpu {
+        return Ok(());
+    }
+    let ids = tokens.as_slice::<u32>()?;
     match ids.iter().position(|&id| id as usize >= vocab_size) {
         Some(position) => Err(Error::TokenOutOfRange { op: OP, position, id: i64::from(ids[position]), vocab_size }),
-        None => Ok(ids),
+        None => Ok(()),
     }
 }
 
@@ -101,6 +109,47 @@ mod cpu {
                 *sum += scale * x.to_f32();
             }
         }
+    }
+}
+
+mod cuda {
+    use super::OP;
+    use crate::{
+        Result, Tensor, TensorMut,
+        cuda::{Arg, CudaDevice, Grid, suffix},
+    };
+
+    pub(super) fn forward(device: CudaDevice, table: &Tensor, tokens: &Tensor, scale: f32, y: &mut Tensor) -> Result<()> {
+        let name = format!("embedding_fwd_{}_{}", suffix(OP, y.dtype())?, suffix(OP, table.dtype())?);
+        let (rows, cols) = (y.dims()[0], y.dims()[1]);
+        let args = [
+            Arg::write(y)?,
+            Arg::read(table)?,
+            Arg::read(tokens)?,
+            Arg::F32(scale),
+            Arg::size(rows),
+            Arg::size(cols),
+        ];
+        device.launch(&name, Grid::new(rows, 128), &args)
+    }
+
+    pub(super) fn backward(
+        device: CudaDevice,
+        dy: &Tensor,
+        tokens: &Tensor,
+        scale: f32,
+        dtable: &mut TensorMut<'_>,
+    ) -> Result<()> {
+        let (rows, cols) = (dy.shape().rows(), dy.shape().last());
+        let args = [
+            Arg::write_view(dtable)?,
+            Arg::read(dy)?,
+            Arg::read(tokens)?,
+            Arg::F32(scale),
+            Arg::size(rows),
+            Arg::size(cols),
+        ];
+        device.launch(&format!("embedding_bwd_{}", suffix(OP, dy.dtype())?), Grid::new(rows, 128), &args)
     }
 }
 

@@ -3,17 +3,59 @@
 //! Squares are summed in f64 over fixed lanes and tasks, so the result is right to f32's last place, no square overflows, and
 //! the bits are the same for any number of threads. Shapes: x F32, any. There is no backward.
 
-use super::typed;
-use crate::{Device, Result, Tensor};
+use super::{step, typed};
+use crate::{DType, Device, Error, Result, Tensor};
+
+const OP: &str = "global_norm";
 
 /// √Σ x².
 ///
 /// # Errors
 /// [`crate::Error::DType`] unless `x` is F32.
 pub fn forward(x: &Tensor) -> Result<f64> {
-    let values = typed::slice::<f32>("global_norm", "x", x)?;
+    typed::expect_dtype(OP, "x", x, DType::F32)?;
     match x.device() {
-        Device::Cpu => Ok(cpu::sum_of_squares(values).sqrt()),
+        Device::Cpu => Ok(cpu::sum_of_squares(x.as_slice()?).sqrt()),
+        Device::Cuda(device) => {
+            let mut values = step::empty(x.arena())?;
+            values.write(&{
+                let mut start = [0.0; step::LEN];
+                start[0] = 1.0;
+                start
+            })?;
+            cuda::clip(device, x, 0.0, &mut values)?;
+            Ok(f64::from(values.to_f32_vec()?[step::NORM]))
+        }
+    }
+}
+
+/// On a GPU: writes the norm of `x`, times the gradients' scale, and the factor that brings it to `max_norm` (0: none) to a
+/// step's `values` ([`step`]), without waiting for either.
+///
+/// # Errors
+/// [`Error::DType`] unless `x` is F32, [`Error::Argument`] on the CPU.
+pub fn clip(x: &Tensor, max_norm: f32, values: &mut Tensor) -> Result<()> {
+    typed::expect_dtype(OP, "x", x, DType::F32)?;
+    match x.device() {
+        Device::Cuda(device) => cuda::clip(device, x, max_norm, values),
+        Device::Cpu => Err(Error::Argument { op: OP, argument: "device", expected: "a GPU", found: 0 }),
+    }
+}
+
+mod cuda {
+    use crate::{
+        DType, Result, Tensor,
+        cuda::{Arg, CudaDevice, Grid},
+    };
+
+    pub(super) fn clip(device: CudaDevice, x: &Tensor, max_norm: f32, values: &mut Tensor) -> Result<()> {
+        let blocks = x.numel().div_ceil(8192).clamp(1, 8 * device.info().multiprocessors);
+        // f64 sums: two words each.
+        let mut partials = Tensor::empty(x.arena(), DType::U32, [2 * blocks])?;
+        let args = [Arg::write(&mut partials)?, Arg::read(x)?, Arg::U64(x.numel() as u64)];
+        device.launch("sum_squares_f32", Grid::new(blocks, 256), &args)?;
+        let args = [Arg::write(values)?, Arg::read(&partials)?, Arg::size(blocks), Arg::F32(max_norm)];
+        device.launch("grad_clip", Grid::new(1, 256), &args)
     }
 }
 

@@ -32,6 +32,7 @@ pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Ten
             cpu::forward::<E>(gate.as_slice()?, up.as_slice()?, activation, y.as_mut_slice()?);
             Ok(())
         })?,
+        Device::Cuda(device) => cuda::forward(device, gate, up, activation, &mut y)?,
     }
     Ok(y)
 }
@@ -51,6 +52,7 @@ pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor, activation: Activation)
             cpu::backward::<E>(dy.as_slice()?, gate, up, activation, dgate.as_mut_slice()?, dup.as_mut_slice()?);
             Ok(())
         })?,
+        Device::Cuda(device) => cuda::backward(device, dy, gate, up, activation, &mut dgate, &mut dup)?,
     }
     Ok((dgate, dup))
 }
@@ -166,6 +168,47 @@ mod cpu {
         }
         let tail = 0.5 * (t * exp(p - z * z));
         if x < 0.0 { tail } else { 1.0 - tail }
+    }
+}
+
+mod cuda {
+    use super::{Activation, OP};
+    use crate::{
+        Result, Tensor,
+        cuda::{Arg, CudaDevice, Grid, suffix},
+    };
+
+    /// As `glu.cu` counts them.
+    fn number(activation: Activation) -> Arg {
+        Arg::U32(match activation {
+            Activation::Silu => 0,
+            Activation::GeluTanh => 1,
+            Activation::Gelu => 2,
+        })
+    }
+
+    fn grid(x: &Tensor) -> Grid {
+        Grid::over(x.numel() * x.dtype().size(), 16 * 256, 256)
+    }
+
+    pub(super) fn forward(device: CudaDevice, gate: &Tensor, up: &Tensor, activation: Activation, y: &mut Tensor) -> Result<()> {
+        let (rows, cols) = (Arg::size(gate.shape().rows()), Arg::size(gate.shape().last()));
+        let args = [Arg::write(y)?, Arg::read(gate)?, Arg::read(up)?, number(activation), rows, cols, cols];
+        device.launch(&format!("glu_fwd_{}", suffix(OP, gate.dtype())?), grid(gate), &args)
+    }
+
+    pub(super) fn backward(
+        device: CudaDevice,
+        dy: &Tensor,
+        gate: &Tensor,
+        up: &Tensor,
+        activation: Activation,
+        dgate: &mut Tensor,
+        dup: &mut Tensor,
+    ) -> Result<()> {
+        let inputs = [Arg::read(dy)?, Arg::read(gate)?, Arg::read(up)?, number(activation), Arg::U64(gate.numel() as u64)];
+        let args = [&[Arg::write(dgate)?, Arg::write(dup)?][..], &inputs].concat();
+        device.launch(&format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(gate), &args)
     }
 }
 

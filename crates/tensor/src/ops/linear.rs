@@ -15,7 +15,11 @@
 //! A frozen weight's gradient is never computed. Saved for backward: x and h. The dropout mask is a function of a seed and
 //! the element's index ([`Rng`]), so that it is made again instead of stored.
 
+mod cuda;
+
 use crate::{Device, Error, Result, Rng, Shape, Tensor, TensorMut, Weight};
+
+const OP: &str = "linear";
 
 /// Inverted dropout: each element is kept with probability 1 - p and divided by it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -50,14 +54,9 @@ pub struct Part {
     pub adapter: Option<Adapter>,
 }
 
-/// What the forward pass of one part gives.
+/// What [`forward`] keeps for [`backward`]: h of each part that has an adapter, or of all parts side by side.
 #[derive(Clone, Debug)]
-pub struct Output {
-    /// [T, N].
-    pub y: Tensor,
-    /// [T, R], for backward.
-    pub h: Option<Tensor>,
-}
+pub struct Saved(Vec<Option<Tensor>>);
 
 /// Where the gradients of one part's trained values are added; nothing where frozen.
 #[derive(Debug, Default)]
@@ -75,30 +74,35 @@ pub struct PartGrads<'a> {
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::OutOfMemory`].
-pub fn forward(x: &Tensor, parts: &[Part]) -> Result<Vec<Output>> {
+pub fn forward(x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
     let inputs = x.shape().last();
     for part in parts {
         check(inputs, part)?;
     }
     match x.device() {
-        Device::Cpu => parts.iter().map(|part| cpu::forward(x, part)).collect(),
+        Device::Cpu => {
+            let outputs = parts.iter().map(|part| cpu::forward(x, part)).collect::<Result<Vec<_>>>()?;
+            let (ys, hs) = outputs.into_iter().unzip();
+            Ok((ys, Saved(hs)))
+        }
+        Device::Cuda(device) => cuda::forward(device, x, parts),
     }
 }
 
-/// Adds to the gradients of what trains, and returns dx when it is wanted. `hs` are the forward pass's [`Output::h`].
+/// Adds to the gradients of what trains, and returns dx when it is wanted. `saved` is what the forward pass kept.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::OutOfMemory`].
 pub fn backward(
     dys: &[Tensor],
     x: &Tensor,
-    hs: &[Option<Tensor>],
+    saved: &Saved,
     parts: &[Part],
     grads: Vec<PartGrads<'_>>,
     want_dx: bool,
 ) -> Result<Option<Tensor>> {
     let (rows, inputs) = (x.shape().rows(), x.shape().last());
-    for (name, found) in [("dys", dys.len()), ("hs", hs.len()), ("grads", grads.len())] {
+    for (name, found) in [("dys", dys.len()), ("grads", grads.len())] {
         if found != parts.len() {
             return Err(Error::Argument { op: "linear", argument: name, expected: "as many as parts", found });
         }
@@ -108,7 +112,8 @@ pub fn backward(
         dy.expect_shape("linear", "dy", [rows, part.outputs()])?;
     }
     match x.device() {
-        Device::Cpu => cpu::backward(dys, x, hs, parts, grads, want_dx),
+        Device::Cpu => cpu::backward(dys, x, &saved.0, parts, grads, want_dx),
+        Device::Cuda(device) => cuda::backward(device, dys, x, saved, parts, grads, want_dx),
     }
 }
 
@@ -140,7 +145,7 @@ fn check(inputs: usize, part: &Part) -> Result<()> {
 mod cpu {
     use rayon::prelude::*;
 
-    use super::{Adapter, Dropout, Output, Part, PartGrads};
+    use super::{Adapter, Dropout, Part, PartGrads};
     use crate::{
         Error, Float, Result, Tensor, TensorMut,
         dtype::with_float,
@@ -153,7 +158,8 @@ mod cpu {
     /// Elements handled by one task of an elementwise pass.
     const CHUNK: usize = 1 << 14;
 
-    pub(super) fn forward(x: &Tensor, part: &Part) -> Result<Output> {
+    /// (y, h).
+    pub(super) fn forward(x: &Tensor, part: &Part) -> Result<(Tensor, Option<Tensor>)> {
         let (rows, inputs) = (x.shape().rows(), x.shape().last());
         let precision = precision(x.dtype());
         let h = part.adapter.as_ref().map(|adapter| adapter_input(x, adapter)).transpose()?;
@@ -166,7 +172,7 @@ mod cpu {
             segments.push(Segment { a, b, k: h.shape().last(), scale: adapter.scale });
         }
         gemm(output(&mut y)?, false, rows, part.outputs(), &segments, bias.as_deref(), precision);
-        Ok(Output { y, h })
+        Ok((y, h))
     }
 
     /// h = dropout(x) Aᵀ.

@@ -9,7 +9,7 @@
 //! dh_t = Wᵀ ds_t,  dW += ds hᵀ
 //! ```
 //!
-//! h [T, C], weight [V, C], labels I32 `[T]`. Nothing is saved for backward: the forward pass computes dh for a loss gradient
+//! h [T, C], weight [V, C], labels `[T]` with their scale ([`Labels`]). Nothing is saved for backward: the forward pass computes dh for a loss gradient
 //! of 1 along the way, the gradient written over the logits; the head's own gradient, where it trains, computes the logits
 //! again. Rows go in chunks of at most 128 whose logits take at most about 32 MiB.
 //!
@@ -17,7 +17,9 @@
 //! ones, and sums in f32; ds of f16 activations stays f32, since it would underflow. A loss that is not finite is returned
 //! as it is.
 
-use crate::{DType, Device, Error, Result, Shape, Tensor, TensorMut};
+use std::sync::Arc;
+
+use crate::{Arena, Device, Error, Result, Shape, Tensor, TensorMut};
 
 const OP: &str = "lm_head_loss";
 
@@ -27,17 +29,53 @@ pub const IGNORE: i32 = -100;
 /// How logits become a loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config {
-    /// Factor of the sum: 1 / trained tokens of the whole step, over all micro-batches.
-    pub scale: f32,
     /// Bound of the logits (Gemma 2's `final_logit_softcapping`).
     pub softcap: Option<f32>,
+}
+
+/// What each position of a stream is trained to predict, and the factor of the sum.
+#[derive(Clone, Debug)]
+pub struct Labels {
+    trained: Arc<[Trained]>,
+    tokens: usize,
+    scale: f32,
+    device: Option<cuda::Labels>,
+}
+
+impl Labels {
+    /// From labels already shifted, [`IGNORE`] where nothing is trained; `scale` is 1 / the trained tokens of the whole step, over
+    /// all its micro-batches.
+    ///
+    /// # Errors
+    /// [`Error::TokenOutOfRange`] for a negative label that is not [`IGNORE`], [`Error::OutOfMemory`].
+    pub fn new(arena: &Arena, labels: &[i32], scale: f32) -> Result<Self> {
+        let mut trained = Vec::new();
+        for (position, &label) in labels.iter().enumerate() {
+            match usize::try_from(label) {
+                Ok(label) => trained.push((position, label)),
+                _ if label == IGNORE => {}
+                _ => return Err(Error::TokenOutOfRange { op: OP, position, id: label.into(), vocab_size: 0 }),
+            }
+        }
+        let device = match arena.device() {
+            Device::Cpu => None,
+            Device::Cuda(_) => Some(cuda::Labels::new(arena, &trained, labels.len(), scale)?),
+        };
+        Ok(Self { trained: trained.into(), tokens: labels.len(), scale, device })
+    }
+
+    /// Number of trained positions.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.trained.len()
+    }
 }
 
 /// The loss of one stream.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// scale x the sum over trained rows.
-    pub loss: f64,
+    /// F32 `[1]`: scale x the sum over trained rows.
+    pub loss: Tensor,
     /// Number of trained rows.
     pub rows: usize,
     /// [T, C] in h's dtype, for a loss gradient of 1; zero where nothing is trained.
@@ -49,11 +87,12 @@ pub struct Output {
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::TokenOutOfRange`] for a label outside the vocabulary that is not [`IGNORE`],
 /// [`Error::Argument`] for a softcap that is not positive, [`Error::OutOfMemory`].
-pub fn forward(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config, want_dh: bool) -> Result<Output> {
+pub fn forward(h: &Tensor, weight: &Tensor, labels: &Labels, config: Config, want_dh: bool) -> Result<Output> {
     check(h, weight, config.softcap)?;
-    let trained = trained_rows(h, weight, labels)?;
+    check_labels(h, weight, labels)?;
     match h.device() {
-        Device::Cpu => cpu::forward(h, weight, &trained, config, want_dh),
+        Device::Cpu => cpu::forward(h, weight, labels, config, want_dh),
+        Device::Cuda(device) => cuda::forward(device, h, weight, labels, config, want_dh),
     }
 }
 
@@ -61,22 +100,14 @@ pub fn forward(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config, wan
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward_weight(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config, mut dweight: TensorMut) -> Result<()> {
+pub fn backward_weight(h: &Tensor, weight: &Tensor, labels: &Labels, config: Config, mut dweight: TensorMut) -> Result<()> {
     check(h, weight, config.softcap)?;
     dweight.expect_shape(OP, "dweight", weight.shape())?;
-    let trained = trained_rows(h, weight, labels)?;
+    check_labels(h, weight, labels)?;
     match h.device() {
-        Device::Cpu => cpu::backward_weight(h, weight, &trained, config, dweight.as_mut_slice()?),
+        Device::Cpu => cpu::backward_weight(h, weight, labels, config, dweight.as_mut_slice()?),
+        Device::Cuda(device) => cuda::backward_weight(device, h, weight, labels, config, &mut dweight),
     }
-}
-
-/// The negative log likelihood alone, for evaluation: (scale x sum, trained rows).
-///
-/// # Errors
-/// As [`forward`].
-pub fn nll(h: &Tensor, weight: &Tensor, labels: &Tensor, config: Config) -> Result<(f64, usize)> {
-    let output = forward(h, weight, labels, config, false)?;
-    Ok((output.loss, output.rows))
 }
 
 /// The logits F32 [T, V] of every row, for generation.
@@ -87,6 +118,7 @@ pub fn logits(h: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<Tenso
     check(h, weight, softcap)?;
     match h.device() {
         Device::Cpu => cpu::logits(h, weight, softcap),
+        Device::Cuda(device) => cuda::logits(device, h, weight, softcap),
     }
 }
 
@@ -110,28 +142,24 @@ fn check(h: &Tensor, weight: &Tensor, softcap: Option<f32>) -> Result<()> {
     Ok(())
 }
 
-/// The rows with a label.
-fn trained_rows(h: &Tensor, weight: &Tensor, labels: &Tensor) -> Result<Vec<Trained>> {
-    labels.expect_shape(OP, "labels", [h.dims()[0]])?;
-    if labels.dtype() != DType::I32 {
-        return Err(Error::DType { op: OP, operand: "labels", expected: DType::I32.name(), found: labels.dtype() });
+fn check_labels(h: &Tensor, weight: &Tensor, labels: &Labels) -> Result<()> {
+    if labels.tokens != h.dims()[0] {
+        let (expected, found) = ([h.dims()[0]].into(), [labels.tokens].into());
+        return Err(Error::Shape { op: OP, operand: "labels", expected, found });
     }
     let vocab_size = weight.dims()[0];
-    let mut trained = Vec::new();
-    for (position, &label) in labels.as_slice::<i32>()?.iter().enumerate() {
-        match usize::try_from(label) {
-            Ok(label) if label < vocab_size => trained.push((position, label)),
-            _ if label == IGNORE => {}
-            _ => return Err(Error::TokenOutOfRange { op: OP, position, id: label.into(), vocab_size }),
-        }
+    match labels.trained.iter().find(|(_, label)| *label >= vocab_size) {
+        Some(&(position, id)) => Err(Error::TokenOutOfRange { op: OP, position, id: id as i64, vocab_size }),
+        None => Ok(()),
     }
-    Ok(trained)
 }
+
+mod cuda;
 
 mod cpu {
     use rayon::prelude::*;
 
-    use super::{Config, Output, Result, Shape, Tensor, Trained};
+    use super::{Config, Labels, Output, Result, Shape, Tensor, Trained};
     use crate::{
         DType, Error,
         dtype::with_float,
@@ -206,19 +234,24 @@ mod cpu {
         if dtype == DType::F16 { Precision::F32 } else { precision(dtype) }
     }
 
-    pub(super) fn forward(h: &Tensor, weight: &Tensor, trained: &[Trained], config: Config, want_dh: bool) -> Result<Output> {
+    pub(super) fn forward(h: &Tensor, weight: &Tensor, labels: &Labels, config: Config, want_dh: bool) -> Result<Output> {
+        let trained = &labels.trained;
         let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
         let step = chunk_rows(trained.len(), vocab.max(1));
         let mut dh = if want_dh { Some(Tensor::zeros(h.arena(), h.dtype(), h.shape())?) } else { None };
         let mut loss = 0.0;
+        let result = |loss: f64, dh| {
+            let loss = (loss * f64::from(labels.scale)) as f32;
+            Ok(Output { loss: Tensor::from_slice(h.arena(), &[loss], [1])?, rows: trained.len(), dh })
+        };
         if trained.is_empty() {
-            return Ok(Output { loss, rows: 0, dh });
+            return result(0.0, dh);
         }
         let mut chunk = Chunk::new(h, weight, step)?;
         let mut d_rows = Tensor::empty(h.arena(), h.dtype(), if want_dh { Shape::from([step, inputs]) } else { [0].into() })?;
         for trained in trained.chunks(step) {
             let logits = chunk.compute(trained)?;
-            loss += rows_loss(logits, trained, config, want_dh);
+            loss += rows_loss(logits, trained, labels.scale, config, want_dh);
             let Some(dh) = &mut dh else { continue };
             let gradient = Source::F32 { data: logits, ld: vocab };
             let segment = Segment { a: Operand::new(gradient), b: Operand::new(dense(weight)?), k: vocab, scale: 1.0 };
@@ -233,7 +266,7 @@ mod cpu {
                 Ok::<(), Error>(())
             })?;
         }
-        Ok(Output { loss: loss * f64::from(config.scale), rows: trained.len(), dh })
+        result(loss, dh)
     }
 
     fn first_rows(output: matmul::Output, len: usize) -> matmul::Output {
@@ -247,10 +280,11 @@ mod cpu {
     pub(super) fn backward_weight(
         h: &Tensor,
         weight: &Tensor,
-        trained: &[Trained],
+        labels: &Labels,
         config: Config,
         dweight: &mut [f32],
     ) -> Result<()> {
+        let trained = &labels.trained;
         let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
         if trained.is_empty() {
             return Ok(());
@@ -258,7 +292,7 @@ mod cpu {
         let step = chunk_rows(trained.len(), vocab);
         let mut chunk = Chunk::new(h, weight, step)?;
         for trained in trained.chunks(step) {
-            rows_loss(chunk.compute(trained)?, trained, config, true);
+            rows_loss(chunk.compute(trained)?, trained, labels.scale, config, true);
             let gradient = Source::F32 { data: chunk.logits.as_slice()?, ld: vocab };
             let segment =
                 Segment { a: Operand::transpose(gradient), b: Operand::new(dense(&chunk.rows)?), k: trained.len(), scale: 1.0 };
@@ -279,7 +313,7 @@ mod cpu {
     }
 
     /// Σ (ln Σ exp z - z[label]) in order of the rows; with `gradient`, the logits become the gradient of the loss.
-    fn rows_loss(logits: &mut [f32], trained: &[Trained], config: Config, gradient: bool) -> f64 {
+    fn rows_loss(logits: &mut [f32], trained: &[Trained], scale: f32, config: Config, gradient: bool) -> f64 {
         let vocab = logits.len() / trained.len();
         let mut losses = [0.0; MOST_ROWS];
         let rows = logits.par_chunks_exact_mut(vocab).zip(trained).zip(&mut losses[..trained.len()]);
@@ -291,10 +325,10 @@ mod cpu {
             *loss = f64::from(max) + sum.ln() - f64::from(row[label]);
             if gradient {
                 let at_label = row[label];
-                softmax_gradient(row, max, (f64::from(config.scale) / sum) as f32, config.softcap);
+                softmax_gradient(row, max, (f64::from(scale) / sum) as f32, config.softcap);
                 let p = f64::from(exp(at_label - max)) / sum;
                 let slope = config.softcap.map_or(1.0, |cap| slope(at_label, cap));
-                row[label] = (f64::from(config.scale) * (p - 1.0)) as f32 * slope;
+                row[label] = (f64::from(scale) * (p - 1.0)) as f32 * slope;
             }
         });
         losses[..trained.len()].iter().sum()

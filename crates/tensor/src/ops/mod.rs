@@ -8,6 +8,7 @@
 
 pub mod adamw;
 pub mod attention;
+pub(crate) mod dequantize;
 mod documents;
 pub mod embedding;
 pub mod global_norm;
@@ -23,6 +24,7 @@ mod samples;
 pub mod sgd;
 pub mod simd;
 mod softcap;
+pub mod step;
 mod typed;
 
 pub use documents::Documents;

@@ -38,6 +38,7 @@ pub fn forward(x: &Tensor, weight: &Tensor, config: Config) -> Result<(Tensor, T
             cpu::forward::<E>(x.as_slice()?, weight.as_slice()?, config, y.as_mut_slice()?, inv.as_mut_slice()?);
             Ok(())
         })?,
+        Device::Cuda(device) => cuda::forward(device, x, &weight, config, &mut y, &mut inv)?,
     }
     Ok((y, inv))
 }
@@ -60,6 +61,7 @@ pub fn residual_forward(x: &Tensor, a: Tensor, weight: &Tensor, config: Config) 
             cpu::residual_forward::<E>(x.as_slice()?, r.as_mut_slice()?, weight.as_slice()?, config, y, inv);
             Ok(())
         })?,
+        Device::Cuda(device) => cuda::residual_forward(device, x, &mut r, &weight, config, &mut y, &mut inv)?,
     }
     Ok((r, y, inv))
 }
@@ -112,6 +114,10 @@ fn backward_into(
 ) -> Result<Tensor> {
     check_backward(dy, x, weight, inv, dweight.as_ref())?;
     let weight = typed::widened(OP, "weight", weight)?;
+    if let Device::Cuda(device) = x.device() {
+        cuda::backward(device, &mut dx, add, dy, x, &weight, inv, config, dweight)?;
+        return Ok(dx);
+    }
     let mut partials = match dweight {
         Some(_) => Some(Tensor::zeros(x.arena(), DType::F32, cpu::partials(x.shape()))?),
         None => None,
@@ -126,6 +132,7 @@ fn backward_into(
             }
             Ok(())
         })?,
+        Device::Cuda(_) => {}
     }
     Ok(dx)
 }
@@ -322,6 +329,101 @@ mod cpu {
                 *sum += x;
             }
         }
+    }
+}
+
+mod cuda {
+    use super::{Config, OP};
+    use crate::{
+        DType, Result, Tensor, TensorMut,
+        cuda::{Arg, CudaDevice, Grid, suffix},
+    };
+
+    /// Threads of a row, and rows of a block: as the top comment of `rms_norm.cu` says.
+    fn block(x: &Tensor) -> [u32; 2] {
+        let packs = (x.shape().last() * x.dtype().size()).div_ceil(16).max(1) as u32;
+        if packs <= 32 {
+            let threads = packs.next_power_of_two();
+            return [threads, 128 / threads];
+        }
+        let each = if x.dtype() == DType::F32 { 4 } else { 2 };
+        [packs.div_ceil(each).next_multiple_of(32).min(1024), 1]
+    }
+
+    fn grid(x: &Tensor) -> Grid {
+        let threads = block(x);
+        let blocks = x.shape().rows().div_ceil(threads[1] as usize) as u32;
+        Grid { blocks: [blocks, 1, 1], threads, shared: 0 }
+    }
+
+    pub(super) fn forward(
+        device: CudaDevice,
+        x: &Tensor,
+        weight: &Tensor,
+        config: Config,
+        y: &mut Tensor,
+        inv: &mut Tensor,
+    ) -> Result<()> {
+        let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
+        let outputs = [Arg::write(y)?, Arg::write(inv)?];
+        let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
+        device.launch(&format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(x), &[&outputs[..], &inputs].concat())
+    }
+
+    pub(super) fn residual_forward(
+        device: CudaDevice,
+        x: &Tensor,
+        r: &mut Tensor,
+        weight: &Tensor,
+        config: Config,
+        y: &mut Tensor,
+        inv: &mut Tensor,
+    ) -> Result<()> {
+        let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
+        let a = Arg::read(r)?;
+        let outputs = [Arg::write(r)?, Arg::write(y)?, Arg::write(inv)?];
+        let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
+        device.launch(&format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(x), &[&outputs[..], &inputs].concat())
+    }
+
+    pub(super) fn backward(
+        device: CudaDevice,
+        dx: &mut Tensor,
+        add: bool,
+        dy: &Tensor,
+        x: &Tensor,
+        weight: &Tensor,
+        inv: &Tensor,
+        config: Config,
+        dweight: Option<TensorMut<'_>>,
+    ) -> Result<()> {
+        let (rows, cols) = (x.shape().rows(), x.shape().last());
+        let mut grid = grid(x);
+        let mut partials = None;
+        if dweight.is_some() {
+            grid.blocks[0] = grid.blocks[0].min(4 * device.info().multiprocessors as u32);
+            partials = Some(Tensor::empty(x.arena(), DType::F32, [grid.blocks[0] as usize, cols])?);
+        }
+        let sums = partials.as_mut().map_or(Ok(Arg::NONE), Arg::write)?;
+        let args = [
+            Arg::write(dx)?,
+            sums,
+            Arg::read(dy)?,
+            Arg::read(x)?,
+            Arg::read(weight)?,
+            Arg::read(inv)?,
+            Arg::F32(config.offset),
+            Arg::size(rows),
+            Arg::size(cols),
+            Arg::U32(add.into()),
+        ];
+        device.launch(&format!("rms_norm_bwd_{}", suffix(OP, x.dtype())?), grid, &args)?;
+        if let (Some(mut dweight), Some(partials)) = (dweight, partials) {
+            let args = [Arg::write_view(&mut dweight)?, Arg::read(&partials)?, Arg::U32(grid.blocks[0]), Arg::size(cols)];
+            let columns = Grid { blocks: [cols.div_ceil(32) as u32, 1, 1], threads: [32, 16], shared: 0 };
+            device.launch("rms_norm_dw", columns, &args)?;
+        }
+        Ok(())
     }
 }
 

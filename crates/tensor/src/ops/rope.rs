@@ -79,6 +79,7 @@ fn rotate(name: &'static str, x: Tensor, positions: &Tensor, table: &RopeTable, 
             cpu::rotate::<E>(y.as_mut_slice()?, heads * size, size, rotation);
             Ok(())
         })?,
+        Device::Cuda(device) => cuda::rotate(device, &mut y, positions, table, direction < 0.0)?,
     }
     Ok(y)
 }
@@ -98,6 +99,11 @@ fn check(name: &'static str, x: &Tensor, positions: &Tensor, table: &RopeTable) 
             expected: "heads of at least twice the table's width",
             found: size,
         });
+    }
+    typed::expect_dtype(OP, "positions", positions, DType::U32)?;
+    // On a GPU they are checked where they are made: reading them here would wait for the device.
+    if positions.device() != Device::Cpu {
+        return Ok(());
     }
     let last = typed::slice::<u32>(OP, "positions", positions)?.iter().copied().max().unwrap_or(0) as usize;
     if tokens > 0 && last >= table.positions() {
@@ -157,6 +163,42 @@ mod cpu {
                 }
             }
         }
+    }
+}
+
+mod cuda {
+    use super::{OP, RopeTable};
+    use crate::{
+        Result, Tensor,
+        cuda::{Arg, CudaDevice, Grid, suffix},
+    };
+
+    pub(super) fn rotate(
+        device: CudaDevice,
+        y: &mut Tensor,
+        positions: &Tensor,
+        table: &RopeTable,
+        backward: bool,
+    ) -> Result<()> {
+        let (tokens, heads, size, half) = (y.dims()[0], y.dims()[1], y.dims()[2], table.cos.shape().last());
+        let pack = 16 / y.dtype().size();
+        let lanes = if half.is_multiple_of(pack) && size.is_multiple_of(pack) { half / pack } else { half }.clamp(1, 64);
+        let threads = [lanes as u32, (128 / lanes).min(heads.div_ceil(2)).max(1) as u32];
+        let x = Arg::read(y)?;
+        let args = [
+            Arg::write(y)?,
+            x,
+            Arg::read(positions)?,
+            Arg::read(&table.cos)?,
+            Arg::read(&table.sin)?,
+            Arg::size(tokens),
+            Arg::size(heads),
+            Arg::size(size),
+            Arg::size(half),
+            Arg::U32(backward.into()),
+        ];
+        let grid = Grid { blocks: [tokens as u32, 1, 1], threads, shared: 0 };
+        device.launch(&format!("rope_{}", suffix(OP, y.dtype())?), grid, &args)
     }
 }
 

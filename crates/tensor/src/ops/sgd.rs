@@ -5,8 +5,8 @@
 //!
 //! Shapes: all F32, of one shape. b is zero before the first step, which makes the first b equal to g.
 
-use super::typed;
-use crate::{DType, Device, Result, Tensor, TensorMut};
+use super::{step as steps, typed};
+use crate::{DType, Device, Error, Result, Tensor, TensorMut};
 
 const OP: &str = "sgd";
 
@@ -36,18 +36,42 @@ pub fn step(
 ) -> Result<()> {
     typed::expect_dtype(OP, "grads", grads, DType::F32)?;
     grads.expect_shape(OP, "grads", params.shape())?;
-    let (p, g) = (typed::slice_mut(OP, "params", &mut params)?, grads.as_slice()?);
-    let buffer = match &mut momentum {
-        Some(momentum) => {
-            momentum.expect_shape(OP, "momentum", grads.shape())?;
-            Some(typed::slice_mut(OP, "momentum", momentum)?)
-        }
-        None => None,
-    };
-    match grads.device() {
-        Device::Cpu => cpu::step(p, g, buffer, cpu::Factors::new(hyper, grad_scale)),
+    if let Some(momentum) = &momentum {
+        momentum.expect_shape(OP, "momentum", grads.shape())?;
     }
-    Ok(())
+    match grads.device() {
+        Device::Cpu => {
+            let p = typed::slice_mut(OP, "params", &mut params)?;
+            let buffer = momentum.as_mut().map(|momentum| typed::slice_mut(OP, "momentum", momentum)).transpose()?;
+            cpu::step(p, grads.as_slice()?, buffer, cpu::Factors::new(hyper, grad_scale));
+            Ok(())
+        }
+        Device::Cuda(device) => {
+            let mut values = [0.0; steps::LEN];
+            (values[0], values[1], values[2], values[steps::CLIP]) = (grad_scale, 1.0, hyper.lr as f32, 1.0);
+            let values = Tensor::from_slice(grads.arena(), &values, [steps::LEN])?;
+            cuda::step(device, params, grads, momentum, None, &values, hyper)
+        }
+    }
+}
+
+/// One step on a GPU whose learning rate and clipping factor are read from `values` ([`steps`]) when it runs; see
+/// [`super::adamw::captured_step`].
+///
+/// # Errors
+/// As [`step`]; [`Error::Argument`] on the CPU.
+pub fn captured_step(
+    params: TensorMut<'_>,
+    grads: &Tensor,
+    momentum: Option<TensorMut<'_>>,
+    no_decay: Option<&Tensor>,
+    values: &Tensor,
+    hyper: &Hyper,
+) -> Result<()> {
+    match grads.device() {
+        Device::Cuda(device) => cuda::step(device, params, grads, momentum, no_decay, values, hyper),
+        Device::Cpu => Err(Error::Argument { op: OP, argument: "device", expected: "a GPU", found: 0 }),
+    }
 }
 
 mod cpu {
@@ -102,6 +126,40 @@ mod cpu {
                 *p -= f.lr * (g * f.grad + f.decay * *p);
             }
         }
+    }
+}
+
+mod cuda {
+    use super::Hyper;
+    use crate::{
+        Result, Tensor, TensorMut,
+        cuda::{Arg, CudaDevice, Grid},
+    };
+
+    pub(super) fn step(
+        device: CudaDevice,
+        mut params: TensorMut<'_>,
+        grads: &Tensor,
+        mut momentum: Option<TensorMut<'_>>,
+        no_decay: Option<&Tensor>,
+        values: &Tensor,
+        hyper: &Hyper,
+    ) -> Result<()> {
+        let args = [
+            Arg::write_view(&mut params)?,
+            momentum.as_mut().map_or(Ok(Arg::NONE), Arg::write_view)?,
+            Arg::NONE,
+            Arg::read(grads)?,
+            Arg::read(values)?,
+            Arg::read_or_none(no_decay)?,
+            Arg::size(no_decay.map_or(0, |ranges| ranges.numel() / 2)),
+            Arg::F32(hyper.momentum as f32),
+            Arg::F32(hyper.weight_decay as f32),
+            Arg::U32(hyper.nesterov.into()),
+            Arg::U32(0),
+            Arg::U64(grads.numel() as u64),
+        ];
+        device.launch("sgd_f32", Grid::over(grads.numel(), 2048, 256), &args)
     }
 }
 

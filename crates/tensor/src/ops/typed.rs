@@ -1,6 +1,6 @@
 //! Operands as typed slices, with errors that name the op and the operand.
 
-use crate::{DType, Element, Error, Result, Tensor, TensorMut, dtype::with_float};
+use crate::{DType, Element, Error, Result, Tensor, TensorMut};
 
 const FLOATS: &str = "float32, bfloat16 or float16";
 
@@ -42,10 +42,8 @@ pub(super) fn writable(op: &'static str, operand: &'static str, tensor: Tensor) 
     if tensor.is_unique() {
         return Ok(tensor);
     }
-    let mut copy = Tensor::empty(tensor.arena(), tensor.dtype(), tensor.shape())?;
-    with_float!(tensor.dtype(), op, operand, E => {
-        copy.as_mut_slice::<E>()?.copy_from_slice(tensor.as_slice::<E>()?);
-        Ok(())
-    })?;
-    Ok(copy)
+    if !tensor.dtype().is_float() {
+        return Err(Error::DType { op, operand, expected: FLOATS, found: tensor.dtype() });
+    }
+    tensor.to_arena(tensor.arena())
 }

@@ -23,6 +23,7 @@
 //! Results do not depend on the number of threads.
 
 mod backward;
+mod cuda;
 mod decode;
 mod forward;
 mod scratch;
@@ -55,6 +56,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, config
     check_tokens(OP, q, k, documents)?;
     match q.device() {
         Device::Cpu => with_float!(q.dtype(), OP, "q", E => forward::documents::<E>(q, k, v, documents, sizes, config)),
+        Device::Cuda(device) => cuda::forward(device, q, k, v, documents, sizes, config),
     }
 }
 
@@ -84,6 +86,7 @@ pub fn backward(
     let saved = backward::Saved { d_o, q, k, v, o, lse };
     match q.device() {
         Device::Cpu => with_float!(q.dtype(), OP, "q", E => backward::documents::<E>(&saved, documents, sizes, config)),
+        Device::Cuda(device) => cuda::backward(device, &saved, documents, sizes, config),
     }
 }
 
@@ -101,6 +104,7 @@ pub fn cached_forward(q: &Tensor, keys: &Tensor, values: &Tensor, len: usize, co
     }
     match q.device() {
         Device::Cpu => with_float!(q.dtype(), OP, "q", E => decode::cached::<E>(q, keys, values, len, sizes, config)),
+        Device::Cuda(device) => cuda::cached(device, q, keys, values, len, sizes, config),
     }
 }
 

@@ -1,0 +1,361 @@
+//! A device opened for work.
+
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use cudarc::driver::sys;
+use nibble_kernels::ComputeCapability;
+
+use super::{
+    driver::{attribute, check, describe},
+    launch::Function,
+    libraries::Libraries,
+    matmul::Blas,
+};
+use crate::{Error, Result};
+
+/// The oldest driver that runs the embedded images: CUDA 12.0 (525).
+const OLDEST_DRIVER: i32 = 12_000;
+
+/// What opening a device needs to know.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Where the libraries are.
+    pub libraries: Libraries,
+    /// Folder for kernels compiled at run time; nothing is kept without one.
+    pub cache: Option<PathBuf>,
+}
+
+/// What a device is.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Its number: 0 is the first that `CUDA_VISIBLE_DEVICES` leaves visible.
+    pub ordinal: usize,
+    /// The maker's name, such as `NVIDIA H200`.
+    pub name: String,
+    /// Compute capability.
+    pub capability: ComputeCapability,
+    /// Bytes of memory.
+    pub memory: usize,
+    /// Multiprocessors.
+    pub multiprocessors: usize,
+    /// CUDA version of the driver, as 1000 x major + 10 x minor.
+    pub driver: i32,
+}
+
+/// A GPU opened for work: a copyable handle to what lives as long as the process.
+#[derive(Clone, Copy)]
+pub struct CudaDevice(&'static Gpu);
+
+pub(super) struct Gpu {
+    pub(super) info: DeviceInfo,
+    options: OpenOptions,
+    context: sys::CUcontext,
+    pub(super) stream: sys::CUstream,
+    pub(super) copy_stream: sys::CUstream,
+    pub(super) functions: Mutex<HashMap<String, Function>>,
+    pub(super) modules: Mutex<HashMap<&'static str, Module>>,
+    pub(super) blas: Mutex<Option<Blas>>,
+    pub(super) capturing: std::sync::atomic::AtomicBool,
+    /// The root of this step's dropout masks, and where the device reads it.
+    dropout: Mutex<Option<(u64, u64)>>,
+    /// Code tables, by format.
+    tables: Mutex<HashMap<&'static str, u64>>,
+}
+
+/// A loaded module of kernels.
+#[derive(Clone, Copy)]
+pub(super) struct Module(pub(super) sys::CUmodule);
+
+// SAFETY: the driver's handles may be used from any thread that has the context bound, which every call here does first.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; what changes is behind mutexes.
+unsafe impl Sync for Gpu {}
+
+static OPENED: Mutex<Vec<&'static Gpu>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// The context bound to this thread.
+    static BOUND: Cell<sys::CUcontext> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+impl CudaDevice {
+    /// How many devices there are: 0 without a driver.
+    #[must_use]
+    pub fn count() -> usize {
+        match initialize() {
+            Ok(()) => cudarc::driver::result::device::get_count().map_or(0, |count| count as usize),
+            Err(_) => 0,
+        }
+    }
+
+    /// Opens device `ordinal`; a second call gives the same device, with the options of the first.
+    ///
+    /// # Errors
+    /// [`Error::NoDevice`] with what is missing: a driver, a device of that number, a new enough driver or architecture.
+    pub fn open(ordinal: usize, options: &OpenOptions) -> Result<Self> {
+        let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = opened.iter().find(|gpu| gpu.info.ordinal == ordinal) {
+            return Ok(Self(gpu));
+        }
+        let gpu: &'static Gpu = Box::leak(Box::new(Gpu::open(ordinal, options.clone())?));
+        opened.push(gpu);
+        Ok(Self(gpu))
+    }
+
+    /// What it is, without opening it for work.
+    ///
+    /// # Errors
+    /// As [`CudaDevice::open`].
+    pub fn describe(ordinal: usize) -> Result<DeviceInfo> {
+        initialize()?;
+        Ok(info(ordinal)?.1)
+    }
+
+    /// What it is.
+    #[must_use]
+    pub fn info(self) -> &'static DeviceInfo {
+        &self.0.info
+    }
+
+    /// Bytes of its memory that nobody uses.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn free_memory(self) -> Result<usize> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: both outlive the call; the context is bound.
+        check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
+        Ok(free)
+    }
+
+    /// Waits until all work handed to it is done.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when a kernel failed.
+    pub fn synchronize(self) -> Result<()> {
+        self.bind()?;
+        // SAFETY: the stream lives as long as the process.
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0.stream) })
+    }
+
+    pub(super) fn gpu(self) -> &'static Gpu {
+        self.0
+    }
+
+    /// Makes its context that of this thread.
+    pub(super) fn bind(self) -> Result<()> {
+        if BOUND.get() != self.0.context {
+            // SAFETY: the context was retained in `open` and is never released.
+            check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.0.context) })?;
+            BOUND.set(self.0.context);
+        }
+        Ok(())
+    }
+
+    /// Copies host bytes to `address`, in the order of the stream; `source` may change when it returns.
+    pub(crate) fn upload(self, address: u64, source: &[u8]) -> Result<()> {
+        self.expect_not_capturing("a copy from the host")?;
+        self.bind()?;
+        if source.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller's tensor owns `source.len()` bytes at `address`; pageable memory has been read when the call returns.
+        check("cuMemcpyHtoDAsync", unsafe {
+            sys::cuMemcpyHtoDAsync_v2(address, source.as_ptr().cast(), source.len(), self.0.stream)
+        })
+    }
+
+    /// Copies bytes at `address` to the host, and waits for them.
+    pub(crate) fn download(self, target: &mut [u8], address: u64) -> Result<()> {
+        self.expect_not_capturing("a copy to the host")?;
+        self.bind()?;
+        if !target.is_empty() {
+            // SAFETY: the caller's tensor owns as many bytes at `address`; `target` is not touched before the wait below.
+            check("cuMemcpyDtoHAsync", unsafe {
+                sys::cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), address, target.len(), self.0.stream)
+            })?;
+        }
+        self.synchronize()
+    }
+
+    /// Copies `bytes` within the device.
+    pub(crate) fn copy(self, target: u64, source: u64, bytes: usize) -> Result<()> {
+        self.bind()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges belong to tensors of the caller.
+        check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.0.stream) })
+    }
+
+    /// Sets `bytes` to `value`.
+    pub(crate) fn fill(self, target: u64, value: u8, bytes: usize) -> Result<()> {
+        self.bind()?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range belongs to a tensor of the caller.
+        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(target, value, bytes, self.0.stream) })
+    }
+
+    /// Where kernels read the root of the step's dropout masks; sets it to `root` if it is another.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], also when it would change inside a captured step: set it before.
+    pub(crate) fn dropout_root(self, root: u64) -> Result<u64> {
+        let mut slot = self.0.dropout.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = match *slot {
+            Some((held, address)) if held == root => return Ok(address),
+            Some((_, address)) => address,
+            None => self.allocate(8)?,
+        };
+        self.upload(address, &root.to_le_bytes())?;
+        *slot = Some((root, address));
+        Ok(address)
+    }
+
+    /// The address of a table that never changes.
+    pub(crate) fn table(self, name: &'static str, values: &[f32]) -> Result<u64> {
+        let mut tables = self.0.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(address) = tables.get(name) {
+            return Ok(*address);
+        }
+        let address = self.allocate(size_of_val(values))?;
+        self.upload(address, bytemuck::cast_slice(values))?;
+        tables.insert(name, address);
+        Ok(address)
+    }
+
+    /// Memory for as long as the process lives.
+    fn allocate(self, bytes: usize) -> Result<u64> {
+        self.bind()?;
+        let mut address = 0;
+        // SAFETY: a context is bound; `address` outlives the call.
+        check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
+        Ok(address)
+    }
+
+    pub(super) fn options(self) -> &'static OpenOptions {
+        &self.0.options
+    }
+
+    fn expect_not_capturing(self, what: &str) -> Result<()> {
+        if self.0.capturing.load(std::sync::atomic::Ordering::Relaxed) {
+            return Err(Error::Cuda { call: "capture", reason: format!("{what} inside a captured step") });
+        }
+        Ok(())
+    }
+}
+
+impl PartialEq for CudaDevice {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::eq(self.0, other.0)
+    }
+}
+
+impl Eq for CudaDevice {}
+
+impl std::hash::Hash for CudaDevice {
+    fn hash<S: std::hash::Hasher>(&self, state: &mut S) {
+        self.0.info.ordinal.hash(state);
+    }
+}
+
+impl std::fmt::Debug for CudaDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "cuda:{}", self.0.info.ordinal)
+    }
+}
+
+impl Gpu {
+    fn open(ordinal: usize, options: OpenOptions) -> Result<Self> {
+        initialize()?;
+        let (device, info) = info(ordinal)?;
+        if info.driver < OLDEST_DRIVER {
+            return Err(Error::NoDevice {
+                reason: format!(
+                    "the driver supports CUDA {}.{}, and 12.0 (driver 525) or newer is needed",
+                    info.driver / 1000,
+                    info.driver % 1000 / 10
+                ),
+            });
+        }
+        if (info.capability.major, info.capability.minor) < (7, 5) {
+            return Err(Error::NoDevice {
+                reason: format!("{} has compute capability {}, and 7.5 (Turing) or newer is needed", info.name, info.capability),
+            });
+        }
+        let mut context = std::ptr::null_mut();
+        // SAFETY: `device` came from the driver; the context is retained for the life of the process.
+        check("cuDevicePrimaryCtxRetain", unsafe { sys::cuDevicePrimaryCtxRetain(&raw mut context, device) })?;
+        // SAFETY: the context was made in the line above.
+        check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(context) })?;
+        BOUND.set(context);
+        Ok(Self {
+            info,
+            options,
+            context,
+            stream: new_stream()?,
+            copy_stream: new_stream()?,
+            functions: Mutex::default(),
+            modules: Mutex::default(),
+            blas: Mutex::default(),
+            capturing: false.into(),
+            dropout: Mutex::default(),
+            tables: Mutex::default(),
+        })
+    }
+
+    pub(super) fn blas(&self) -> MutexGuard<'_, Option<Blas>> {
+        self.blas.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn new_stream() -> Result<sys::CUstream> {
+    let mut stream = std::ptr::null_mut();
+    let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+    // SAFETY: a context is bound; `stream` outlives the call.
+    check("cuStreamCreate", unsafe { sys::cuStreamCreate(&raw mut stream, flags) })?;
+    Ok(stream)
+}
+
+/// Opens the driver, once.
+fn initialize() -> Result<()> {
+    // SAFETY: only looks for the library by its names.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(Error::NoDevice { reason: "no NVIDIA driver was found (libcuda.so.1)".into() });
+    }
+    // SAFETY: the library is there; initialising twice is allowed.
+    match unsafe { sys::cuInit(0) } {
+        sys::CUresult::CUDA_SUCCESS => Ok(()),
+        failed => Err(Error::NoDevice { reason: format!("the NVIDIA driver does not start: {}", describe(failed)) }),
+    }
+}
+
+fn info(ordinal: usize) -> Result<(sys::CUdevice, DeviceInfo)> {
+    let count = cudarc::driver::result::device::get_count().map_or(0, |count| count as usize);
+    if ordinal >= count {
+        return Err(Error::NoDevice { reason: format!("device {ordinal} was asked for, and the driver sees {count}") });
+    }
+    let failed = |error: cudarc::driver::DriverError| Error::Cuda { call: "cuDeviceGet", reason: describe(error.0) };
+    let device = cudarc::driver::result::device::get(ordinal as i32).map_err(failed)?;
+    // SAFETY: `device` came from the line above.
+    let memory = unsafe { cudarc::driver::result::device::total_mem(device) }.map_err(failed)?;
+    let mut driver = 0;
+    // SAFETY: `driver` outlives the call.
+    check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut driver) })?;
+    use sys::CUdevice_attribute as Attribute;
+    let capability = ComputeCapability {
+        major: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as _,
+        minor: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as _,
+    };
+    let multiprocessors = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+    let name = cudarc::driver::result::device::get_name(device).map_err(failed)?;
+    Ok((device, DeviceInfo { ordinal, name, capability, memory, multiprocessors, driver }))
+}

@@ -1,0 +1,89 @@
+//! A step recorded once and replayed with one call.
+
+use std::sync::atomic::Ordering;
+
+use cudarc::driver::sys;
+
+use super::{context::CudaDevice, driver::check, heap::Span};
+use crate::{Arena, Device, Error, Result};
+
+/// The work of a function, recorded: kernels, their arguments and the memory between them.
+///
+/// Replaying repeats it with the same addresses. The tensors that the function made are gone; their memory belongs to whoever
+/// takes it next, so a graph only replays while nobody holds it ([`Graph::is_valid`]). What it reads and writes beyond them
+/// must outlive it: the caller keeps those tensors.
+#[derive(Debug)]
+pub struct Graph {
+    device: CudaDevice,
+    arena: Arena,
+    executable: sys::CUgraphExec,
+    scratch: Vec<Span>,
+}
+
+// SAFETY: the handle is used from one thread at a time, with the context bound.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Records what `f` hands to the device of `arena`; nothing of it runs.
+    ///
+    /// # Errors
+    /// What `f` returns, [`Error::Cuda`] when `f` does what cannot be recorded (copies from or to pageable host memory, waiting),
+    /// [`Error::Argument`] on the CPU.
+    pub fn capture<T>(arena: &Arena, f: impl FnOnce() -> Result<T>) -> Result<(Self, T)> {
+        let (Device::Cuda(device), Some(heap)) = (arena.device(), arena.device_heap()) else {
+            return Err(Error::Argument { op: "capture", argument: "device", expected: "a GPU", found: 0 });
+        };
+        device.bind()?;
+        let gpu = device.gpu();
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // SAFETY: the stream lives as long as the process.
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(gpu.stream, mode) })?;
+        gpu.capturing.store(true, Ordering::Relaxed);
+        heap.record();
+        let value = f();
+        let scratch = heap.recorded();
+        gpu.capturing.store(false, Ordering::Relaxed);
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: ends the capture begun above, also when `f` failed.
+        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(gpu.stream, &raw mut graph) });
+        let value = value?;
+        ended?;
+        let mut executable = std::ptr::null_mut();
+        // SAFETY: the graph was just made, and is destroyed once.
+        let made = unsafe {
+            let made = check("cuGraphInstantiate", sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0));
+            let _ = sys::cuGraphDestroy(graph);
+            made
+        };
+        made?;
+        Ok((Self { device, arena: arena.clone(), executable, scratch }, value))
+    }
+
+    /// Whether the memory between its kernels is nobody's now.
+    #[must_use]
+    pub fn is_valid(&self) -> bool {
+        self.arena.device_heap().is_some_and(|heap| heap.all_free(&self.scratch))
+    }
+
+    /// Runs it again.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`], also when it is not valid any more.
+    pub fn launch(&self) -> Result<()> {
+        if !self.is_valid() {
+            return Err(Error::Cuda { call: "cuGraphLaunch", reason: "the graph's memory holds tensors now".into() });
+        }
+        self.device.bind()?;
+        // SAFETY: the executable lives as long as this value.
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.gpu().stream) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() && self.device.synchronize().is_ok() {
+            // SAFETY: nothing of it runs any more.
+            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Kernels by name, with arguments checked against their signatures.
+
+use std::{borrow::Cow, sync::PoisonError};
+
+use cudarc::driver::sys;
+use nibble_kernels::{ArgKind, Kernel};
+
+use super::{
+    context::{CudaDevice, Module},
+    driver::check,
+};
+use crate::{DType, Error, Result, Tensor, TensorMut};
+
+/// A kernel ready to launch.
+#[derive(Clone, Copy)]
+pub(super) struct Function {
+    handle: sys::CUfunction,
+    kernel: &'static Kernel,
+    /// Dynamic shared memory it was allowed so far.
+    shared: u32,
+}
+
+/// How many threads run a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    /// Blocks along x, y and z.
+    pub(crate) blocks: [u32; 3],
+    /// Threads of a block along x and y.
+    pub(crate) threads: [u32; 2],
+    /// Bytes of dynamic shared memory of a block.
+    pub(crate) shared: u32,
+}
+
+impl Grid {
+    /// `blocks` x `threads`, along x.
+    pub(crate) fn new(blocks: usize, threads: u32) -> Self {
+        Self { blocks: [blocks as u32, 1, 1], threads: [threads, 1], shared: 0 }
+    }
+
+    /// Enough blocks for `items` with `each` a block.
+    pub(crate) fn over(items: usize, each: usize, threads: u32) -> Self {
+        Self::new(items.div_ceil(each), threads)
+    }
+}
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Arg {
+    /// An address on the device; 0 for nothing.
+    Pointer(u64),
+    /// `u32`.
+    U32(u32),
+    /// `i32`.
+    I32(i32),
+    /// `u64`.
+    U64(u64),
+    /// `float`.
+    F32(f32),
+}
+
+impl Arg {
+    /// A null pointer.
+    pub(crate) const NONE: Self = Self::Pointer(0);
+
+    /// A size.
+    pub(crate) fn size(n: usize) -> Self {
+        Self::U32(n as u32)
+    }
+
+    /// A tensor that is read.
+    pub(crate) fn read(tensor: &Tensor) -> Result<Self> {
+        Ok(Self::Pointer(tensor.address()?))
+    }
+
+    /// A tensor that is read, or nothing.
+    pub(crate) fn read_or_none(tensor: Option<&Tensor>) -> Result<Self> {
+        tensor.map_or(Ok(Self::NONE), Self::read)
+    }
+
+    /// A tensor that is written: the only handle.
+    pub(crate) fn write(tensor: &mut Tensor) -> Result<Self> {
+        Ok(Self::Pointer(tensor.address_mut()?))
+    }
+
+    /// A borrowed part that is written.
+    pub(crate) fn write_view(view: &mut TensorMut<'_>) -> Result<Self> {
+        Ok(Self::Pointer(view.address()?))
+    }
+
+    const fn kind(self) -> ArgKind {
+        match self {
+            Self::Pointer(_) => ArgKind::Pointer,
+            Self::U32(_) => ArgKind::U32,
+            Self::I32(_) => ArgKind::I32,
+            Self::U64(_) => ArgKind::U64,
+            Self::F32(_) => ArgKind::F32,
+        }
+    }
+
+    /// Where the driver reads the value: the fields start where the enum's payload does.
+    fn value(&self) -> *const std::ffi::c_void {
+        match self {
+            Self::Pointer(value) | Self::U64(value) => std::ptr::from_ref(value).cast(),
+            Self::U32(value) => std::ptr::from_ref(value).cast(),
+            Self::I32(value) => std::ptr::from_ref(value).cast(),
+            Self::F32(value) => std::ptr::from_ref(value).cast(),
+        }
+    }
+}
+
+/// The ending of kernels that compute in `dtype`.
+pub(crate) fn suffix(op: &'static str, dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::Bf16 => Ok("bf16"),
+        DType::F16 => Ok("f16"),
+        found => Err(Error::DType { op, operand: "x", expected: "float32, bfloat16 or float16", found }),
+    }
+}
+
+impl CudaDevice {
+    /// Adds a kernel to the stream.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`] when there is no kernel `name`, no image of it for this device, or the arguments do not fit its
+    /// signature; [`Error::Cuda`] from the driver.
+    pub(crate) fn launch(self, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        self.bind()?;
+        let function = self.function(name, grid.shared)?;
+        let expected = function.kernel.args;
+        if args.len() != expected.len() || args.iter().zip(expected).any(|(arg, expected)| arg.kind() != expected.kind) {
+            let kinds: Vec<ArgKind> = args.iter().map(|arg| arg.kind()).collect();
+            let expected: Vec<ArgKind> = expected.iter().map(|arg| arg.kind).collect();
+            return Err(Error::Kernel { kernel: name.into(), reason: format!("it takes {expected:?}, and was given {kinds:?}") });
+        }
+        let mut values: Vec<*mut std::ffi::c_void> = args.iter().map(|arg| arg.value().cast_mut()).collect();
+        let [x, y, z] = grid.blocks;
+        // SAFETY: the handle is of a module that is never unloaded; the values have the kinds of its signature and live until the
+        // driver has copied them, before it returns.
+        let status = unsafe {
+            sys::cuLaunchKernel(
+                function.handle,
+                x,
+                y,
+                z,
+                grid.threads[0],
+                grid.threads[1],
+                1,
+                grid.shared,
+                self.gpu().stream,
+                values.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
+        };
+        match status {
+            sys::CUresult::CUDA_SUCCESS => Ok(()),
+            failed => Err(Error::Kernel { kernel: name.into(), reason: super::driver::describe(failed) }),
+        }
+    }
+
+    /// Whether there is a kernel of that name for this device.
+    pub(crate) fn has_kernel(self, name: &str) -> bool {
+        self.bind().is_ok() && self.function(name, 0).is_ok()
+    }
+
+    fn function(self, name: &str, shared: u32) -> Result<Function> {
+        let mut functions = self.gpu().functions.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut function = match functions.get(name) {
+            Some(function) => *function,
+            None => self.load(name)?,
+        };
+        if shared > function.shared {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the handle is of a loaded module.
+            check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function.handle, attribute, shared as i32) })?;
+            function.shared = shared;
+        } else if functions.contains_key(name) {
+            return Ok(function);
+        }
+        functions.insert(name.to_owned(), function);
+        Ok(function)
+    }
+
+    fn load(self, name: &str) -> Result<Function> {
+        let missing = |reason| Error::Kernel { kernel: name.into(), reason };
+        let kernel = nibble_kernels::kernel(name).ok_or_else(|| missing("there is no kernel of this name".into()))?;
+        let module = self.module(kernel.module)?;
+        let symbol = std::ffi::CString::new(name).map_err(|error| missing(error.to_string()))?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the module is loaded and never unloaded; the name is a C string that outlives the call.
+        check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&raw mut handle, module.0, symbol.as_ptr()) })
+            .map_err(|error| missing(error.to_string()))?;
+        // 48 KiB need no permission.
+        Ok(Function { handle, kernel, shared: 48 << 10 })
+    }
+
+    fn module(self, name: &'static str) -> Result<Module> {
+        let mut modules = self.gpu().modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(module) = modules.get(name) {
+            return Ok(*module);
+        }
+        let image = self.image(name)?;
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the image is a complete cubin that outlives the call.
+        check("cuModuleLoadData", unsafe { sys::cuModuleLoadData(&raw mut handle, image.as_ptr().cast()) })?;
+        let module = Module(handle);
+        modules.insert(name, module);
+        Ok(module)
+    }
+
+    /// The embedded image, else one compiled now.
+    fn image(self, module: &'static str) -> Result<Cow<'static, [u8]>> {
+        let capability = self.info().capability;
+        if let Some(image) = nibble_kernels::image(module, capability) {
+            return Ok(image);
+        }
+        let failed = |reason| Error::Kernel { kernel: module.into(), reason };
+        let options = self.options();
+        let Some(nvrtc) = &options.libraries.nvrtc else {
+            let reason = format!(
+                "this build holds no image for compute capability {capability}, and no NVRTC was found to compile one: \
+                 `pip install nvidia-cuda-nvrtc-cu12`"
+            );
+            return Err(failed(reason));
+        };
+        let compiled = match &options.cache {
+            Some(folder) => nibble_kernels::cached(folder, nvrtc, module, capability),
+            None => nibble_kernels::compile(nvrtc, module, capability),
+        };
+        compiled.map(Cow::Owned).map_err(|error| failed(error.to_string()))
+    }
+}

@@ -1,0 +1,256 @@
+//! Matrix products through cuBLASLt, with a plan kept for each shape.
+
+use std::collections::HashMap;
+
+use cudarc::cublaslt::{result as lt, sys};
+
+use super::{context::CudaDevice, driver::check};
+use crate::{DType, Error, Result};
+
+/// Bytes that cuBLASLt may use between the parts of a product; what the vendor advises for Hopper.
+const WORKSPACE: usize = 32 << 20;
+
+/// One operand as it lies in memory: rows of `ld` elements.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Matrix {
+    /// Address of the first element.
+    pub(crate) address: u64,
+    /// Elements from one row to the next.
+    pub(crate) ld: usize,
+    /// Whether the product reads its transpose.
+    pub(crate) transposed: bool,
+}
+
+/// C [m, n] = alpha A [m, k] B [k, n] (+ C) (+ bias of each column), sums in f32.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gemm {
+    pub(crate) m: usize,
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    pub(crate) a: Matrix,
+    pub(crate) b: Matrix,
+    /// Address and row pitch of the result.
+    pub(crate) c: u64,
+    pub(crate) ldc: usize,
+    pub(crate) alpha: f32,
+    /// Adds to what is there.
+    pub(crate) accumulate: bool,
+    /// `[n]`, in the result's type.
+    pub(crate) bias: Option<u64>,
+    /// Of A and B.
+    pub(crate) input: DType,
+    /// Of C.
+    pub(crate) output: DType,
+}
+
+/// The library, its workspace, and what it chose for each shape.
+pub(super) struct Blas {
+    handle: sys::cublasLtHandle_t,
+    workspace: u64,
+    plans: HashMap<Key, Plan>,
+}
+
+#[derive(PartialEq, Eq, Hash)]
+struct Key {
+    sizes: [usize; 3],
+    pitches: [usize; 3],
+    transposed: [bool; 2],
+    accumulate: bool,
+    bias: bool,
+    types: [DType; 2],
+    /// Addresses on 16 bytes: the library's fast kernels need it.
+    aligned: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Plan {
+    description: sys::cublasLtMatmulDesc_t,
+    a: sys::cublasLtMatrixLayout_t,
+    b: sys::cublasLtMatrixLayout_t,
+    c: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+// SAFETY: descriptors and handles are plain memory of the library, used under the mutex that holds `Blas`.
+unsafe impl Send for Blas {}
+
+impl CudaDevice {
+    /// Adds a product to the stream.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] when cuBLASLt is missing or refuses the product.
+    pub(crate) fn gemm(self, gemm: &Gemm) -> Result<()> {
+        if gemm.m == 0 || gemm.n == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        let mut blas = self.gpu().blas();
+        if blas.is_none() {
+            *blas = Some(Blas::open(self)?);
+        }
+        let Some(blas) = blas.as_mut() else { return Ok(()) };
+        blas.run(gemm, self.gpu().stream)
+    }
+}
+
+impl Blas {
+    fn open(device: CudaDevice) -> Result<Self> {
+        if let Some(path) = &device.options().libraries.cublaslt {
+            // SAFETY: loading a library runs its initialisers; it is the vendor's, found under its own name. It stays loaded, so that
+            // cudarc finds it by that name.
+            match unsafe { libloading::Library::new(path) } {
+                Ok(library) => std::mem::forget(library),
+                Err(error) => return Err(Error::Cuda { call: "cuBLASLt", reason: error.to_string() }),
+            }
+        }
+        // SAFETY: only looks for the library by its names.
+        if !unsafe { sys::is_culib_present() } {
+            let reason = "libcublasLt was not found: `pip install nvidia-cublas-cu12`, or a CUDA toolkit".to_owned();
+            return Err(Error::Cuda { call: "cuBLASLt", reason });
+        }
+        let handle = lt::create_handle().map_err(|error| failed("cublasLtCreate", error))?;
+        let mut workspace = 0;
+        // SAFETY: a context is bound; `workspace` outlives the call.
+        check("cuMemAlloc", unsafe { cudarc::driver::sys::cuMemAlloc_v2(&raw mut workspace, WORKSPACE) })?;
+        Ok(Self { handle, workspace, plans: HashMap::new() })
+    }
+
+    fn run(&mut self, gemm: &Gemm, stream: cudarc::driver::sys::CUstream) -> Result<()> {
+        let plan = self.plan(gemm)?;
+        if let Some(bias) = gemm.bias {
+            let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
+            // SAFETY: the descriptor is this plan's; the library copies the value.
+            unsafe { lt::set_matmul_desc_attribute(plan.description, attribute, (&raw const bias).cast(), 8) }
+                .map_err(|error| failed("cublasLtMatmulDescSetAttribute", error))?;
+        }
+        let beta = f32::from(u8::from(gemm.accumulate));
+        let (a, b, c) = (gemm.a.address as *const _, gemm.b.address as *const _, gemm.c as *mut std::ffi::c_void);
+        // The library counts columns first: row-major C = A B is its Cᵀ = Bᵀ Aᵀ.
+        // SAFETY: the layouts describe what the addresses hold, as the callers in `ops` checked; alpha and beta are read before the
+        // call returns.
+        unsafe {
+            lt::matmul(
+                self.handle,
+                plan.description,
+                (&raw const gemm.alpha).cast(),
+                (&raw const beta).cast(),
+                b,
+                plan.b,
+                a,
+                plan.a,
+                c,
+                plan.c,
+                c,
+                plan.c,
+                &raw const plan.algorithm,
+                self.workspace as *mut _,
+                WORKSPACE,
+                stream.cast(),
+            )
+        }
+        .map_err(|error| failed("cublasLtMatmul", error))
+    }
+
+    fn plan(&mut self, gemm: &Gemm) -> Result<Plan> {
+        let addresses = [gemm.a.address, gemm.b.address, gemm.c, gemm.bias.unwrap_or(0)];
+        let key = Key {
+            sizes: [gemm.m, gemm.n, gemm.k],
+            pitches: [gemm.a.ld, gemm.b.ld, gemm.ldc],
+            transposed: [gemm.a.transposed, gemm.b.transposed],
+            accumulate: gemm.accumulate,
+            bias: gemm.bias.is_some(),
+            types: [gemm.input, gemm.output],
+            aligned: addresses.iter().all(|address| address % 16 == 0),
+        };
+        if let Some(plan) = self.plans.get(&key) {
+            return Ok(*plan);
+        }
+        let plan = self.choose(gemm, key.aligned)?;
+        self.plans.insert(key, plan);
+        Ok(plan)
+    }
+
+    /// The library's first choice for a product: always the same one, so that results repeat from run to run.
+    fn choose(&self, gemm: &Gemm, aligned: bool) -> Result<Plan> {
+        let (input, output) = (data_type(gemm.input)?, data_type(gemm.output)?);
+        let description =
+            lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
+                .map_err(|error| failed("cublasLtMatmulDescCreate", error))?;
+        let transpose = |transposed| i32::from(transposed);
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose(gemm.b.transposed))?;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transpose(gemm.a.transposed))?;
+        if let Some(bias) = gemm.bias {
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+        }
+        let stored = |transposed, rows, cols| if transposed { (rows, cols) } else { (cols, rows) };
+        let (a_rows, a_cols) = stored(gemm.a.transposed, gemm.m, gemm.k);
+        let (b_rows, b_cols) = stored(gemm.b.transposed, gemm.k, gemm.n);
+        let layout = |kind, rows: usize, cols: usize, ld: usize| {
+            lt::create_matrix_layout(kind, rows as u64, cols as u64, ld as i64)
+                .map_err(|error| failed("cublasLtMatrixLayoutCreate", error))
+        };
+        let a = layout(input, a_rows, a_cols, gemm.a.ld)?;
+        let b = layout(input, b_rows, b_cols, gemm.b.ld)?;
+        let c = layout(output, gemm.n, gemm.m, gemm.ldc)?;
+        let algorithm = self.heuristic(description, [a, b, c], aligned)?;
+        Ok(Plan { description, a, b, c, algorithm })
+    }
+
+    fn heuristic(
+        &self,
+        description: sys::cublasLtMatmulDesc_t,
+        [a, b, c]: [sys::cublasLtMatrixLayout_t; 3],
+        aligned: bool,
+    ) -> Result<sys::cublasLtMatmulAlgo_t> {
+        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
+        let preference = lt::create_matmul_pref().map_err(|error| failed("cublasLtMatmulPreferenceCreate", error))?;
+        let (most, alignment): (usize, u32) = (WORKSPACE, if aligned { 16 } else { 2 });
+        let attributes = [
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+        ];
+        // SAFETY: the preference was just made; the values outlive the calls, which copy them.
+        let found = unsafe {
+            let workspace = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            lt::set_matmul_pref_attribute(preference, workspace, (&raw const most).cast(), 8)
+                .and_then(|()| {
+                    attributes.into_iter().try_for_each(|attribute| {
+                        lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)
+                    })
+                })
+                .and_then(|()| lt::get_matmul_algo_heuristic(self.handle, description, b, a, c, c, preference))
+        };
+        // SAFETY: the preference is not used again.
+        let _ = unsafe { lt::destroy_matmul_pref(preference) };
+        found.map(|found| found.algo).map_err(|error| failed("cublasLtMatmulAlgoGetHeuristic", error))
+    }
+}
+
+fn set<T>(
+    description: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: &T,
+) -> Result<()> {
+    // SAFETY: the descriptor is live; the library copies `size_of::<T>()` bytes of the value, its documented type.
+    unsafe { lt::set_matmul_desc_attribute(description, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) }
+        .map_err(|error| failed("cublasLtMatmulDescSetAttribute", error))
+}
+
+fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
+    match dtype {
+        DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
+        DType::Bf16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
+        DType::F16 => Ok(sys::cudaDataType_t::CUDA_R_16F),
+        found => {
+            Err(Error::DType { op: "matmul", operand: "operand", expected: "float32, bfloat16 or float16", found })
+        }
+    }
+}
+
+fn failed(call: &'static str, error: lt::CublasError) -> Error {
+    Error::Cuda { call, reason: error.to_string() }
+}

@@ -1,0 +1,28 @@
+//! NVIDIA GPUs: the driver, memory, kernels, matrix products and graphs.
+//!
+//! The only module that names `cudarc` and calls the driver; hence its `unsafe`: each call hands the driver handles that this
+//! module made and keeps for the life of the process. Device memory is not Rust memory: a kernel that writes where it should
+//! not can spoil tensors, never the host's memory, so that launching one is a safe function once its arguments fit its
+//! signature. Nothing is linked: the driver, cuBLASLt and NVRTC are opened at run time, and without them everything here is
+//! an error that says what is missing.
+//!
+//! All work of a device goes to one stream in the order of the calls, so memory can be handed out again as soon as its tensor
+//! drops; a second stream carries copies to and from the host.
+
+mod context;
+mod driver;
+mod graph;
+mod heap;
+mod launch;
+pub mod libraries;
+mod matmul;
+mod memory;
+mod pinned;
+
+pub use context::{CudaDevice, DeviceInfo, OpenOptions};
+pub use graph::Graph;
+pub(crate) use heap::Span;
+pub(crate) use launch::{Arg, Grid, suffix};
+pub(crate) use matmul::{Gemm, Matrix};
+pub(crate) use memory::DeviceHeap;
+pub use pinned::Pinned;

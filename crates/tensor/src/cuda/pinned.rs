@@ -1,0 +1,111 @@
+//! Host memory that the device copies from and to by itself.
+
+use cudarc::driver::sys;
+
+use super::{context::CudaDevice, driver::check};
+use crate::{Result, Tensor};
+
+/// Page-locked host memory of one device.
+#[derive(Debug)]
+pub struct Pinned {
+    device: CudaDevice,
+    address: *mut u8,
+    len: usize,
+    /// Recorded after the last copy, to wait for it alone.
+    event: sys::CUevent,
+}
+
+// SAFETY: plain memory that this value owns.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// `len` bytes of zeros.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`] when the host has no memory to lock.
+    pub fn new(device: CudaDevice, len: usize) -> Result<Self> {
+        device.bind()?;
+        let mut address = std::ptr::null_mut();
+        // SAFETY: `address` outlives the call.
+        check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut address, len.max(1), 0) })?;
+        let mut event = std::ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: as above.
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
+        let mut pinned = Self { device, address: address.cast(), len, event };
+        pinned.bytes_mut().fill(0);
+        Ok(pinned)
+    }
+
+    /// Begins to copy `tensor` here, in the order of the stream. [`Pinned::wait`] before reading.
+    ///
+    /// # Errors
+    /// [`crate::Error::Argument`] when it does not fit, [`crate::Error::Cuda`].
+    pub fn fetch(&mut self, tensor: &Tensor) -> Result<()> {
+        let bytes = tensor.numel() * tensor.dtype().size();
+        self.expect_len(bytes)?;
+        self.device.bind()?;
+        let stream = self.device.gpu().stream;
+        // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
+        check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(self.address.cast(), tensor.address()?, bytes, stream) })?;
+        // SAFETY: event and stream live.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream) })
+    }
+
+    /// Begins to copy from here over `tensor`, in the order of the stream; its bytes must not change before [`Pinned::wait`].
+    ///
+    /// # Errors
+    /// As [`Pinned::fetch`].
+    pub fn send(&mut self, tensor: &mut Tensor) -> Result<()> {
+        let bytes = tensor.numel() * tensor.dtype().size();
+        self.expect_len(bytes)?;
+        self.device.bind()?;
+        let (target, stream) = (tensor.address_mut()?, self.device.gpu().stream);
+        // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
+        check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(target, self.address.cast(), bytes, stream) })?;
+        // SAFETY: event and stream live.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream) })
+    }
+
+    /// Waits for the last copy.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`].
+    pub fn wait(&self) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: the event lives as long as this value.
+        check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.event) })
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: this value owns `len` bytes that were written in `new`.
+        unsafe { std::slice::from_raw_parts(self.address, self.len) }
+    }
+
+    /// The bytes, for writing.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
+    }
+
+    fn expect_len(&self, found: usize) -> Result<()> {
+        if found <= self.len {
+            return Ok(());
+        }
+        Err(crate::Error::Argument { op: "pinned", argument: "bytes", expected: "at most the buffer's length", found })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() && self.wait().is_ok() {
+            // SAFETY: no copy is in flight, and both were made in `new`.
+            unsafe {
+                let _ = sys::cuMemFreeHost(self.address.cast());
+                let _ = sys::cuEventDestroy_v2(self.event);
+            }
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Attention on a GPU: tiles in shared memory, one block a tile of queries or keys of one document.
+
+use super::{Config, Documents, Sizes};
+use crate::{
+    DType, Error, Result, Tensor,
+    cuda::{Arg, CudaDevice, Grid, suffix},
+};
+
+const OP: &str = "attention";
+
+/// Head sizes that there are kernels for; others take the next one.
+const HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
+
+fn instance(head_size: usize) -> Result<usize> {
+    let found = HEAD_SIZES.into_iter().find(|&size| head_size <= size);
+    found.filter(|_| head_size.is_multiple_of(8)).ok_or(Error::Argument {
+        op: OP,
+        argument: "head_size",
+        expected: "a multiple of 8, at most 256, on a GPU",
+        found: head_size,
+    })
+}
+
+/// The arguments that end every kernel's list.
+fn sizes(documents: &Documents, sizes: Sizes, config: Config) -> Result<[Arg; 9]> {
+    Ok([
+        Arg::read(documents.offsets())?,
+        Arg::size(documents.ranges().len()),
+        Arg::size(documents.tokens()),
+        Arg::size(sizes.heads),
+        Arg::size(sizes.kv_heads),
+        Arg::size(sizes.head_size),
+        Arg::F32(config.scale),
+        Arg::size(config.window.unwrap_or(0)),
+        Arg::F32(config.softcap.unwrap_or(0.0)),
+    ])
+}
+
+/// Blocks of tiles of `rows` for all documents, each of which may end with a part of one.
+fn tiles(documents: &Documents, rows: usize) -> u32 {
+    (documents.tokens() / rows + documents.ranges().len()) as u32
+}
+
+pub(super) fn forward(
+    device: CudaDevice,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    documents: &Documents,
+    heads: Sizes,
+    config: Config,
+) -> Result<(Tensor, Tensor)> {
+    let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
+    let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
+    let d = instance(heads.head_size)?;
+    let outputs = [Arg::write(&mut o)?, Arg::write(&mut lse)?, Arg::read(q)?, Arg::read(k)?, Arg::read(v)?];
+    let args = [&outputs[..], &sizes(documents, heads, config)?].concat();
+    let (rows, shared) = if q.dtype() == DType::F32 {
+        let keys = if d == 256 { 16 } else { 32 };
+        (32, 4 * ((32 + keys) * (d + 4) + 32 * (keys + 4)))
+    } else {
+        let keys = if d == 256 { 32 } else { 64 };
+        (64, 2 * d * (64 + 2 * keys))
+    };
+    let blocks = [tiles(documents, rows), heads.heads as u32, 1];
+    let grid = Grid { blocks, threads: [128, 1], shared: shared as u32 };
+    device.launch(&format!("attention_fwd_{}_d{d}", suffix(OP, q.dtype())?), grid, &args)?;
+    Ok((o, lse))
+}
+
+pub(super) fn backward(
+    device: CudaDevice,
+    saved: &super::backward::Saved<'_>,
+    documents: &Documents,
+    heads: Sizes,
+    config: Config,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
+    let suffix = suffix(OP, q.dtype())?;
+    let mut delta = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
+    let rows = documents.tokens() * heads.heads;
+    let args = [
+        Arg::write(&mut delta)?,
+        Arg::read(o)?,
+        Arg::read(d_o)?,
+        Arg::size(documents.tokens()),
+        Arg::size(heads.heads),
+        Arg::size(heads.head_size),
+    ];
+    device.launch(&format!("attention_delta_{suffix}"), Grid::over(rows, 4, 128), &args)?;
+    let [mut dq, mut dk, mut dv] = [
+        Tensor::empty(q.arena(), q.dtype(), q.shape())?,
+        Tensor::empty(q.arena(), q.dtype(), k.shape())?,
+        Tensor::empty(q.arena(), q.dtype(), k.shape())?,
+    ];
+    let d = instance(heads.head_size)?;
+    let tensors = [
+        Arg::write(&mut dq)?,
+        Arg::write(&mut dk)?,
+        Arg::write(&mut dv)?,
+        Arg::read(d_o)?,
+        Arg::read(q)?,
+        Arg::read(k)?,
+        Arg::read(v)?,
+        Arg::read(lse)?,
+        Arg::read(&delta)?,
+    ];
+    let args = [&tensors[..], &sizes(documents, heads, config)?].concat();
+    let (rows, shared) = backward_tile(d, q.dtype());
+    let blocks = [tiles(documents, rows), (heads.kv_heads + heads.heads) as u32, 1];
+    let grid = Grid { blocks, threads: [128, 1], shared: shared as u32 };
+    device.launch(&format!("attention_bwd_{suffix}_d{d}"), grid, &args)?;
+    Ok((dq, dk, dv))
+}
+
+/// Rows of a block and its shared memory, as `attention_bwd.cu` says.
+fn backward_tile(d: usize, dtype: DType) -> (usize, usize) {
+    if dtype == DType::F32 {
+        let (rows, stream) = if d == 256 { (16, 8) } else { (32, 16) };
+        return (rows, 8 * (rows + stream) * (d + 4) + 4 * rows * (stream + 4) + 8 * stream);
+    }
+    let rows = if d == 256 { 32 } else { 64 };
+    let stream = match d {
+        32 | 64 => 64,
+        96 | 128 => 32,
+        _ => 16,
+    };
+    (rows, 4 * d * (rows + 2 * stream) + 16 * stream)
+}
+
+/// Queries of the newest tokens against a cache.
+pub(super) fn cached(
+    device: CudaDevice,
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    len: usize,
+    heads: Sizes,
+    config: Config,
+) -> Result<Tensor> {
+    let new = q.dims()[0];
+    // The last rows of one document of all tokens so far: the queries of the others are not asked for.
+    let all = Documents::continuation(q.arena(), 0, len)?;
+    let padded = if new == len {
+        q.clone()
+    } else {
+        let mut padded = Tensor::zeros(q.arena(), q.dtype(), [len, heads.heads, heads.head_size])?;
+        padded.copy_rows(len - new, q)?;
+        padded
+    };
+    let (o, _) = forward(device, &padded, &keys.rows(0, len)?, &values.rows(0, len)?, &all, heads, config)?;
+    o.rows(len - new, new)
+}

@@ -1,0 +1,73 @@
+//! Frozen weights widened to the type of the activations, for products that read them as plain matrices.
+//!
+//! w_i = code\[c_i\] · absmax\[i / block\], rounded to the type; on the CPU the products decode weights themselves.
+
+pub(crate) mod cuda {
+    use nibble_nf4 as nf4;
+
+    use crate::{
+        Absmax, Arena, BlockWeight, DType, Int8Weight, Result, Tensor, Weight,
+        cuda::{Arg, CudaDevice, Grid, suffix},
+    };
+
+    const OP: &str = "dequantize";
+
+    /// The weight as a matrix [N, K] of `dtype`, in scratch memory (a dense one of that type: itself).
+    pub(crate) fn matrix(device: CudaDevice, weight: &Weight, dtype: DType, arena: &Arena) -> Result<Tensor> {
+        if let Weight::Dense(dense) = weight {
+            return dense.to_dtype(dtype);
+        }
+        let mut out = Tensor::empty(arena, dtype, weight.shape())?;
+        let ld = weight.shape().last();
+        match weight {
+            Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, &mut out, ld)?,
+            Weight::Int8(int8) => int8_weight(device, int8, &mut out, ld)?,
+            Weight::Dense(_) => {}
+        }
+        Ok(out)
+    }
+
+    /// The 16 values of a format, on the device.
+    pub(crate) fn code(device: CudaDevice, weight: &BlockWeight) -> Result<Arg> {
+        let address = match weight.config.format {
+            nf4::Format::Nf4 => device.table("nf4", &nf4::NF4)?,
+            nf4::Format::Fp4 => device.table("fp4", &nf4::FP4)?,
+        };
+        Ok(Arg::Pointer(address))
+    }
+
+    fn block_weight(device: CudaDevice, weight: &BlockWeight, out: &mut Tensor, ld: usize) -> Result<()> {
+        let suffix = suffix(OP, out.dtype())?;
+        let (rows, cols) = (weight.shape.dims()[0], weight.shape.last());
+        let sizes = [Arg::size(rows), Arg::size(cols), Arg::size(ld), Arg::size(weight.config.block_size)];
+        let code = code(device, weight)?;
+        let (out, packed) = (Arg::write(out)?, Arg::read(&weight.packed)?);
+        // A thread widens 32 codes: 16 bytes read.
+        let grid = Grid::over(rows * cols, 256 * 32, 256);
+        match &weight.absmax {
+            Absmax::Plain(absmax) => {
+                let args = [&[out, packed, Arg::read(absmax)?, code][..], &sizes].concat();
+                device.launch(&format!("dequantize_plain_{suffix}"), grid, &args)
+            }
+            Absmax::Nested { codes, absmax, offset, map } => {
+                let scales = [Arg::read(codes)?, Arg::read(absmax)?, Arg::read(map)?, code, Arg::F32(*offset)];
+                let args = [&[out, packed][..], &scales, &sizes].concat();
+                device.launch(&format!("dequantize_nested_{suffix}"), grid, &args)
+            }
+        }
+    }
+
+    fn int8_weight(device: CudaDevice, weight: &Int8Weight, out: &mut Tensor, ld: usize) -> Result<()> {
+        let (rows, cols) = (weight.codes.dims()[0], weight.codes.dims()[1]);
+        let name = format!("dequantize_int8_{}", suffix(OP, out.dtype())?);
+        let args = [
+            Arg::write(out)?,
+            Arg::read(&weight.codes)?,
+            Arg::read(&weight.scale)?,
+            Arg::size(rows),
+            Arg::size(cols),
+            Arg::size(ld),
+        ];
+        device.launch(&name, Grid::new(rows, 256), &args)
+    }
+}

@@ -1,0 +1,166 @@
+//! Training steps on made-up weights of a named model, for a side-by-side run with other stacks: tokens/s, share of the speed of
+//! light, peak memory.
+//!
+//! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
+//! [--checkpointing none|selective|full] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12]`
+//!
+//! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
+//! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
+//! rate given by `--flops`.
+#![allow(clippy::print_stdout)]
+
+use std::{collections::HashMap, sync::Arc, time::Instant};
+
+use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
+use nibble_lora::{AdapterConfig, Init, TargetModules};
+use nibble_model::{Checkpointing, LoadOptions, Transformer, config::ModelConfig};
+use nibble_nf4::{Format, QuantConfig};
+use nibble_tensor::{
+    Arena, DType, Device, Rng,
+    cuda::{
+        CudaDevice, OpenOptions,
+        libraries::{self, SearchPaths},
+    },
+};
+use nibble_train::{TrainConfig, Trainer};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// kind, hidden, intermediate, layers, heads, key/value heads, vocabulary, theta, positions, eps, tied.
+const SHAPES: [(&str, &str, [usize; 6], f64, usize, f64, bool); 5] = [
+    ("llama3-8b", "Llama", [4096, 14336, 32, 32, 8, 128_256], 500_000.0, 131_072, 1e-5, false),
+    ("qwen2.5-1.5b", "Qwen2", [1536, 8960, 28, 12, 2, 151_936], 1_000_000.0, 32_768, 1e-6, true),
+    ("smollm2-135m", "Llama", [576, 1536, 30, 9, 3, 49_152], 100_000.0, 8192, 1e-5, true),
+    ("mistral-7b", "Mistral", [4096, 14336, 32, 32, 8, 32_000], 10_000.0, 32_768, 1e-5, false),
+    ("llama2-70b", "Llama", [8192, 28672, 80, 64, 8, 32_000], 10_000.0, 4096, 1e-5, false),
+];
+
+fn shape(name: &str) -> Result<ModelConfig> {
+    let known = || SHAPES.map(|shape| shape.0).join(", ");
+    let found = SHAPES.iter().find(|shape| shape.0 == name);
+    let &(_, kind, sizes, theta, positions, eps, tied) = found.ok_or_else(|| format!("unknown shape `{name}`: one of {}", known()))?;
+    let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
+    let config = serde_json::json!({
+        "architectures": [format!("{kind}ForCausalLM")], "model_type": kind.to_lowercase(), "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocab, "rope_theta": theta, "max_position_embeddings": positions,
+        "rms_norm_eps": eps, "tie_word_embeddings": tied, "hidden_act": "silu", "torch_dtype": "bfloat16",
+        "sliding_window": null,
+    });
+    Ok(ModelConfig::from_json(&config.to_string(), name)?)
+}
+
+struct Options(HashMap<String, String>);
+
+impl Options {
+    fn get<T: std::str::FromStr>(&self, name: &str, default: T) -> Result<T> {
+        match self.0.get(name) {
+            None => Ok(default),
+            Some(text) => text.parse().map_err(|_| format!("`--{name} {text}` cannot be read").into()),
+        }
+    }
+}
+
+fn options() -> Result<(String, Options)> {
+    let mut args = std::env::args().skip(1);
+    let name = args.next().ok_or("usage: train_shape SHAPE [--option value ...]")?;
+    let mut options = HashMap::new();
+    while let Some(flag) = args.next() {
+        let key = flag.strip_prefix("--").ok_or_else(|| format!("`{flag}` is no option"))?.to_owned();
+        options.insert(key, args.next().ok_or_else(|| format!("`{flag}` needs a value"))?);
+    }
+    Ok((name, Options(options)))
+}
+
+fn arena(device: &str) -> Result<Arena> {
+    if device == "cpu" {
+        return Ok(Arena::new(Device::Cpu));
+    }
+    let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
+    let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
+    let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None })?;
+    Ok(Arena::on(Device::Cuda(device), usize::MAX)?)
+}
+
+/// Floating-point operations that a token needs: forward and input gradients of the linears and the head, attention's products
+/// over half of the pairs.
+fn flops_per_token(config: &ModelConfig, length: usize) -> f64 {
+    let linears: usize =
+        config.tensors().iter().filter(|spec| spec.layer.is_some() && spec.shape.len() == 2).map(|spec| spec.shape.iter().product::<usize>()).sum();
+    let head = config.vocab_size * config.hidden_size;
+    let attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length;
+    4.0 * (linears + head) as f64 + 2.0 * 3.5 * attention as f64
+}
+
+fn main() -> Result<()> {
+    let (name, options) = options()?;
+    let (batch, length, steps): (usize, usize, usize) =
+        (options.get("batch", 4)?, options.get("length", 2048)?, options.get("steps", 8)?);
+    let device: String = options.get("device", "cuda".into())?;
+    let compute_dtype = match &options.get::<String>("dtype", "bf16".into())?[..] {
+        "f32" => DType::F32,
+        "f16" => DType::F16,
+        _ => DType::Bf16,
+    };
+    let checkpointing = match &options.get::<String>("checkpointing", "selective".into())?[..] {
+        "none" => Checkpointing::None,
+        "full" => Checkpointing::Full,
+        _ => Checkpointing::Selective,
+    };
+    let quant = match &options.get::<String>("quant", "nf4".into())?[..] {
+        "none" => None,
+        "fp4" => Some(QuantConfig { format: Format::Fp4, ..QuantConfig::default() }),
+        _ => Some(QuantConfig::default()),
+    };
+    let config = shape(&name)?;
+    let flops = flops_per_token(&config, length);
+    let vocab = config.vocab_size;
+    let arena = arena(&device)?;
+    let begin = Instant::now();
+    let load = LoadOptions { quant, compute_dtype, max_positions: length };
+    let mut model = Transformer::random(config, &arena, &load, 0)?;
+    let adapter = AdapterConfig {
+        r: options.get("rank", 16)?,
+        lora_alpha: 32.0,
+        target_modules: Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned())),
+        ..AdapterConfig::default()
+    };
+    let params = model.attach(&adapter, Init::Random(0))?;
+    let base = arena.stats().live;
+    println!("base and adapters: {:.2} s, {:.3} GB", begin.elapsed().as_secs_f64(), base as f64 / 1e9);
+    let data = random_data(vocab, batch * 2, length)?;
+    let loader = LoaderOptions { packer: Packer::Documents { batch_size: batch }, seed: 0, shuffle: false };
+    let config = TrainConfig { checkpointing, max_steps: Some(steps), ..TrainConfig::default() };
+    let mut trainer = Trainer::new(model, params, DataLoader::new(Arc::new(data), loader)?, config)?;
+    let mut rates = Vec::new();
+    for step in 0..steps {
+        let begin = Instant::now();
+        let stats = trainer.step()?;
+        let seconds = begin.elapsed().as_secs_f64();
+        let rate = stats.tokens as f64 / seconds;
+        println!("step {step}: {:.1} ms, {rate:.0} tokens/s, loss {:.4}, norm {:.4}", seconds * 1e3, stats.loss, stats.grad_norm);
+        if step > 2 {
+            rates.push(rate);
+        }
+    }
+    rates.sort_by(f64::total_cmp);
+    let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
+    let light = options.get("flops", 790e12)? / flops;
+    println!(
+        "RESULT {name} {batch} x {length} {checkpointing:?}: {median:.0} tokens/s, {:.0} % of the speed of light, {:.2} GB live, {:.2} GB taken",
+        100.0 * median / light,
+        arena.stats().peak as f64 / 1e9,
+        arena.device_bytes().unwrap_or_default() as f64 / 1e9
+    );
+    Ok(())
+}
+
+fn random_data(vocab: usize, rows: usize, length: usize) -> Result<Dataset> {
+    let rng = Rng::new(0);
+    let rows = (0..rows as u64).map(|row| {
+        let ids: Vec<u64> = (0..length as u64).map(|i| rng.stream(row).bits(i) % vocab as u64).collect();
+        serde_json::json!({ "input_ids": ids })
+    });
+    let options = DatasetOptions { vocab_size: Some(vocab), ..DatasetOptions::default() };
+    Ok(Dataset::from_tokenized_rows(rows, &options)?)
+}

@@ -1,0 +1,251 @@
+// Attention of a few new tokens over a cache of keys and values, for generation.
+//
+// q, o [n, H, D], n in 1..8 or more; keys, values [L, K, D], of which the first *len rows are the tokens so far, the last n of them the
+// queries' own. Query r is token i = *len - n + r and sees the keys j <= i, j > i - window (window 0: all), through softcap (0: none).
+//
+// The n H / K query rows of a key/value head are taken 16 at a time; blockIdx.y is (head, sixteen), blockIdx.x a range of keys, its bounds
+// computed from *len. The warps of a block each walk over their own keys, 16 at a time, copying the next while they work on the present
+// ones: scores and P V by mma.sync as in attention_fwd.cu (f32: plain FMA, one row after the other). The block writes its unnormalised
+// sum, its maximum and its sum of exp to `partial`; the last block of a blockIdx.y to arrive adds the ranges up in their order.
+//
+// Bytes: the keys and values so far, once for every 16 query rows.
+//
+// Launch: grid (SPLITS, K ceil(n H / K / 16)), block 128 (16-bit D 256: 64), shared bytes 512 D' (D' 256, 16-bit: 65536 too; f32: 16 D'),
+// D' the instance's D. SPLITS about 2 multiprocessors / gridDim.y, at least 1, by the longest *len expected: one for 256 keys at most.
+// partial: F32 [gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [gridDim.y], zero before the first launch and left zero.
+
+#include "common/attention.cuh"
+
+struct Cache {
+    u32 len, rows, heads, kv_heads, head_size;
+    float scale;
+    u32 window;
+    float softcap;
+};
+
+// Where the row'th of a key/value head's query rows lies in q and o, and its place in the document.
+struct QueryRow {
+    u64 at;
+    u32 i;
+};
+
+__device__ __forceinline__ QueryRow query_row(u32 row, u32 kv_head, const Cache &n) {
+    const u32 group = n.heads / n.kv_heads, query = row / group;
+    return {(u64(query) * n.heads + kv_head * group + row % group) * n.head_size, n.len - n.rows + query};
+}
+
+// What the block works on.
+struct Range {
+    u32 kv_head, row, rows;  // query rows row..row + rows of the head's
+    u32 first, last;         // keys
+};
+
+template <u32 STEP>
+__device__ __forceinline__ Range find_range(const Cache &n) {
+    const u32 all = n.rows * (n.heads / n.kv_heads), tiles = (all + 15) / 16;
+    const u32 row = blockIdx.y % tiles * 16, from = first_key(n.len - n.rows, n.window), keys = n.len - from;
+    const u32 each = ((keys + gridDim.x - 1) / gridDim.x + STEP - 1) / STEP * STEP;
+    const u32 first = u32(min(u64(blockIdx.x) * each, u64(keys))), last = min(first + each, keys);
+    return {blockIdx.y / tiles, row, min(all - row, 16u), from + first, from + last};
+}
+
+// The warps' sums (rows of D, maximum and sum of exp of each, in shared memory) to `partial`; the last block to come adds up the ranges.
+template <typename T, int D, int WARPS>
+__device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, const float *sums, const float *stats, const Range &range,
+                                        const Cache &n) {
+    __shared__ u32 arrived;
+    float *mine = partial + (u64(blockIdx.y) * gridDim.x + blockIdx.x) * (16 * (D + 2));
+    for (u32 at = threadIdx.x; at < range.rows * D; at += 32 * WARPS) {
+        const u32 row = at / D;
+        float high = NEG_INFINITY, sum = 0.0f, total = 0.0f;
+        for (u32 w = 0; w < WARPS; w++) high = fmaxf(high, stats[(w * 16 + row) * 2]);
+        for (u32 w = 0; w < WARPS; w++) {
+            const float m = stats[(w * 16 + row) * 2], factor = m == NEG_INFINITY ? 0.0f : exp2f(m - high);
+            sum += factor * sums[w * (16 * D) + at];
+            total += factor * stats[(w * 16 + row) * 2 + 1];
+        }
+        mine[at] = sum;
+        if (at % D == 0) mine[16 * D + 2 * row] = high, mine[16 * D + 2 * row + 1] = total;
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(arrivals + blockIdx.y, 1u);
+    __syncthreads();
+    if (arrived != gridDim.x - 1) return;
+    __threadfence();
+    if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
+    const float *all = partial + u64(blockIdx.y) * gridDim.x * (16 * (D + 2));
+    for (u32 at = threadIdx.x; at < range.rows * D; at += 32 * WARPS) {
+        const u32 row = at / D;
+        if (at % D >= n.head_size) continue;
+        float high = NEG_INFINITY, sum = 0.0f, total = 0.0f;
+        for (u32 s = 0; s < gridDim.x; s++) high = fmaxf(high, __ldcg(all + u64(s) * (16 * (D + 2)) + 16 * D + 2 * row));
+#pragma unroll 4
+        for (u32 s = 0; s < gridDim.x; s++) {
+            const float *of = all + u64(s) * (16 * (D + 2));
+            const float m = __ldcg(of + 16 * D + 2 * row), factor = m == NEG_INFINITY ? 0.0f : exp2f(m - high);
+            sum += factor * __ldcg(of + at);
+            total += factor * __ldcg(of + 16 * D + 2 * row + 1);
+        }
+        o[query_row(range.row + row, range.kv_head, n).at + at % D] = from_f32<T>(sum / total);
+    }
+}
+
+template <typename T, int D, int WARPS>
+__device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, const T *q, const T *keys, const T *values,
+                                           const Cache &n) {
+    constexpr u32 KEYS = 16, STEP = KEYS * WARPS, TILE = KEYS * D * 2;
+    extern __shared__ __align__(128) u8 shared[];
+    __shared__ float stats[WARPS * 16 * 2];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Range range = find_range<STEP>(n);
+    const u32 tiles = shared_address(shared) + warp * (4 * TILE);  // K, V of each of two stages
+    const Sizes sizes = {0, 0, n.heads, n.kv_heads, n.head_size, n.scale, n.window, n.softcap};
+    const u64 stride = u64(n.kv_heads) * n.head_size, base = u64(range.kv_head) * n.head_size;
+
+    const u32 begin = range.first + warp * KEYS;
+    const u32 steps = begin < range.last ? (range.last - begin + STEP - 1) / STEP : 0;
+    auto load = [&](u32 step) {
+        const u32 key = begin + step * STEP, tile = tiles + step % 2 * (2 * TILE);
+#pragma unroll
+        for (u32 c = 0; c < D / 16; c++) {
+            const u32 at = c * 32 + lane, row = at / (D / 8), chunk = at % (D / 8);
+            const bool valid = key + row < range.last && chunk * 8 < n.head_size;
+            const u64 from = valid ? base + (key + row) * stride + chunk * 8 : 0;
+            copy16(tile + tile_offset<D>(row, chunk), keys + from, valid);
+            copy16(tile + TILE + tile_offset<D>(row, chunk), values + from, valid);
+        }
+    };
+    if (steps > 0) load(0);
+    copy_commit();
+
+    u32 a[D / 16][4];  // the query rows
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        const u32 row = lane / 4 + r * 8;
+        const T *from = q + query_row(range.row + (row < range.rows ? row : 0), range.kv_head, n).at;
+#pragma unroll
+        for (u32 kk = 0; kk < D / 16; kk++)
+#pragma unroll
+            for (u32 h = 0; h < 2; h++) {
+                const u32 col = kk * 16 + h * 8 + lane % 4 * 2;
+                a[kk][2 * h + r] = row < range.rows && col < n.head_size ? *reinterpret_cast<const u32 *>(from + col) : 0;
+            }
+    }
+    const Place by_rows = place_rows(lane), by_columns = place_columns(lane);
+    u32 i[2];
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) i[r] = query_row(min(range.row + lane / 4 + r * 8, range.row + range.rows - 1), range.kv_head, n).i;
+    float acc[D / 8][4] = {}, row_max[2] = {NEG_INFINITY, NEG_INFINITY}, row_sum[2] = {0.0f, 0.0f};
+
+    for (u32 step = 0; step < steps; step++) {
+        if (step + 1 < steps) load(step + 1);
+        copy_commit();
+        copy_wait<1>();
+        __syncwarp();
+        const u32 k_tile = tiles + step % 2 * (2 * TILE), v_tile = k_tile + TILE, key = begin + step * STEP;
+        float s[2][4] = {};
+#pragma unroll
+        for (u32 kk = 0; kk < D / 16; kk++) {
+            u32 b[4];
+            load_matrices(b, k_tile + tile_offset<D>(by_columns.row, kk * 2 + by_columns.chunk));
+            mma<T>(s[0], a[kk], b[0], b[1]);
+            mma<T>(s[1], a[kk], b[2], b[3]);
+        }
+        scores<false>(s, sizes);
+        float keep[2];
+#pragma unroll
+        for (u32 r = 0; r < 2; r++) {
+            float m = row_max[r];
+#pragma unroll
+            for (u32 j = 0; j < 2; j++)
+#pragma unroll
+                for (u32 e = 2 * r; e < 2 * r + 2; e++) {
+                    const u32 at = key + j * 8 + lane % 4 * 2 + e % 2;
+                    if (at >= range.last || !sees(i[r], at, n.window)) s[j][e] = NEG_INFINITY;
+                    m = fmaxf(m, s[j][e]);
+                }
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+            const float from = m == NEG_INFINITY ? 0.0f : m;
+            keep[r] = exp2_fast(row_max[r] - from);
+            row_max[r] = m;
+            row_sum[r] *= keep[r];
+#pragma unroll
+            for (u32 j = 0; j < 2; j++)
+#pragma unroll
+                for (u32 e = 2 * r; e < 2 * r + 2; e++) row_sum[r] += s[j][e] = exp2_fast(s[j][e] - from);
+        }
+        const u32 p[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]), pack2<T>(s[1][0], s[1][1]), pack2<T>(s[1][2], s[1][3])};
+#pragma unroll
+        for (u32 d = 0; d < D / 16; d++) {
+            u32 b[4];
+            load_matrices_transposed(b, v_tile + tile_offset<D>(by_rows.row, d * 2 + by_rows.chunk));
+#pragma unroll
+            for (u32 e = 0; e < 4; e++) acc[2 * d][e] *= keep[e / 2], acc[2 * d + 1][e] *= keep[e / 2];
+            mma<T>(acc[2 * d], p, b[0], b[1]);
+            mma<T>(acc[2 * d + 1], p, b[2], b[3]);
+        }
+        __syncwarp();
+    }
+
+    copy_wait<0>();
+    __syncwarp();
+    float *sums = reinterpret_cast<float *>(shared) + warp * (16 * D);  // this warp's half of its own tiles, which it is done with
+    __syncthreads();
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        const u32 row = lane / 4 + r * 8;
+        float sum = row_sum[r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        if (lane % 4 == 0) stats[(warp * 16 + row) * 2] = row_max[r], stats[(warp * 16 + row) * 2 + 1] = sum;
+#pragma unroll
+        for (u32 d = 0; d < D / 8; d++)
+            *reinterpret_cast<float2 *>(sums + row * D + d * 8 + lane % 4 * 2) = make_float2(acc[d][2 * r], acc[d][2 * r + 1]);
+    }
+    __syncthreads();
+    combine<T, D, WARPS>(o, partial, arrivals, reinterpret_cast<float *>(shared), stats, range, n);
+}
+
+// A warp takes every fourth key of the range; a lane columns lane + 32 c.
+template <int D>
+__device__ __forceinline__ void decode_f32(float *o, float *partial, u32 *arrivals, const float *q, const float *keys,
+                                           const float *values, const Cache &n) {
+    constexpr u32 WARPS = 4;
+    extern __shared__ __align__(128) u8 shared[];
+    __shared__ float stats[WARPS * 16 * 2];
+    float *sums = reinterpret_cast<float *>(shared);
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const Range range = find_range<WARPS>(n);
+    const u64 stride = u64(n.kv_heads) * n.head_size, base = u64(range.kv_head) * n.head_size;
+    for (u32 row = 0; row < range.rows; row++) {
+        const QueryRow query = query_row(range.row + row, range.kv_head, n);
+        float a[D / 32], acc[D / 32] = {}, high = NEG_INFINITY, sum = 0.0f;
+#pragma unroll
+        for (u32 c = 0; c < D / 32; c++) a[c] = c * 32 + lane < n.head_size ? q[query.at + c * 32 + lane] : 0.0f;
+        for (u32 key = range.first + warp; key < range.last; key += WARPS) {
+            if (!sees(query.i, key, n.window)) continue;
+            const u64 from = base + key * stride;
+            float dot[1][1] = {};
+#pragma unroll
+            for (u32 c = 0; c < D / 32; c++)
+                if (c * 32 + lane < n.head_size) dot[0][0] += a[c] * keys[from + c * 32 + lane];
+#pragma unroll
+            for (u32 d = 16; d; d /= 2) dot[0][0] += __shfl_xor_sync(~0u, dot[0][0], d);
+            scores<true>(dot, Sizes{0, 0, 0, 0, 0, n.scale, 0, n.softcap});
+            const float m = fmaxf(high, dot[0][0]), keep = exp2f(high - m), p = exp2f(dot[0][0] - m);
+            high = m;
+            sum = sum * keep + p;
+#pragma unroll
+            for (u32 c = 0; c < D / 32; c++)
+                acc[c] = acc[c] * keep + (c * 32 + lane < n.head_size ? p * values[from + c * 32 + lane] : 0.0f);
+        }
+        if (lane == 0) stats[(warp * 16 + row) * 2] = high, stats[(warp * 16 + row) * 2 + 1] = sum;
+#pragma unroll
+        for (u32 c = 0; c < D / 32; c++) sums[warp * (16 * D) + row * D + c * 32 + lane] = acc[c];
+    }
+    __syncthreads();
+    combine<float, D, WARPS>(o, partial, arrivals, sums, stats, range, n);
+}
+
