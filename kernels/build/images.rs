@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     arch::ComputeCapability,
-    log,
+    log::Log,
     nvrtc::{Nvrtc, Program, options},
     sources::Module,
 };
@@ -141,22 +141,22 @@ fn remove(folder: &Path, begins: &str) {
 
 /// The image has the kernels of the table and no other, and none spills registers unsaid.
 fn check(module: &Module, device: ComputeCapability, log: &str) -> Vec<String> {
-    let (name, arch) = (&module.name, device.arch_name());
-    let found = log::spills(log);
+    let place = format!("{}.cu for {}", module.name, device.arch_name());
+    let Log { kernels, spills } = Log::read(log);
     let mut problems = Vec::new();
-    for (kernel, &spilled) in &found {
-        if !module.kernels.iter().any(|known| known.name == *kernel) {
-            problems.push(format!("{name}.cu for {arch}: kernel `{kernel}` is not written out in the source"));
-        }
-        let declared = module.spills.iter().find(|declared| declared.kernel == *kernel).map_or(0, |declared| declared.bytes);
-        if spilled > declared {
-            problems.push(format!("{name}.cu for {arch}: `{kernel}` spills {spilled} bytes, {declared} declared"));
-        }
-    }
+    let known = |name: &String| module.kernels.iter().any(|kernel| kernel.name == *name);
+    let unknown = kernels.iter().filter(|name| !known(name));
+    problems.extend(unknown.map(|name| format!("{place}: kernel `{name}` is not written out in the source")));
     // sm_75 has no bf16: sources leave those kernels out.
     if device.major >= 8 {
-        let missing = module.kernels.iter().filter(|kernel| !found.contains_key(&kernel.name));
-        problems.extend(missing.map(|kernel| format!("{name}.cu for {arch}: the image has no kernel `{}`", kernel.name)));
+        let missing = module.kernels.iter().filter(|kernel| !kernels.contains(&kernel.name));
+        problems.extend(missing.map(|kernel| format!("{place}: the image has no kernel `{}`", kernel.name)));
+    }
+    for (name, spilled) in spills {
+        let declared = module.spills.iter().find(|declared| declared.kernel == name).map_or(0, |declared| declared.bytes);
+        if spilled > declared {
+            problems.push(format!("{place}: `{name}` spills {spilled} bytes, {declared} declared"));
+        }
     }
     problems
 }

@@ -1,6 +1,6 @@
-//! What the compiler says of each kernel: that it is in the image, and the registers that it spills.
+//! What the compiler says of each kernel: that it is in the image, and what it spills of its registers.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A line `// spills: KERNEL BYTES WHY` in a source: the most that the kernel may spill, on any architecture.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,24 +26,33 @@ impl Declared {
     }
 }
 
-/// Bytes that each kernel of an image spills (stores and loads, the larger), by the log of `ptxas -v`.
-pub(crate) fn spills(log: &str) -> BTreeMap<String, usize> {
-    let mut found = BTreeMap::new();
-    let mut kernel = None;
-    for line in log.lines() {
-        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
-            let name = rest.split('\'').next().unwrap_or_default();
-            found.entry(name.to_owned()).or_insert(0);
-        } else if let Some((_, name)) = line.split_once("Function properties for ") {
-            kernel = Some(name.trim().to_owned());
-        } else if let (Some(name), true) = (&kernel, line.contains("bytes spill stores")) {
-            let bytes = |of: &str| {
-                let before = line.split(of).next().unwrap_or_default();
-                before.split([',', ' ']).rfind(|word| !word.is_empty()).and_then(|word| word.parse().ok()).unwrap_or(0)
-            };
-            let most = bytes(" bytes spill stores").max(bytes(" bytes spill loads"));
-            found.entry(name.clone()).and_modify(|spilled: &mut usize| *spilled = (*spilled).max(most)).or_insert(most);
+/// What the log of `ptxas -v` says of an image.
+#[derive(Debug, Default)]
+pub(crate) struct Log {
+    /// Its kernels.
+    pub(crate) kernels: BTreeSet<String>,
+    /// Bytes that each function spills (stores or loads, the larger): kernels, and functions that are not inlined.
+    pub(crate) spills: BTreeMap<String, usize>,
+}
+
+impl Log {
+    pub(crate) fn read(log: &str) -> Self {
+        let mut found = Self::default();
+        let mut function = "";
+        for line in log.lines() {
+            if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+                found.kernels.insert(rest.split('\'').next().unwrap_or_default().to_owned());
+            } else if let Some((_, name)) = line.split_once("Function properties for ") {
+                function = name.trim();
+            } else if line.contains("bytes spill stores") {
+                let bytes = |of: &str| {
+                    let before = line.split(of).next().unwrap_or_default();
+                    before.split([',', ' ']).rfind(|word| !word.is_empty()).and_then(|word| word.parse().ok()).unwrap_or(0)
+                };
+                let most = bytes(" bytes spill stores").max(bytes(" bytes spill loads"));
+                found.spills.insert(function.to_owned(), most);
+            }
         }
+        found
     }
-    found
 }

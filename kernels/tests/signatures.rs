@@ -7,7 +7,7 @@ mod log;
 #[path = "../build/signatures.rs"]
 mod signatures;
 
-use log::{Declared, spills};
+use log::{Declared, Log};
 use signatures::parse;
 
 /// `name: kind` of the arguments of the one kernel; `&` stands before what is written.
@@ -60,8 +60,12 @@ fn spills_are_read_off_the_log_of_the_assembler() {
         ptxas info    : Function properties for f\n    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n\
         ptxas info    : Used 40 registers\n\
         ptxas info    : Compiling entry function 'g' for 'sm_90a'\n\
-        ptxas info    : Function properties for g\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n";
-    assert_eq!(spills(log).into_iter().collect::<Vec<_>>(), [("f".to_owned(), 16), ("g".to_owned(), 0)]);
+        ptxas info    : Function properties for g\n    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n\
+        ptxas info    : Function properties for helper\n    4 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n";
+    let found = Log::read(log);
+    assert_eq!(found.kernels.into_iter().collect::<Vec<_>>(), ["f", "g"]);
+    let expected = [("f", 16), ("g", 0), ("helper", 4)].map(|(name, bytes)| (name.to_owned(), bytes));
+    assert_eq!(found.spills.into_iter().collect::<Vec<_>>(), expected);
 }
 
 #[test]
