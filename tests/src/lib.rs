@@ -16,7 +16,8 @@ use nibble_tensor::{
 };
 use safetensors::{Dtype, SafeTensors};
 
-/// A folder of reference results: the project's own copy when it has one, else the folder beside the project.
+/// A folder of reference results: the project's own copy when it has one, else the folder beside the project. A copy of the
+/// tests on another machine is told its folder by `CARGO_MANIFEST_DIR`, as by cargo.
 ///
 /// `None` when neither is there; with `REQUIRE_GOLDEN=1` in the environment that is a failure.
 ///
@@ -24,7 +25,7 @@ use safetensors::{Dtype, SafeTensors};
 /// When the folder is required and missing.
 #[must_use]
 pub fn golden(name: &str) -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
     let found =
         [root.join("data"), root.join("../../shared/golden")].into_iter().map(|dir| dir.join(name)).find(|dir| dir.exists());
     let required = std::env::var_os("REQUIRE_GOLDEN").is_some() && !name.starts_with("float64/");

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Builds what runs on a GPU machine without Rust, CUDA or this source tree: the binary, the tests that run on a device, the
+# training benchmark, and their data. Needs no GPU. Copy the folder there and run its run.sh (scripts/gpu_run.sh).
+#
+#   scripts/gpu_bundle.sh [FOLDER]          default bundle/gpu
+#
+# PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-bundle/gpu} profile=${PROFILE:-release} limit_mib=64
+target=${CARGO_TARGET_DIR:-target}/$([[ $profile == dev ]] && echo debug || echo "$profile")
+
+cargo build --profile "$profile" --locked -p nibble-cli -p nibble-train --bin nibble --example train_shape
+# Cargo says in JSON which executables it made.
+tests=$(cargo test --no-run --locked --message-format=json -p nibble-tensor --lib -p nibble-tests --tests | python3 -c '
+import json, sys
+for line in sys.stdin:
+    made = json.loads(line)
+    if made.get("reason") == "compiler-artifact" and made.get("executable") and made["profile"]["test"]:
+        print(made["target"]["name"], made["executable"])')
+
+rm -rf "$out"
+mkdir -p "$out/bin" "$out/tests"
+cp "$target/nibble" "$target/examples/train_shape" "$out/bin/"
+while read -r name path; do
+  # The architecture is the source tree's: nothing of it runs on a device.
+  [[ $name == architecture || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
+done <<<"$tests"
+strip "$out"/bin/* "$out"/tests/*
+cp -r tests/data "$out/data"
+cp scripts/gpu_run.sh "$out/run.sh"
+git log -1 --format='commit %H %ci' >"$out/COMMIT"
+[[ -z $(git status --porcelain) ]] || echo "with changes that are not committed" >>"$out/COMMIT"
+
+du -h "$out"/bin/* "$out"/tests/* "$out/data"
+size=$(du -sm "$out" | cut -f1)
+echo "$out: $size MiB"
+if ((size > limit_mib)); then
+  echo "expected at most $limit_mib MiB" >&2
+  exit 1
+fi

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Runs on a GPU machine what scripts/gpu_bundle.sh packed, as its run.sh: first the tests, on the GPU, then training steps of
+# models of several sizes. Needs NVIDIA's driver (525 or newer) and cuBLASLt (a CUDA toolkit, PyTorch, or
+# `pip install nvidia-cublas-cu12`).
+#
+#   ./run.sh [RESULTS]          default results, beside this file
+#
+# Writes RESULTS/tests.md and RESULTS/steps.md, and each run's log beside them. LIMIT: seconds for each run (default 300).
+# FLOPS: the machine's bf16 rate in a plain matrix product, of which steps are a share (default 790e12, an H200).
+# SHAPES: lines of arguments of train_shape, instead of those below. Ends with 1 if a test or a step failed.
+set -uo pipefail
+cd "$(dirname "$0")"
+results=${1:-results} limit=${LIMIT:-300} flops=${FLOPS:-790e12}
+mkdir -p "$results"
+
+# NVIDIA's Python packages, where there are any: tests and benchmarks look at LD_LIBRARY_PATH and the system's folders.
+packages=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null)
+[[ -n $packages ]] && LD_LIBRARY_PATH=$(printf '%s:' "$packages"/*/lib)${LD_LIBRARY_PATH:-}
+export LD_LIBRARY_PATH REQUIRE_CUDA=1 NIBBLE_TEST_DEVICE=cuda
+
+# The folder whose `data` the tests read.
+export CARGO_MANIFEST_DIR=$PWD
+machine=$(nvidia-smi --query-gpu=name,driver_version,memory.total,power.limit --format=csv,noheader 2>/dev/null | head -1)
+about="$(head -1 COMMIT), ${machine:-no nvidia-smi}, $(date -u +%F)"
+bin/nibble doctor >"$results/doctor.txt" 2>&1 || true
+cat "$results/doctor.txt"
+
+{
+  printf '%s\n\n| test | result | seconds |\n|---|---|---|\n' "$about"
+  for test in tests/*; do
+    name=$(basename "$test") start=$SECONDS
+    # One after the other: each takes the device's memory for itself.
+    timeout "$limit" "$test" --test-threads 1 >"$results/$name.log" 2>&1
+    code=$?
+    line=$(grep -h '^test result:' "$results/$name.log" | tail -1)
+    line=${line#test result: }
+    ((code == 0)) || line="FAILED (exit code $code): ${line:-see $name.log}"
+    echo "| $name | ${line%%; finished*} | $((SECONDS - start)) |"
+  done
+} | tee "$results/tests.md"
+
+shapes=${SHAPES:-"smollm2-135m --batch 8 --length 512 --checkpointing none
+qwen2.5-1.5b --batch 4 --length 1024 --checkpointing selective
+llama3-8b --batch 1 --length 2048 --checkpointing selective
+llama3-8b --batch 4 --length 2048 --checkpointing selective
+llama3-8b --batch 4 --length 2048 --checkpointing full
+mistral-7b --batch 4 --length 2048 --checkpointing selective"}
+{
+  printf '%s; speed of light at %s flop/s\n\n| training step | result |\n|---|---|\n' "$about" "$flops"
+  while read -r shape; do
+    log=$results/steps-$(tr -cs 'a-z0-9.\n' '-' <<<"$shape").log
+    # shellcheck disable=SC2086 # a shape is a list of arguments
+    timeout "$limit" bin/train_shape $shape --flops "$flops" >"$log" 2>&1 </dev/null
+    line=$(grep '^RESULT' "$log" | tail -1)
+    if [[ -n $line ]]; then line=${line#*: }; else line="FAILED: $(tail -1 "$log")"; fi
+    echo "| ${shape//--/} | $line |"
+  done <<<"$shapes"
+} | tee "$results/steps.md"
+! grep -q FAILED "$results/tests.md" "$results/steps.md"
