@@ -16,7 +16,7 @@
 // 16-bit types: 16 rows a warp by mma.sync; Y double-buffered by asynchronous copies. Where D is 256, two warps share the rows
 // and each keeps half the output's columns. f32: plain FMA, thread (y, x) of 16 x 8, as in attention_fwd.cu.
 //
-// Launch: attention_delta: a warp for each of T H rows, grid ceil(T H / 4), block 128.
+// Launch: attention_delta: a row of D a warp or a part of one, grid ceil(T H / 8) or less, block 128.
 // attention_bwd: grid (T / ROWS + docs, K + H), block 128.
 // 16-bit: ROWS 64 (D 256: 32), STREAM 64 (D 32, 64), 32 (D 96, 128) or 16 (D 256), shared bytes 4 D (ROWS + 2 STREAM) + 16
 // STREAM. f32: ROWS 32 (D 256: 16), STREAM 16 (D 256: 8), shared bytes 8 (ROWS + STREAM) (D + 4) + 4 ROWS (STREAM + 4) + 8
@@ -26,18 +26,21 @@
 
 template <typename T>
 __device__ __forceinline__ void delta_rows(float *delta, const T *o, const T *d_o, u32 tokens, u32 heads, u32 head_size) {
-    const u32 lane = threadIdx.x % 32;
+    constexpr u32 N = Pack<T>::N;
+    u32 lanes = 32;  // of a row
+    while (lanes > 1 && (lanes / 2) * N >= head_size) lanes /= 2;
+    const u32 lane = threadIdx.x % lanes, each = 128 / lanes;
     const u64 rows = u64(tokens) * heads;
-    for (u64 row = u64(blockIdx.x) * 4 + threadIdx.x / 32; row < rows; row += u64(gridDim.x) * 4) {
+    for (u64 first = u64(blockIdx.x) * each; first < rows; first += u64(gridDim.x) * each) {
+        const u64 row = first + threadIdx.x / lanes;
         float sum = 0.0f;
-        for (u32 c = lane * Pack<T>::N; c < head_size; c += 32 * Pack<T>::N) {
+        for (u32 c = lane * N; c < head_size && row < rows; c += lanes * N) {
             const Pack<T> a = load16(o + row * head_size + c), b = load16(d_o + row * head_size + c);
 #pragma unroll
-            for (u32 e = 0; e < Pack<T>::N; e++) sum += to_f32(a.v[e]) * to_f32(b.v[e]);
+            for (u32 e = 0; e < N; e++) sum += to_f32(a.v[e]) * to_f32(b.v[e]);
         }
-#pragma unroll
-        for (u32 d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-        if (lane == 0) delta[row % heads * tokens + row / heads] = sum;
+        for (u32 d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+        if (lane == 0 && row < rows) delta[row % heads * tokens + row / heads] = sum;
     }
 }
 

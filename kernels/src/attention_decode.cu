@@ -1,18 +1,22 @@
 // Attention of a few new tokens over a cache of keys and values, for generation.
 //
-// q, o [n, H, D], n in 1..8 or more; keys, values [L, K, D], of which the first *len rows are the tokens so far, the last n of them the
-// queries' own. Query r is token i = *len - n + r and sees the keys j <= i, j > i - window (window 0: all), through softcap (0: none).
+// q, o [n, H, D], n in 1..8 or more; keys, values [L, K, D], of which the first *len rows are the tokens so far, the last n of
+// them the queries' own. Query r is token i = *len - n + r and sees the keys j <= i, j > i - window (window 0: all), through
+// softcap (0: none).
 //
-// The n H / K query rows of a key/value head are taken 16 at a time; blockIdx.y is (head, sixteen), blockIdx.x a range of keys, its bounds
-// computed from *len. The warps of a block each walk over their own keys, 16 at a time, copying the next while they work on the present
-// ones: scores and P V by mma.sync as in attention_fwd.cu (f32: plain FMA, one row after the other). The block writes its unnormalised
-// sum, its maximum and its sum of exp to `partial`; the last block of a blockIdx.y to arrive adds the ranges up in their order.
+// The n H / K query rows of a key/value head are taken 16 at a time; blockIdx.y is (head, sixteen), blockIdx.x a range of keys,
+// its bounds computed from *len. The warps of a block each walk over their own keys, 16 at a time, copying the next while they
+// work on the present ones: scores and P V by mma.sync as in attention_fwd.cu (f32: plain FMA, one row after the other). The
+// block writes its unnormalised sum, its maximum and its sum of exp to `partial`; the last block of a blockIdx.y to arrive adds
+// the ranges up in their order.
 //
 // Bytes: the keys and values so far, once for every 16 query rows.
 //
-// Launch: grid (SPLITS, K ceil(n H / K / 16)), block 128 (16-bit D 256: 64), shared bytes 512 D' (D' 256, 16-bit: 65536 too; f32: 16 D'),
-// D' the instance's D. SPLITS about 2 multiprocessors / gridDim.y, at least 1, by the longest *len expected: one for 256 keys at most.
+// Launch: grid (SPLITS, K ceil(n H / K / 16)), block 128 (D' 256: 64), shared bytes min(512 D', 65536), D' the instance's D.
+// SPLITS: about 2 multiprocessors / gridDim.y, at least 1, at most one for 256 keys of the longest *len expected.
 // partial: F32 [gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [gridDim.y], zero before the first launch and left zero.
+//
+// spills: attention_decode_f16_d256 80 on sm_75: 255 registers hold the queries' 64 and the output's 128
 
 #include "common/attention.cuh"
 
@@ -49,11 +53,12 @@ __device__ __forceinline__ Range find_range(const Cache &n) {
     return {blockIdx.y / tiles, row, min(all - row, 16u), from + first, from + last};
 }
 
-// The warps' sums (rows of D, maximum and sum of exp of each, in shared memory) to `partial`; the last block to come adds up the ranges.
+// The warps' sums (rows of D, maximum and sum of exp of each, in shared memory) to `partial`; the last block to come adds up the
+// ranges.
 template <typename T, int D, int WARPS>
-__device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, const float *sums, const float *stats, const Range &range,
+__device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, const float *sums, u32 &arrived, const Range &range,
                                         const Cache &n) {
-    __shared__ u32 arrived;
+    const float *stats = sums + WARPS * 16 * D;
     float *mine = partial + (u64(blockIdx.y) * gridDim.x + blockIdx.x) * (16 * (D + 2));
     for (u32 at = threadIdx.x; at < range.rows * D; at += 32 * WARPS) {
         const u32 row = at / D;
@@ -96,7 +101,6 @@ __device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, 
                                            const Cache &n) {
     constexpr u32 KEYS = 16, STEP = KEYS * WARPS, TILE = KEYS * D * 2;
     extern __shared__ __align__(128) u8 shared[];
-    __shared__ float stats[WARPS * 16 * 2];
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Range range = find_range<STEP>(n);
     const u32 tiles = shared_address(shared) + warp * (4 * TILE);  // K, V of each of two stages
@@ -135,7 +139,7 @@ __device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, 
     const Place by_rows = place_rows(lane), by_columns = place_columns(lane);
     u32 i[2];
 #pragma unroll
-    for (u32 r = 0; r < 2; r++) i[r] = query_row(min(range.row + lane / 4 + r * 8, range.row + range.rows - 1), range.kv_head, n).i;
+    for (u32 r = 0; r < 2; r++) i[r] = query_row(range.row + min(lane / 4 + r * 8, range.rows - 1), range.kv_head, n).i;
     float acc[D / 8][4] = {}, row_max[2] = {NEG_INFINITY, NEG_INFINITY}, row_sum[2] = {0.0f, 0.0f};
 
     for (u32 step = 0; step < steps; step++) {
@@ -176,7 +180,8 @@ __device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, 
 #pragma unroll
                 for (u32 e = 2 * r; e < 2 * r + 2; e++) row_sum[r] += s[j][e] = exp2_fast(s[j][e] - from);
         }
-        const u32 p[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]), pack2<T>(s[1][0], s[1][1]), pack2<T>(s[1][2], s[1][3])};
+        const u32 p[4] = {pack2<T>(s[0][0], s[0][1]), pack2<T>(s[0][2], s[0][3]), pack2<T>(s[1][0], s[1][1]),
+                          pack2<T>(s[1][2], s[1][3])};
 #pragma unroll
         for (u32 d = 0; d < D / 16; d++) {
             u32 b[4];
@@ -191,8 +196,8 @@ __device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, 
 
     copy_wait<0>();
     __syncwarp();
-    float *sums = reinterpret_cast<float *>(shared) + warp * (16 * D);  // this warp's half of its own tiles, which it is done with
-    __syncthreads();
+    __syncthreads();  // all are done with their tiles
+    float *all = reinterpret_cast<float *>(shared), *sums = all + warp * (16 * D), *stats = all + WARPS * 16 * D;
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
         const u32 row = lane / 4 + r * 8;
@@ -205,17 +210,16 @@ __device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, 
             *reinterpret_cast<float2 *>(sums + row * D + d * 8 + lane % 4 * 2) = make_float2(acc[d][2 * r], acc[d][2 * r + 1]);
     }
     __syncthreads();
-    combine<T, D, WARPS>(o, partial, arrivals, reinterpret_cast<float *>(shared), stats, range, n);
+    combine<T, D, WARPS>(o, partial, arrivals, all, reinterpret_cast<u32 *>(all + WARPS * (16 * D + 32))[0], range, n);
 }
 
-// A warp takes every fourth key of the range; a lane columns lane + 32 c.
+// A warp takes every WARPS-th key of the range; a lane columns lane + 32 c.
 template <int D>
 __device__ __forceinline__ void decode_f32(float *o, float *partial, u32 *arrivals, const float *q, const float *keys,
                                            const float *values, const Cache &n) {
-    constexpr u32 WARPS = 4;
+    constexpr u32 WARPS = D == 256 ? 2 : 4;
     extern __shared__ __align__(128) u8 shared[];
-    __shared__ float stats[WARPS * 16 * 2];
-    float *sums = reinterpret_cast<float *>(shared);
+    float *sums = reinterpret_cast<float *>(shared), *stats = sums + WARPS * 16 * D;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Range range = find_range<WARPS>(n);
     const u64 stride = u64(n.kv_heads) * n.head_size, base = u64(range.kv_head) * n.head_size;
@@ -246,6 +250,70 @@ __device__ __forceinline__ void decode_f32(float *o, float *partial, u32 *arriva
         for (u32 c = 0; c < D / 32; c++) sums[warp * (16 * D) + row * D + c * 32 + lane] = acc[c];
     }
     __syncthreads();
-    combine<float, D, WARPS>(o, partial, arrivals, sums, stats, range, n);
+    combine<float, D, WARPS>(o, partial, arrivals, sums, reinterpret_cast<u32 *>(stats + WARPS * 32)[0], range, n);
 }
 
+#if HAS_BF16
+extern "C" __global__ void __launch_bounds__(128) attention_decode_bf16_d64(
+    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<bf16, 64, 4>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_decode_bf16_d128(
+    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<bf16, 128, 4>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(64) attention_decode_bf16_d256(
+    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<bf16, 256, 2>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(128) attention_decode_f16_d64(
+    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<f16, 64, 4>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_decode_f16_d128(
+    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<f16, 128, 4>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(64) attention_decode_f16_d256(
+    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<f16, 256, 2>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_decode_f32_d64(
+    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_f32<64>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(128) attention_decode_f32_d128(
+    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_f32<128>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}
+
+extern "C" __global__ void __launch_bounds__(64) attention_decode_f32_d256(
+    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len, u32 rows,
+    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_f32<256>(o, partial, arrivals, q, keys, values,
+        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+}

@@ -18,6 +18,11 @@
 //
 // Launch: grid (T / TILE + docs, H), block 128. 16-bit: TILE 64, shared bytes 2 D (64 + 2 KEYS), KEYS 64 (D 256: 32).
 // f32: TILE 32, shared bytes 4 ((32 + KEYS) (D + 4) + 32 (KEYS + 4)), KEYS 32 (D 256: 16). D here is the instance's.
+//
+// spills: attention_fwd_f16_d256 80 on sm_75: 255 registers hold the output's 128 and half a tile
+// spills: attention_fwd_bf16_d256 8 as above
+// spills: attention_fwd_f16_d32 16 a loop bound
+// spills: attention_fwd_f32_d32 16 a loop bound
 
 #include "common/attention.cuh"
 

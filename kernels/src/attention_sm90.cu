@@ -1,31 +1,32 @@
 // Causal attention over packed documents, forward, on Hopper: head sizes up to 128, bf16 and f16, no softcap, scale > 0.
 // Formula and names as in attention_fwd.cu.
 //
-// Persistent blocks of three warpgroups. One thread of the third takes tiles (128 queries of a document, one head) from a
-// counter and has the copy engine bring Q and, tile of 128 keys by tile, from the diagonal backwards, K and V into rings of two
-// buffers each. The other two own 64 query rows each: S = Q Kᵀ and O += P V are wgmma products with S, P and O in registers, and
-// a warpgroup issues the product S of the next keys before the P V of the present ones, so that its softmax runs under its own P
-// V; by two named barriers the two warpgroups take turns, so that one's softmax runs under the other's products
-// (FlashAttention-3, Shah et al. 2024). P is rounded to T, its sum is of the unrounded values. Rows of V beyond the document are
-// zeroed in shared memory (0 · NaN).
+// Persistent blocks of GROUPS + 1 warpgroups, GROUPS 2 (D' 128) or 3 (D' 64). One thread of the last takes tiles (64 GROUPS
+// queries of a document, one head) from a counter and has the copy engine bring Q and, tile of 128 keys by tile, from the
+// diagonal backwards, K and V into rings of two buffers each. The others own 64 query rows each: S = Q Kᵀ and O += P V are wgmma
+// products with S, P and O in registers, and a warpgroup issues the product S of the next keys before the P V of the present
+// ones, so that its softmax runs under its own P V; by named barriers the warpgroups take turns, so that one's softmax runs
+// under the other's products (FlashAttention-3, Shah et al. 2024). P is rounded to T, its sum is of the unrounded values. Rows of
+// V beyond the document are zeroed in shared memory (0 · NaN).
 //
-// Order of tiles: sections of key/value heads whose K and V fit the L2 together; in a section late rows (most keys) first.
+// Order of tiles: sections of key/value heads whose K and V fit the L2 together; in a section those with most keys first, by a
+// table that attention_order makes once for a batch (documents and window): order[rank] = slot (attention.cuh).
 // `counter` (2 words, zero before the first launch; the launch leaves zeros) hands out tiles; a result does not depend on who
 // takes one.
 //
 // Tensor maps (16-bit, 3 dimensions, 128-byte swizzle, no interleave, zeros outside, element strides 1, L2 promotion 128 bytes):
-//   q: dims (D, H, T), strides (2 D, 2 H D) bytes, box (64, 1, 128)
+//   q: dims (D, H, T), strides (2 D, 2 H D) bytes, box (64, 1, 64 GROUPS)
 //   k, v: dims (D, K, T), strides (2 D, 2 K D), box (64, 1, 128).
 // Columns beyond D come as zeros, so the instance for 128 serves 72..128, that for 64 serves 8..64 (D a multiple of 8).
 //
 // Bytes: q, o once, K and V once a query tile, from L2 mostly. Arithmetic bounds it.
-// Launch: grid min(multiprocessors, (T / 128 + docs) H), block 384, shared bytes 2 D' 128 6 + 256 with D' the instance's D.
+// Launch: attention_order: grid ceil((T / 128 + docs) / 256), block 256; tables u32 [T / 192 + docs] and two [T / 128 + docs].
+// attention_fwd_sm90: grid min(multiprocessors, (T / (64 GROUPS) + docs) H), block 128 (GROUPS + 1), shared bytes
+// 256 D' (GROUPS + 4) + 256 with D' the instance's D: 196864 for D' 128, 114944 for D' 64.
 
-#include "common/attention.cuh"
-#include "common/tma.cuh"
-#include "common/wgmma.cuh"
+#include "common/attention_sm90.cuh"
 
-constexpr u32 ROWS = 128, KEYS = 128, STAGES = 2;
+constexpr u32 KEYS = 128, STAGES = 2;
 constexpr u32 SECTION_BYTES = 32u << 20;
 
 // A tile as the producer hands it to the consumers; len 0 ends.
@@ -34,57 +35,54 @@ struct __align__(16) Work {
 };
 
 // Addresses in shared memory.
-template <int D>
+template <int D, int GROUPS>
 struct Shared {
-    static constexpr u32 TILE = 128 * D * 2;
+    static constexpr u32 ROWS = 64 * GROUPS, Q_TILE = ROWS * D * 2, TILE = KEYS * D * 2, BARRIERS = STAGES * (Q_TILE + 2 * TILE);
     u32 base;
-    __device__ u32 q(u32 stage) const { return base + stage * TILE; }
-    __device__ u32 k(u32 stage) const { return base + (STAGES + stage) * TILE; }
-    __device__ u32 v(u32 stage) const { return base + (2 * STAGES + stage) * TILE; }
-    __device__ u32 barrier(u32 i) const { return base + 3 * STAGES * TILE + i * 8; }
+    __device__ u32 q(u32 stage) const { return base + stage * Q_TILE; }
+    __device__ u32 k(u32 stage) const { return base + STAGES * Q_TILE + stage * TILE; }
+    __device__ u32 v(u32 stage) const { return base + STAGES * (Q_TILE + TILE) + stage * TILE; }
+    __device__ u32 barrier(u32 i) const { return base + BARRIERS + i * 8; }
     __device__ u32 q_full(u32 stage) const { return barrier(stage); }
     __device__ u32 q_empty(u32 stage) const { return barrier(STAGES + stage); }
     __device__ u32 k_full(u32 stage) const { return barrier(2 * STAGES + stage); }
     __device__ u32 k_empty(u32 stage) const { return barrier(3 * STAGES + stage); }
     __device__ u32 v_full(u32 stage) const { return barrier(4 * STAGES + stage); }
     __device__ u32 v_empty(u32 stage) const { return barrier(5 * STAGES + stage); }
-    static constexpr u32 WORK = 3 * STAGES * TILE + 128;  // offset of Work[STAGES]
+    static constexpr u32 WORK = BARRIERS + 128;  // offset of Work[STAGES]
 };
 
-template <int D>
-__device__ __forceinline__ void load_box(u32 tile, const TensorMap &map, u32 barrier, u32 head, u32 token) {
-#pragma unroll
-    for (u32 c = 0; c < D / 64; c++) tma_load(tile + c * (128 * 128), map, barrier, c * 64, head, token);
-}
-
-template <int D>
-__device__ __forceinline__ void produce(Shared<D> at, Work *work, const TensorMap &q, const TensorMap &k, const TensorMap &v,
-                                        u32 *counter, const u32 *cu_seqlens, const Sizes &n) {
+template <int D, int GROUPS>
+__device__ __forceinline__ void produce(Shared<D, GROUPS> at, Work *work, const TensorMap &q, const TensorMap &k,
+                                        const TensorMap &v, u32 *counter, const u32 *cu_seqlens, const u32 *order,
+                                        const Sizes &n) {
+    constexpr u32 ROWS = 64 * GROUPS;
     const u32 slots = n.tokens / ROWS + n.docs, tiles = slots * n.heads, group = n.heads / n.kv_heads;
     const u32 kv_section = min(max(u32(SECTION_BYTES / (u64(n.tokens) * (4 * D))), 1u), n.kv_heads), section = kv_section * group;
     Ring<STAGES> q_at, kv_at;
     for (u32 tile = blockIdx.x; tile < tiles; tile = gridDim.x + atomicAdd(counter, 1u)) {
         const u32 from = tile / (slots * section) * section, rest = tile % (slots * section);
         const u32 heads = min(section, n.heads - from), head = from + rest % heads;
-        const DocTile doc = find_tile<ROWS>(cu_seqlens, n.docs, slots - 1 - rest / heads);
-        if (doc.row >= doc.len) continue;
+        const u32 slot = order[rest / heads];
+        if (slot == ~0u) continue;
+        const DocTile doc = find_tile<ROWS>(cu_seqlens, n.docs, slot);
         const u32 rows = min(doc.len - doc.row, ROWS), kv_head = head / group;
         const u32 first = first_key(doc.row, n.window) / KEYS, last = (doc.row + rows - 1) / KEYS;
 
         mbarrier_wait(at.q_empty(q_at.index), q_at.parity ^ 1);
         work[q_at.index] = {doc.begin, doc.len, doc.row, head};
-        mbarrier_expect(at.q_full(q_at.index), at.TILE);
-        load_box<D>(at.q(q_at.index), q, at.q_full(q_at.index), head, doc.begin + doc.row);
+        mbarrier_expect(at.q_full(q_at.index), at.Q_TILE);
+        load_box<D, ROWS>(at.q(q_at.index), q, at.q_full(q_at.index), head, doc.begin + doc.row);
         q_at.next();
 #pragma unroll 1
         for (u32 j = last + 1; j-- > first; kv_at.next()) {
             const u32 stage = kv_at.index;
             mbarrier_wait(at.k_empty(stage), kv_at.parity ^ 1);
             mbarrier_expect(at.k_full(stage), at.TILE);
-            load_box<D>(at.k(stage), k, at.k_full(stage), kv_head, doc.begin + j * KEYS);
+            load_box<D, KEYS>(at.k(stage), k, at.k_full(stage), kv_head, doc.begin + j * KEYS);
             mbarrier_wait(at.v_empty(stage), kv_at.parity ^ 1);
             mbarrier_expect(at.v_full(stage), at.TILE);
-            load_box<D>(at.v(stage), v, at.v_full(stage), kv_head, doc.begin + j * KEYS);
+            load_box<D, KEYS>(at.v(stage), v, at.v_full(stage), kv_head, doc.begin + j * KEYS);
         }
     }
     mbarrier_wait(at.q_empty(q_at.index), q_at.parity ^ 1);
@@ -95,12 +93,13 @@ __device__ __forceinline__ void produce(Shared<D> at, Work *work, const TensorMa
 }
 
 // S = Q Kᵀ for this warpgroup's 64 rows.
-template <typename T, int D>
+template <typename T, int D, int GROUPS>
 __device__ __forceinline__ void issue_s(float (&s)[KEYS / 2], u32 q, u32 k) {
 #pragma unroll
     for (u32 kk = 0; kk < D / 16; kk++) {
-        const u32 offset = kk / 4 * (128 * 128) + kk % 4 * 32;
-        wgmma<T, 0, 0>(s, k_major(q + offset), k_major(k + offset), kk != 0);
+        const u32 column = kk % 4 * 32;
+        wgmma<T, 0, 0>(s, k_major(q + kk / 4 * (GROUPS * 64 * 128) + column), k_major(k + kk / 4 * (KEYS * 128) + column),
+                       kk != 0);
     }
 }
 
@@ -115,7 +114,8 @@ struct Row {
     float max[2], sum[2];  // of scores (not scaled), and of exp
 };
 
-// s becomes exp(scale (s - max)); `keep` is the factor of what came before.
+// s becomes exp(scale (s - max)); `keep` is the factor of what came before. BLIND: a row may have seen no key yet.
+template <bool BLIND>
 __device__ __forceinline__ void softmax(float (&s)[KEYS / 2], Row &row, float (&keep)[2], float scale) {
 #pragma unroll
     for (u32 r = 0; r < 2; r++) {
@@ -124,9 +124,9 @@ __device__ __forceinline__ void softmax(float (&s)[KEYS / 2], Row &row, float (&
         for (u32 j = 0; j < KEYS / 8; j++) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
         m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
-        keep[r] = exp2_fast((row.max[r] - m) * scale);
+        const float from = BLIND && m == NEG_INFINITY ? 0.0f : m, base = from * scale;
+        keep[r] = exp2_fast((row.max[r] - from) * scale);
         row.max[r] = m;
-        const float base = m * scale;
         float sum = 0.0f;
 #pragma unroll
         for (u32 j = 0; j < KEYS / 8; j++)
@@ -158,10 +158,11 @@ __device__ __forceinline__ void pack(u32 (&p)[KEYS / 4], const float (&s)[KEYS /
     for (u32 i = 0; i < KEYS / 4; i++) p[i] = pack2<T>(s[2 * i], s[2 * i + 1]);
 }
 
-template <typename T, int D>
-__device__ __forceinline__ void consume(Shared<D> at, const Work *work, T *o, float *lse, const Sizes &n) {
+template <typename T, int D, int GROUPS>
+__device__ __forceinline__ void consume(Shared<D, GROUPS> at, const Work *work, T *o, float *lse, const Sizes &n) {
     const u32 group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const u32 turn = 1 + group, other = 2 - group;  // named barriers
+    constexpr u32 ROWS = 64 * GROUPS;
+    const u32 turn = 1 + group, other = 1 + (group + 1) % GROUPS;  // named barriers
     const float scale = n.scale * LOG2_E;
     Ring<STAGES> q_at, kv_at;
     if (group == 0) barrier_arrive(turn, 256);
@@ -183,23 +184,20 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, T *o, fl
 
         mbarrier_wait(at.k_full(kv_at.index), kv_at.parity);
         wgmma_fence();
-        issue_s<T, D>(s, q, at.k(kv_at.index));
+        issue_s<T, D, GROUPS>(s, q, at.k(kv_at.index));
         wgmma_commit();
         wgmma_wait<0>();
         hold(s);
         if (lane == 0) mbarrier_arrive(at.k_empty(kv_at.index));
         mask(s, i, last * KEYS, n.window);
-        softmax(s, row, keep, scale);
+        softmax<(ROWS > KEYS)>(s, row, keep, scale);
         pack<T>(p, s);
 
         if (w.len < (last + 1) * KEYS) {  // the document ends within the tile: what follows is another's
             mbarrier_wait(at.v_full(kv_at.index), kv_at.parity);
-            const u32 from = (w.len - last * KEYS) * 8;
-            for (u32 c = from + threadIdx.x % 128; c < KEYS * 8; c += 128)
-#pragma unroll
-                for (u32 d = 0; d < D / 64; d++) store16_zero(at.v(kv_at.index) + d * (128 * 128) + c * 16);
+            zero_rows<D, KEYS>(at.v(kv_at.index), w.len - last * KEYS, KEYS);
             fence_async();
-            barrier_sync(3 + group, 128);
+            barrier_sync(1 + GROUPS + group, 128);
         }
 
         for (u32 j = last; j-- > first;) {
@@ -210,7 +208,7 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, T *o, fl
             hold(p);
             hold(acc);
             wgmma_fence();
-            issue_s<T, D>(s, q, at.k(kv_at.index));
+            issue_s<T, D, GROUPS>(s, q, at.k(kv_at.index));
             wgmma_commit();
             mbarrier_wait(at.v_full(v_at.index), v_at.parity);
             issue_o<T, D>(acc, p, at.v(v_at.index));
@@ -220,7 +218,7 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, T *o, fl
             hold(s);
             if (lane == 0) mbarrier_arrive(at.k_empty(kv_at.index));
             if (!all_seen(w.row, ROWS, j * KEYS, KEYS, n.window)) mask(s, i, j * KEYS, n.window);
-            softmax(s, row, keep, scale);
+            softmax<(ROWS > KEYS)>(s, row, keep, scale);
             // Here, and not where the loop begins: this branch keeps ptxas from moving the softmax behind the wait for P V.
             if (j > first) mbarrier_wait(at.k_full(v_at.index), kv_at.parity ^ kv_at.index);
             wgmma_wait<0>();
@@ -244,81 +242,115 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, T *o, fl
         kv_at.next();
 
         const u64 stride = u64(n.heads) * n.head_size;
+        float inverse[2];
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
             float sum = row.sum[r];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            const float inverse = 1.0f / sum;
-            const u32 at_row = i + r * 8;
-            const bool valid = at_row < w.len;
-            if (valid && lane % 4 == 0) lse[u64(w.head) * n.tokens + w.begin + at_row] = row.max[r] * n.scale + logf(sum);
-            T *out = o + (w.begin + at_row) * stride + w.head * n.head_size;
-#pragma unroll
-            for (u32 c = 0; c < D / 32; c++) {
-                u32 x[4];
-#pragma unroll
-                for (u32 b = 0; b < 4; b++) {
-                    const u32 e = 16 * c + 4 * b + 2 * r;
-                    x[b] = pack2<T>(acc[e] * inverse, acc[e + 1] * inverse);
-                }
-                transpose4(x, lane);
-                const u32 column = c * 32 + lane % 4 * 8;
-                if (valid && column < n.head_size) *reinterpret_cast<uint4 *>(out + column) = make_uint4(x[0], x[1], x[2], x[3]);
-            }
+            inverse[r] = 1.0f / sum;
+            if (i + r * 8 < w.len && lane % 4 == 0)
+                lse[u64(w.head) * n.tokens + w.begin + i + r * 8] = row.max[r] * n.scale + logf(sum);
         }
+        T *out = o + w.begin * stride + w.head * n.head_size;
+        store_rows<T, D>(out, stride, acc, inverse[0], inverse[1], i, w.len, n.head_size, 0);
     }
 }
 
-template <typename T, int D>
+template <typename T, int D, int GROUPS>
 __device__ __forceinline__ void fwd(T *o, float *lse, u32 *counter, const TensorMap &q, const TensorMap &k, const TensorMap &v,
-                                    const u32 *cu_seqlens, const Sizes &n) {
+                                    const u32 *cu_seqlens, const u32 *order, const Sizes &n) {
     extern __shared__ __align__(1024) u8 shared[];
-    const Shared<D> at = {shared_address(shared)};
+    const Shared<D, GROUPS> at = {shared_address(shared)};
     Work *work = reinterpret_cast<Work *>(shared + at.WORK);
     if (threadIdx.x == 0) {
         for (u32 stage = 0; stage < STAGES; stage++) {
             for (u32 ring = 0; ring < 3; ring++) {
                 mbarrier_init(at.barrier(2 * ring * STAGES + stage), 1);
-                mbarrier_init(at.barrier((2 * ring + 1) * STAGES + stage), 8);
+                mbarrier_init(at.barrier((2 * ring + 1) * STAGES + stage), 4 * GROUPS);
             }
         }
         mbarrier_init_fence();
     }
     __syncthreads();
-    if (threadIdx.x >= 256) {
-        registers_fewer<24>();
-        if (threadIdx.x == 256) produce<D>(at, work, q, k, v, counter, cu_seqlens, n);
+    if (threadIdx.x >= 128 * GROUPS) {
+        registers_fewer<GROUPS == 2 ? 24 : 32>();
+        if (threadIdx.x == 128 * GROUPS) produce(at, work, q, k, v, counter, cu_seqlens, order, n);
     } else {
-        registers_more<240>();
-        consume<T, D>(at, work, o, lse, n);
+        registers_more<GROUPS == 2 ? 240 : 160>();
+        consume<T>(at, work, o, lse, n);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_fwd_sm90_bf16_d64(
+// order[rank] = slot, rank = tiles that have more to do, or as much and a lower slot; ~0 for slots that have nothing to do.
+template <typename Weigh>
+__device__ __forceinline__ void rank_tiles(u32 *order, u32 *weights, u32 slots, Weigh weigh) {
+    const u32 mine = blockIdx.x * 256 + threadIdx.x, w = weigh(mine);
+    u32 rank = 0;
+    for (u32 from = 0; from < slots; from += 256) {
+        __syncthreads();
+        weights[threadIdx.x] = weigh(from + threadIdx.x);
+        __syncthreads();
+        for (u32 i = 0; i < min(256u, slots - from); i++) rank += weights[i] > w || (weights[i] == w && from + i < mine);
+    }
+    if (mine < slots) order[rank] = w ? mine : ~0u;
+}
+
+template <int ROWS>
+__device__ __forceinline__ u32 forward_weight(u32 slot, const u32 *cu_seqlens, u32 docs, u32 slots, u32 window) {
+    if (slot >= slots) return 0;
+    const DocTile doc = find_tile<ROWS>(cu_seqlens, docs, slot);
+    if (doc.row >= doc.len) return 0;
+    return (min(doc.row + ROWS, doc.len) - 1) / KEYS - first_key(doc.row, window) / KEYS + 1;
+}
+
+// The tables: forward_d64 and forward_d128 for attention_fwd_sm90 (tiles of 192 and 128 queries), backward for attention_bwd_sm90
+// (tiles of 128 keys).
+extern "C" __global__ void __launch_bounds__(256) attention_order(u32 *forward_d64, u32 *forward_d128, u32 *backward,
+                                                                  const u32 *cu_seqlens, u32 docs, u32 tokens, u32 window) {
+    __shared__ u32 weights[256];
+    const u32 slots = tokens / 128 + docs, slots_d64 = tokens / 192 + docs;
+    rank_tiles(forward_d64, weights, slots_d64,
+               [&](u32 slot) { return forward_weight<192>(slot, cu_seqlens, docs, slots_d64, window); });
+    rank_tiles(forward_d128, weights, slots,
+               [&](u32 slot) { return forward_weight<128>(slot, cu_seqlens, docs, slots, window); });
+    rank_tiles(backward, weights, slots, [&](u32 slot) -> u32 {
+        if (slot >= slots) return 0;
+        const DocTile doc = find_tile<KEYS>(cu_seqlens, docs, slot);
+        if (doc.row >= doc.len) return 0;
+        const u64 last = min(doc.row + KEYS, doc.len), seen = window == 0 ? doc.len : min(u64(doc.len), last - 1 + window);
+        return u32(seen - doc.row + 63) / 64;
+    });
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) attention_fwd_sm90_bf16_d64(
     bf16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 kv_heads, u32 head_size,
-    float scale, u32 window) {
-    fwd<bf16, 64>(o, lse, counter, q, k, v, cu_seqlens, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
+    u32 head_size, float scale, u32 window) {
+    fwd<bf16, 64, 3>(o, lse, counter, q, k, v, cu_seqlens, order,
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_fwd_sm90_bf16_d128(
     bf16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 kv_heads, u32 head_size,
-    float scale, u32 window) {
-    fwd<bf16, 128>(o, lse, counter, q, k, v, cu_seqlens, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
+    u32 head_size, float scale, u32 window) {
+    fwd<bf16, 128, 2>(o, lse, counter, q, k, v, cu_seqlens, order,
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) attention_fwd_sm90_f16_d64(
+extern "C" __global__ void __launch_bounds__(512, 1) attention_fwd_sm90_f16_d64(
     f16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 kv_heads, u32 head_size,
-    float scale, u32 window) {
-    fwd<f16, 64>(o, lse, counter, q, k, v, cu_seqlens, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
+    u32 head_size, float scale, u32 window) {
+    fwd<f16, 64, 3>(o, lse, counter, q, k, v, cu_seqlens, order,
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_fwd_sm90_f16_d128(
     f16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
-    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 kv_heads, u32 head_size,
-    float scale, u32 window) {
-    fwd<f16, 128>(o, lse, counter, q, k, v, cu_seqlens, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+    const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
+    u32 head_size, float scale, u32 window) {
+    fwd<f16, 128, 2>(o, lse, counter, q, k, v, cu_seqlens, order,
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }

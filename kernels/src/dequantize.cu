@@ -6,7 +6,7 @@
 // byte i / 2, the even one in the high nibble. out has rows of cols elements, ld apart: what lies between them is left alone.
 //
 // Threads: a block widens 8192 elements in a row. A thread takes runs of 16 bytes of output, 256 runs apart, so that a warp
-// reads and writes whole lines; all its loads come before the first store. Where cols or ld is no multiple of such a run, or a
+// reads and writes whole lines; all its loads come before the first store, those of the levels after those of the codes. Where cols or ld is no multiple of such a run, or a
 // pointer is not aligned to one, elements go one by one.
 //
 // Launch: block 256, grid ceil(rows · cols / 8192) in x (a smaller one takes the rest in turn), no dynamic shared memory.
@@ -26,68 +26,88 @@ __device__ __forceinline__ u32 load_codes(const u8 *p) {
     else return *reinterpret_cast<const u16 *>(p);
 }
 
-// Runs of N elements of the tile from `start` on.
+// What a thread reads of a tile: RUNS runs of N codes and their scales.
 template <typename T, typename S>
-__device__ __forceinline__ void widen_runs(T *__restrict__ out, const u8 *__restrict__ packed, const S &scales,
-                                           const float *table, u64 start, u64 count, u32 cols, u32 ld, u32 shift) {
-    constexpr int N = Pack<T>::N, RUNS = TILE / (THREADS * N);
-    u64 row = 0;
-    u32 col = 0;
-    if (ld != cols) {
-        row = start >> 32 ? start / cols : u32(start) / cols;
-        col = u32(start - row * cols);
-    }
+struct Runs {
+    static constexpr int N = Pack<T>::N, RUNS = TILE / (THREADS * N);
+
     u32 codes[RUNS];
-    float scale[RUNS];
+    typename S::Loaded scales[RUNS];
+
+    __device__ __forceinline__ void load(const u8 *packed, const S &from, u64 start, u64 count, u32 shift) {
 #pragma unroll
-    for (int i = 0; i < RUNS; ++i) {
-        const u64 at = start + (i * THREADS + threadIdx.x) * N;
-        if (at < count) {
-            codes[i] = load_codes<N>(packed + at / 2);
-            scale[i] = scales.get(at >> shift);
+        for (int i = 0; i < RUNS; ++i) {
+            const u64 at = start + (i * THREADS + threadIdx.x) * N;
+            if (at < count) {
+                codes[i] = load_codes<N>(packed + at / 2);
+                scales[i] = from.load(at >> shift);
+            }
         }
     }
-#pragma unroll
-    for (int i = 0; i < RUNS; ++i) {
-        const u32 within = (i * THREADS + threadIdx.x) * N;
-        if (start + within >= count) break;
-        float v[N];
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-            const u32 bit = j / 2 * 8 + (j % 2 == 0 ? 4 : 0);
-            v[j] = table[codes[i] >> bit & 15] * scale[i];
-        }
-        T *to = out + start + within;
+
+    __device__ __forceinline__ void store(T *out, const S &from, const float *table, u64 start, u64 count, u32 cols,
+                                          u32 ld) const {
+        u64 at = start + threadIdx.x * N, row = 0;
+        // Rows and columns from this thread's run to its next.
+        u32 col = 0, rows_on = 0, cols_on = 0;
         if (ld != cols) {
-            // A tile may hold several rows; sums of two u32 below 2^32 + 2^13 need the wider type.
-            const u64 column = u64(col) + within;
-            const u64 rows = column >> 32 ? column / cols : u32(column) / cols;
-            to = out + (row + rows) * ld + (column - rows * cols);
+            row = at >> 32 ? at / cols : u32(at) / cols;
+            col = u32(at - row * cols);
+            rows_on = THREADS * N / cols;
+            cols_on = THREADS * N - rows_on * cols;
         }
-        store16(to, pack(v, T{}));
+#pragma unroll
+        for (int i = 0; i < RUNS; ++i) {
+            if (at >= count) break;
+            const float scale = from.value(scales[i]);
+            float v[N];
+#pragma unroll
+            for (int j = 0; j < N; ++j) v[j] = table[codes[i] >> (j / 2 * 8 + (j % 2 == 0 ? 4 : 0)) & 15] * scale;
+            store_f32(out + (ld == cols ? at : row * ld + col), v);
+            at += THREADS * N;
+            row += rows_on;
+            const u32 left = cols - col;
+            if (cols_on >= left) col = cols_on - left, ++row;
+            else col += cols_on;
+        }
     }
+};
+
+// Shared memory for the levels, which a block fetches while its first codes are on their way.
+__device__ __forceinline__ PlainScales staged(const PlainScales &scales) { return scales; }
+
+__device__ __forceinline__ NestedScales staged(const NestedScales &scales) {
+    __shared__ float map[256];
+    map[threadIdx.x] = scales.map[threadIdx.x];
+    return {scales.codes, scales.absmax, map, scales.offset};
 }
 
 template <typename T, typename S>
-__device__ __forceinline__ void dequantize(T *out, const u8 *packed, const S &scales, const float *code, u32 rows, u32 cols,
+__device__ __forceinline__ void dequantize(T *out, const u8 *packed, const S &given, const float *code, u32 rows, u32 cols,
                                            u32 ld, u32 block_size) {
     constexpr int N = Pack<T>::N;
     __shared__ float table[16];
-    if (threadIdx.x < 16) table[threadIdx.x] = code[threadIdx.x];
-    __syncthreads();
     const u32 shift = log2_of(block_size);
     const u64 count = u64(rows) * cols;
-    const bool runs = cols % N == 0 && ld % N == 0 && aligned16(out) && aligned16(packed);
-    for (u64 start = u64(blockIdx.x) * TILE; start < count; start += u64(gridDim.x) * TILE) {
-        if (runs) {
-            widen_runs(out, packed, scales, table, start, count, cols, ld, shift);
-        } else {
-            const u64 end = count - start < TILE ? count : start + TILE;
-            for (u64 at = start + threadIdx.x; at < end; at += THREADS) {
-                const u32 c = packed[at / 2] >> (at % 2 == 0 ? 4 : 0) & 15;
-                const u64 row = at / cols;
-                out[row * ld + (at - row * cols)] = from_f32<T>(table[c] * scales.get(at >> shift));
-            }
+    const bool aligned = cols % N == 0 && ld % N == 0 && aligned16(out) && aligned16(packed);
+    const u64 step = u64(gridDim.x) * TILE;
+    u64 start = u64(blockIdx.x) * TILE;
+    Runs<T, S> runs;
+    if (aligned && start < count) runs.load(packed, given, start, count, shift);
+    if (threadIdx.x < 16) table[threadIdx.x] = code[threadIdx.x];
+    const S scales = staged(given);
+    __syncthreads();
+    for (; start < count; start += step) {
+        if (aligned) {
+            runs.store(out, scales, table, start, count, cols, ld);
+            if (start + step < count) runs.load(packed, scales, start + step, count, shift);
+            continue;
+        }
+        const u64 end = count - start < TILE ? count : start + TILE;
+        for (u64 at = start + threadIdx.x; at < end; at += THREADS) {
+            const u32 c = packed[at / 2] >> (at % 2 == 0 ? 4 : 0) & 15;
+            const u64 row = at / cols;
+            out[row * ld + (at - row * cols)] = from_f32<T>(table[c] * scales.get(at >> shift));
         }
     }
 }

@@ -13,9 +13,10 @@
 // since it changes from step to step) is a stream's key, and the mask's stream lies below it on a path of `depth` <= 4 indices of
 // 16 bits in `path`, the first in the lowest bits (micro-batch, layer, linear, part).
 //
-// Threads: two packs of 16 bytes a thread (of T; casts: of the narrower type), blockDim.x packs apart; values go one by one where
-// a size or pitch is no multiple of a pack or a pointer is not 16-byte aligned. Blocks of 256, no dynamic shared memory. Grid:
-// with n elements (rows · cols), ceil(n / (512 · 16 / sizeof(T))) blocks in x, at least 1; a smaller one takes them in turn.
+// Threads: two packs of 16 bytes a thread (of T; in a cast to f32 of f32, in the others of the narrower type), blockDim.x packs
+// apart; values go one by one where a size or pitch is no multiple of a pack or a pointer is not 16-byte aligned. Blocks of 256, no
+// dynamic shared memory. Grid: with n elements (rows · cols) and N in a pack, ceil(n / (512 N)) blocks in x, at least 1; a smaller
+// one takes them in turn. Dropout: at most 8 blocks a multiprocessor, since each derives the mask's key first.
 //
 // bias_grad_T: a block sums 256 columns (128 of f32) over a share of the rows. Block (32, 8), grid (ceil(cols / (32 · 16 /
 // sizeof(T))), y). With y = 1 it adds to dbias (partials may be null), else it writes partials [y, cols], and bias_grad_sum adds
@@ -52,7 +53,8 @@ struct Cast {
 
 template <typename T, typename U>
 __device__ __forceinline__ void cast(U *y, const T *x, u64 n) {
-    constexpr int N = 8;
+    // Accesses of 16 bytes where the result is f32: its writes count twice those of x.
+    constexpr int N = sizeof(U) == 4 ? 4 : 8;
     const u64 packed = aligned16(x) && aligned16(y) ? n / N : 0;
     for_packs<N>(packed, Cast<N, T, U>{y, x});
     for_packs<1>(n - packed * N, Cast<1, T, U>{y + packed * N, x + packed * N});

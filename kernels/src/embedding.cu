@@ -2,7 +2,7 @@
 // Backward: dtable[v] += scale · Σ over t with tokens[t] = v of dy[t], one after another in the order of t: the CPU's bits.
 //
 // Forward: a block copies a row. Backward: the block of token t works where t is the first with its id: it looks for later ones
-// in windows of 1024 tokens, and adds the rows of a window to its columns in registers. The ids are read once a token, from the
+// in windows of 1024 tokens, lists them in order, and adds their rows to its columns in registers, eight read at a time. The ids are read once a token, from the
 // second-level cache.
 //
 // Launch: block 128, grid rows in x (a smaller one takes the rest in turn), no dynamic shared memory. rows < 2^31.
@@ -12,7 +12,7 @@
 #include "common/vec.cuh"
 
 constexpr u32 THREADS = 128;
-// Tokens looked at together: a word of 32 for each of 32.
+// Tokens looked at together.
 constexpr u32 WINDOW = 1024;
 
 template <int N, typename T, typename U>
@@ -38,19 +38,31 @@ __device__ __forceinline__ void forward(T *y, const U *table, const u32 *tokens,
     }
 }
 
-// sums[c] += scale · dy[first + i][c] for the i whose bits are set in `found`, in order.
+// sums[c] += scale · dy[t][c] for the `count` tokens t of `found`, in order; some rows are read before they are added.
 template <int N, typename T>
-__device__ __forceinline__ void add_found(float *sums, const T *dy, const u32 *found, float scale, u32 first, u32 cols) {
+__device__ __forceinline__ void add_found(float *sums, const T *dy, const u32 *found, u32 count, float scale, u32 cols) {
+    constexpr u32 TOGETHER = 8;
     for (u32 c = threadIdx.x * N; c < cols; c += THREADS * N) {
         float sum[N];
         load_f32(sums + c, sum);
-        for (u32 word = 0; word < WINDOW / 32; ++word) {
-            for (u32 bits = found[word]; bits != 0; bits &= bits - 1) {
+        u32 i = 0;
+        for (; i + TOGETHER <= count; i += TOGETHER) {
+            Held<T, N> rows[TOGETHER];
+#pragma unroll
+            for (u32 r = 0; r < TOGETHER; ++r) rows[r].load(dy + u64(found[i + r]) * cols + c);
+#pragma unroll
+            for (u32 r = 0; r < TOGETHER; ++r) {
                 float v[N];
-                load_f32(dy + u64(first + word * 32 + (__ffs(bits) - 1)) * cols + c, v);
+                rows[r].unpack(v);
 #pragma unroll
                 for (int j = 0; j < N; ++j) sum[j] = __fadd_rn(sum[j], __fmul_rn(scale, v[j]));
             }
+        }
+        for (; i < count; ++i) {
+            float v[N];
+            load_f32(dy + u64(found[i]) * cols + c, v);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sum[j] = __fadd_rn(sum[j], __fmul_rn(scale, v[j]));
         }
         store_f32(sums + c, sum);
     }
@@ -59,7 +71,8 @@ __device__ __forceinline__ void add_found(float *sums, const T *dy, const u32 *f
 template <typename T>
 __device__ __forceinline__ void backward(float *dtable, const T *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
     constexpr int N = Pack<T>::N;
-    __shared__ u32 found[WINDOW / 32];
+    constexpr u32 WORDS = WINDOW / 32;
+    __shared__ u32 masks[WORDS], found[WINDOW];
     const bool packed = cols % N == 0 && aligned16(dtable) && aligned16(dy);
     for (u32 t = blockIdx.x; t < rows; t += gridDim.x) {
         const u32 id = tokens[t];
@@ -76,19 +89,32 @@ __device__ __forceinline__ void backward(float *dtable, const T *dy, const u32 *
         if (before) continue;
         float *sums = dtable + u64(id) * cols;
         for (u32 first = t; first < rows; first += WINDOW) {
+            bool same[WINDOW / THREADS];
             int any = 0;
 #pragma unroll
             for (u32 j = 0; j < WINDOW / THREADS; ++j) {
                 const u32 within = j * THREADS + threadIdx.x;
-                const bool same = first + within < rows && tokens[first + within] == id;
-                const u32 lanes = __ballot_sync(0xffffffffu, same);
-                if (threadIdx.x % 32 == 0) found[within / 32] = lanes;
-                any |= same;
+                same[j] = first + within < rows && tokens[first + within] == id;
+                const u32 lanes = __ballot_sync(0xffffffffu, same[j]);
+                if (threadIdx.x % 32 == 0) masks[within / 32] = lanes;
+                any |= same[j];
             }
-            if (__syncthreads_or(any)) {
-                if (packed) add_found<N>(sums, dy, found, scale, first, cols);
-                else add_found<1>(sums, dy, found, scale, first, cols);
+            if (!__syncthreads_or(any)) continue;
+            // A token's place is the number of those before it.
+            u32 count = 0, place[WINDOW / THREADS] = {};
+            for (u32 word = 0; word < WORDS; ++word) {
+#pragma unroll
+                for (u32 j = 0; j < WINDOW / THREADS; ++j)
+                    if (word == (j * THREADS + threadIdx.x) / 32)
+                        place[j] = count + __popc(masks[word] & ((1u << threadIdx.x % 32) - 1));
+                count += __popc(masks[word]);
             }
+#pragma unroll
+            for (u32 j = 0; j < WINDOW / THREADS; ++j)
+                if (same[j]) found[place[j]] = first + j * THREADS + threadIdx.x;
+            __syncthreads();
+            if (packed) add_found<N>(sums, dy, found, count, scale, cols);
+            else add_found<1>(sums, dy, found, count, scale, cols);
             __syncthreads();
         }
     }

@@ -10,12 +10,12 @@
 // Threads: a block takes 4096 elements, the longest block of the format. A thread holds two runs of 8, 2048 apart; the lanes of a
 // block exchange their largest magnitudes, and beyond 256 elements warps do so through shared memory. Where x is not 16-byte
 // aligned, or at the end, elements are read one by one.
-// Launch: block 256, grid ceil(n / 4096) in x (a smaller one takes the rest in turn).
+// Launch: block 256, grid min(ceil(n / 4096), 8 · multiprocessors) in x: a block takes the rest in turn, and reads a tile ahead.
 //
 // Double quantisation: offset = the mean of the absmax, then codes of absmax - offset in blocks of 256 by the 8-bit `map` (256
 // ascending levels): the nearest level to v (1 / absmax2), midway the even code; 0 in a block of zeros.
 //   blocks <= 130560: quantize_absmax_mean, block 512, grid 1: the CPU's order of summation, bit for bit.
-//   else:             quantize_absmax_sums into partials [gridDim.x], block 256, grid min(ceil(blocks / 4096), 1024); then
+//   else:             quantize_absmax_sums into partials [gridDim.x], block 256, grid min(ceil(blocks / 2048), 1024); then
 //                     quantize_absmax_mean_of, block 512, grid 1. Sums are in f64 here as on the CPU, in another order: the mean,
 //                     rounded to f32, has the same bits unless the exact one lies within about 1e-13 of a tie.
 //   quantize_absmax: block 256, a warp a nested block: grid ceil(blocks / 2048), or fewer.
@@ -35,45 +35,56 @@ constexpr u32 TILE = THREADS * RUN * RUNS;
 constexpr u32 WARP = 32 * RUN;
 constexpr u32 INFINITE = 0x7f800000;
 
-// The code of y is the number of these that y is above.
-__device__ const float NF4_THRESHOLDS[15] = {
-    -0.8480964004993439f, -0.6106329262256622f,   -0.4599952697753906f, -0.33967943489551544f, -0.23460740596055984f,
-    -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f, 0.1202552504837513f,   0.2035212516784668f,
-    0.2920137718319893f,  0.3893125355243683f,    0.5016634166240692f,  0.6427869200706482f,   0.8614784181118011f,
-};
-// The rank of |y| among the magnitudes of FP4 is the number of these that it is above.
-__device__ const float FP4_THRESHOLDS[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f};
-// The code of rank r, less its sign, in nibble r.
+// FP4: the code of rank r among the magnitudes, in nibble r.
 constexpr u32 FP4_CODES = 0x32547610;
 
-// 15 y as the nearest integer in the lowest bits, plus 15.
-__device__ __forceinline__ u32 bucket(float y) { return __float_as_uint(__fmaf_rn(y, 15.0f, 12582912.0f + 15.0f)) & 31; }
+// 15 y as the nearest integer, plus 15, in the lowest bits of what else is MAGIC's.
+constexpr u32 MAGIC = 0x4b400000;
+__device__ __forceinline__ u32 bucket(float y) { return __float_as_uint(__fmaf_rn(y, 15.0f, 12582912.0f + 15.0f)); }
 
-// For each bucket the thresholds below it, and the one within.
-struct Table {
-    float threshold[32];
-    u32 below[32];
-
-    __device__ __forceinline__ void fill(u32 format, u32 i) {
-        const float *thresholds = format == 0 ? NF4_THRESHOLDS : FP4_THRESHOLDS;
-        const u32 count = format == 0 ? 15 : 7;
-        u32 less = 0;
-        float within = __uint_as_float(INFINITE);
-        for (u32 t = 0; t < count; ++t) {
-            const u32 at = bucket(thresholds[t]);
-            if (at < i) ++less;
-            if (at == i) within = thresholds[t];
-        }
-        threshold[i] = within;
-        below[i] = less;
-    }
-
-    // Thresholds below y, which is between -1 and 1; of a NaN anything.
-    __device__ __forceinline__ u32 rank(float y) const {
-        const u32 i = bucket(y);
-        return below[i] + (y > threshold[i]);
-    }
+// For each bucket the threshold within (or infinity), and the code of what is below it; FP4: in bits 4 to 7 of what is above, too.
+struct __align__(8) Entry {
+    float threshold;
+    u32 codes;
 };
+
+template <int FORMAT>
+__device__ __forceinline__ Entry entry(u32 i) {
+    constexpr float NF4[15] = {
+        -0.84809643f, -0.610632896f, -0.45999527f, -0.33967942f, -0.234607399f,
+        -0.137911737f, -0.0455250181f, 0.0397901498f, 0.120255254f, 0.203521252f,
+        0.292013764f, 0.389312536f, 0.501663387f, 0.64278692f, 0.861478388f,
+    };
+    constexpr float FP4[7] = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f, 0.4166667f, 0.583333f, 0.8333333f};
+    float threshold = __uint_as_float(INFINITE);
+    u32 rank = 0;
+#pragma unroll
+    for (u32 t = 0; t < (FORMAT == 0 ? 15 : 7); ++t) {
+        const float here = FORMAT == 0 ? NF4[t] : FP4[t % 7];
+        const u32 at = bucket(here) - MAGIC;
+        if (at < i) ++rank;
+        if (at == i) threshold = here;
+    }
+    return {threshold, FORMAT == 0 ? rank : FP4_CODES >> rank * 4 & 0xff};
+}
+
+// Puts the code of y, in -1..1, below `codes`. `table` is the address of the entries in shared memory, less 8 MAGIC.
+template <int FORMAT>
+__device__ __forceinline__ void append(u32 &codes, u32 table, float y) {
+    const float v = FORMAT == 0 ? y : fabsf(y);
+    Entry found;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(found.threshold), "=r"(found.codes) : "r"(bucket(v) * 8 + table));
+    if constexpr (FORMAT == 0) {
+        codes = codes * 16 + found.codes;
+        if (v > found.threshold) ++codes;
+    } else {
+        if (v > found.threshold) found.codes >>= 4;
+        codes = codes * 16 + (found.codes & 7);
+        if (y < 0) codes += 8;
+    }
+}
+
+__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
 
 // x over a block's absmax, as the CPU divides.
 struct Scale {
@@ -86,98 +97,187 @@ struct Scale {
     }
 };
 
-template <int FORMAT>
-__device__ __forceinline__ u32 code(const Table &table, float y) {
-    if constexpr (FORMAT == 0) return table.rank(y);
-    const u32 rank = table.rank(fabsf(y));
-    return (FP4_CODES >> rank * 4 & 7) | (y < 0 ? 8 : 0);
+// 8 values as they lie in memory, in words.
+template <typename T>
+struct Run {
+    static constexpr u32 WORDS = RUN * sizeof(T) / 4;
+    u32 words[WORDS];
+
+    __device__ __forceinline__ void load(const T *p) {
+        const uint4 *from = reinterpret_cast<const uint4 *>(p);
+#pragma unroll
+        for (u32 i = 0; i < WORDS; i += 4) {
+            const uint4 four = from[i / 4];
+            words[i] = four.x, words[i + 1] = four.y, words[i + 2] = four.z, words[i + 3] = four.w;
+        }
+    }
+    // The values below n, the first being number `at`; zeros for the others.
+    __device__ __forceinline__ void load(const T *x, u64 at, u64 n) {
+#pragma unroll
+        for (u32 i = 0; i < WORDS; ++i) words[i] = 0;
+#pragma unroll
+        for (u32 j = 0; j < RUN; ++j) {
+            if (at + j >= n) break;
+            if constexpr (sizeof(T) == 2) words[j / 2] |= u32(x[at + j].bits) << j % 2 * 16;
+            else words[j] = __float_as_uint(x[at + j]);
+        }
+    }
+    __device__ __forceinline__ float get(u32 j) const {
+        if constexpr (sizeof(T) == 2) return to_f32(T{u16(words[j / 2] >> j % 2 * 16)});
+        else return __uint_as_float(words[j]);
+    }
+};
+
+// The largest magnitudes of a thread's two runs: 16-bit values share a word. As bits they order as the magnitudes do, with NaN
+// above infinity.
+template <typename T>
+struct Tops {
+    u32 v[sizeof(T) / 2];
+
+    __device__ __forceinline__ void take(const Tops &other) {
+        if constexpr (sizeof(T) == 2) {
+            v[0] = __vmaxu2(v[0], other.v[0]);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) v[i] = max(v[i], other.v[i]);
+        }
+    }
+    __device__ __forceinline__ void of(const Run<T> (&runs)[RUNS]) {
+        if constexpr (sizeof(T) == 2) {
+            u32 most[RUNS];
+#pragma unroll
+            for (u32 i = 0; i < RUNS; ++i) {
+                most[i] = runs[i].words[0] & 0x7fff7fff;
+#pragma unroll
+                for (u32 w = 1; w < 4; ++w) most[i] = __vmaxu2(most[i], runs[i].words[w] & 0x7fff7fff);
+            }
+            v[0] = __vmaxu2(__byte_perm(most[0], most[1], 0x5410), __byte_perm(most[0], most[1], 0x7632));
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < RUNS; ++i) {
+                v[i] = 0;
+#pragma unroll
+                for (u32 j = 0; j < RUN; ++j) v[i] = max(v[i], magnitude(runs[i].get(j)));
+            }
+        }
+    }
+    __device__ __forceinline__ Tops from_lane(u32 step) const {
+        Tops other;
+#pragma unroll
+        for (u32 i = 0; i < sizeof(T) / 2; ++i) other.v[i] = __shfl_xor_sync(0xffffffffu, v[i], step);
+        return other;
+    }
+    // That of both runs, for each.
+    __device__ __forceinline__ void join() {
+        if constexpr (sizeof(T) == 2) v[0] = __vmaxu2(v[0], v[0] << 16 | v[0] >> 16);
+        else v[0] = v[1] = max(v[0], v[1]);
+    }
+    __device__ __forceinline__ float get(u32 run) const {
+        if constexpr (sizeof(T) == 2) return to_f32(T{u16(v[0] >> run * 16)});
+        else return __uint_as_float(v[run]);
+    }
+};
+
+// Reciprocals of what lies between are normal, and need no care.
+constexpr u32 LEAST = 0x01000000, LARGEST = 0x7e000000;
+
+// Codes of a run whose block is no ordinary one: all zeros, very small or large, or with a NaN or infinity.
+template <int FORMAT, typename T>
+__device__ __noinline__ u32 rare_codes(u32 table, u64 *bad, const T *x, u64 at, u64 n, float absmax) {
+    const Scale scale(absmax);
+    u32 codes = 0;
+    for (u32 j = 0; j < RUN; ++j) {
+        const float v = at + j < n ? to_f32(x[at + j]) : 0.0f;
+        if (magnitude(v) >= INFINITE) {
+            atomicMin(bad, at + j);
+            return 0;
+        }
+        u32 code = 0;
+        if (absmax > 0 && magnitude(absmax) < INFINITE) append<FORMAT>(code, table, scale.apply(v));
+        codes |= code << (j / 2 * 8 + (j % 2 == 0 ? 4 : 0));
+    }
+    return codes;
 }
 
-__device__ __forceinline__ u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffff; }
-
-// The first NaN or infinity of a run that holds one: read again, to keep the run in registers everywhere else.
-template <typename T>
-__device__ __noinline__ void report(u64 *bad, const T *x, u64 at) {
-    while (magnitude(to_f32(x[at])) < INFINITE) ++at;
-    atomicMin(bad, at);
+// The tile's elements from `start` on, of which this thread has two runs. WHOLE: none lies beyond n, and all is aligned.
+template <int FORMAT, bool WHOLE, typename T>
+__device__ __forceinline__ void quantize_tile(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u64 start, u32 block_size,
+                                              u32 table, const Run<T> (&runs)[RUNS], Tops<T> *tops) {
+    const u32 lanes = block_size / RUN;
+    const u64 first = start + threadIdx.x * RUN;
+    Tops<T> top;
+    top.of(runs);
+#pragma unroll
+    for (u32 step = 1; step < 32; step *= 2)
+        if (step < lanes) top.take(top.from_lane(step));
+    if (lanes > 32) {
+        if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+        __syncthreads();
+        const u32 warps = min(block_size / WARP, THREADS / 32), from = threadIdx.x / 32 & ~(warps - 1);
+#pragma unroll 1
+        for (u32 w = 0; w < warps; ++w) top.take(tops[from + w]);
+        if (block_size == TILE) top.join();
+    }
+#pragma unroll
+    for (u32 i = 0; i < RUNS; ++i) {
+        const u64 at = first + i * THREADS * RUN;
+        const float most = top.get(i);
+        if (!WHOLE && at >= n) break;
+        if ((u32(at) & (block_size - 1)) == 0) absmax[at >> log2_of(block_size)] = most;
+        u32 codes = 0;
+        if (__float_as_uint(most) - LEAST < LARGEST - LEAST) {
+            // 1 / most, correctly rounded.
+            float reciprocal;
+            asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(most));
+            reciprocal = __fmaf_rn(reciprocal, -__fmaf_rn(most, reciprocal, -1.0f), reciprocal);
+            // From the last nibble on: those of a byte are the other way round.
+#pragma unroll
+            for (u32 j = RUN; j-- > 0;) append<FORMAT>(codes, table, __fmul_rn(runs[i].get(j ^ 1), reciprocal));
+        } else {
+            codes = rare_codes<FORMAT>(table, bad, x, at, n, most);
+        }
+        if constexpr (WHOLE) {
+            *reinterpret_cast<u32 *>(packed + at / 2) = codes;
+        } else {
+            for (u32 j = 0; j < RUN && at + j < n; j += 2) packed[(at + j) / 2] = u8(codes >> j * 4);
+        }
+    }
 }
 
 template <int FORMAT, typename T>
-__device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u32 block_size,
-                                               const Table &table) {
-    __shared__ u32 most[2][TILE / WARP];
-    const u32 shift = log2_of(block_size);
-    const bool vector = aligned16(x) && aligned16(packed);
+__device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u32 block_size) {
+    __shared__ Entry entries[32];
+    __shared__ Tops<T> tops[2][THREADS / 32];
+    const u64 tiles = (n + TILE - 1) / TILE, whole = aligned16(x) && aligned16(packed) ? n / TILE : 0;
+    const u32 table = u32(__cvta_generic_to_shared(entries)) - 8 * MAGIC;
+    const auto load = [&](Run<T>(&runs)[RUNS], u64 tile) {
+#pragma unroll
+        for (u32 i = 0; i < RUNS; ++i)
+            if (tile < whole) runs[i].load(x + tile * TILE + (i * THREADS + threadIdx.x) * RUN);
+    };
+    u64 tile = blockIdx.x;
+    Run<T> runs[RUNS], next[RUNS];
+    load(next, tile);
+    if (threadIdx.x < 32) entries[threadIdx.x] = entry<FORMAT>(threadIdx.x);
+    __syncthreads();
     u32 turn = 0;
-    for (u64 start = u64(blockIdx.x) * TILE; start < n; start += u64(gridDim.x) * TILE, ++turn) {
-        float v[RUNS][RUN];
-        u32 top[RUNS];
+    for (; tile < whole; tile += gridDim.x) {
 #pragma unroll
-        for (u32 i = 0; i < RUNS; ++i) {
-            const u64 at = start + (i * THREADS + threadIdx.x) * RUN;
-            if (vector && at + RUN <= n) {
-                load_f32(x + at, v[i]);
-            } else {
+        for (u32 i = 0; i < RUNS; ++i) runs[i] = next[i];
+        load(next, tile + gridDim.x);
+        quantize_tile<FORMAT, true>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1]);
+    }
+    for (; tile < tiles; tile += gridDim.x) {
 #pragma unroll
-                for (u32 j = 0; j < RUN; ++j) v[i][j] = at + j < n ? to_f32(x[at + j]) : 0.0f;
-            }
-        }
-#pragma unroll
-        for (u32 i = 0; i < RUNS; ++i) {
-            top[i] = 0;
-#pragma unroll
-            for (u32 j = 0; j < RUN; ++j) top[i] = max(top[i], magnitude(v[i][j]));
-            if (top[i] >= INFINITE) report(bad, x, start + (i * THREADS + threadIdx.x) * RUN);
-            const u32 lanes = block_size < WARP ? block_size / RUN : 32;
-            for (u32 step = lanes >> 1; step > 0; step >>= 1) top[i] = max(top[i], __shfl_xor_sync(0xffffffffu, top[i], step));
-        }
-        if (block_size > WARP) {
-            u32 *mine = most[turn & 1];
-            if (threadIdx.x % 32 == 0) {
-#pragma unroll
-                for (u32 i = 0; i < RUNS; ++i) mine[i * (THREADS / 32) + threadIdx.x / 32] = top[i];
-            }
-            __syncthreads();
-            const u32 warps = block_size / WARP;
-#pragma unroll
-            for (u32 i = 0; i < RUNS; ++i) {
-                const u32 first = (i * (THREADS / 32) + threadIdx.x / 32) & ~(warps - 1);
-                for (u32 w = 0; w < warps; ++w) top[i] = max(top[i], mine[first + w]);
-            }
-        }
-#pragma unroll
-        for (u32 i = 0; i < RUNS; ++i) {
-            const u64 at = start + (i * THREADS + threadIdx.x) * RUN;
-            if (at >= n) break;
-            const Scale scale(__uint_as_float(top[i]));
-            if ((at & (block_size - 1)) == 0) absmax[at >> shift] = scale.absmax;
-            if (scale.subnormal()) {
-#pragma unroll
-                for (u32 j = 0; j < RUN; ++j) v[i][j] = __fdiv_rn(v[i][j], scale.absmax);
-            } else {
-#pragma unroll
-                for (u32 j = 0; j < RUN; ++j) v[i][j] = __fmul_rn(v[i][j], scale.reciprocal);
-            }
-            u32 codes = 0;
-#pragma unroll
-            for (u32 j = 0; j < RUN; ++j) codes |= code<FORMAT>(table, v[i][j]) << (j / 2 * 8 + (j % 2 == 0 ? 4 : 0));
-            if (top[i] == 0) codes = 0;
-            if (vector && at + RUN <= n) {
-                *reinterpret_cast<u32 *>(packed + at / 2) = codes;
-            } else {
-                for (u32 j = 0; j < RUN && at + j < n; j += 2) packed[at / 2 + j / 2] = u8(codes >> j * 4);
-            }
-        }
+        for (u32 i = 0; i < RUNS; ++i) runs[i].load(x, tile * TILE + (i * THREADS + threadIdx.x) * RUN, n);
+        quantize_tile<FORMAT, false>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1]);
     }
 }
 
 template <typename T>
 __device__ __forceinline__ void quantize(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u32 block_size, u32 format) {
-    __shared__ Table table;
-    if (threadIdx.x < 32) table.fill(format, threadIdx.x);
-    __syncthreads();
-    if (format == 0) quantize_tiles<0>(packed, absmax, bad, x, n, block_size, table);
-    else quantize_tiles<1>(packed, absmax, bad, x, n, block_size, table);
+    if (format == 0) quantize_tiles<0>(packed, absmax, bad, x, n, block_size);
+    else quantize_tiles<1>(packed, absmax, bad, x, n, block_size);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -226,8 +326,15 @@ extern "C" __global__ void __launch_bounds__(512) quantize_absmax_mean(float *of
     __shared__ double slots[MEAN_THREADS / 32];
     if (blocks > IN_ORDER) {
         double sum = 0;
-#pragma unroll 8
-        for (u64 i = threadIdx.x; i < blocks; i += MEAN_THREADS) sum += double(absmax[i]);
+        u64 first = 0;
+        for (; first + 8 * MEAN_THREADS <= blocks; first += 8 * MEAN_THREADS) {
+            float v[8];
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) v[j] = absmax[first + j * MEAN_THREADS + threadIdx.x];
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) sum += double(v[j]);
+        }
+        for (u64 i = first + threadIdx.x; i < blocks; i += MEAN_THREADS) sum += double(absmax[i]);
         sum = block_sum(sum, slots);
         if (threadIdx.x == 0) *offset = float(sum / double(blocks));
         return;
@@ -259,8 +366,13 @@ extern "C" __global__ void __launch_bounds__(512) quantize_absmax_mean(float *of
 extern "C" __global__ void __launch_bounds__(256) quantize_absmax_sums(double *partials, const float *absmax, u64 blocks) {
     __shared__ double slots[THREADS / 32];
     double sum = 0;
-#pragma unroll 4
-    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < blocks; i += u64(gridDim.x) * THREADS) sum += double(absmax[i]);
+    const u64 fours = aligned16(absmax) ? blocks / 4 : 0;
+    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < fours; i += u64(gridDim.x) * THREADS) {
+        const Pack<float> four = load16(absmax + i * 4);
+        sum += (double(four.v[0]) + double(four.v[1])) + (double(four.v[2]) + double(four.v[3]));
+    }
+    for (u64 i = fours * 4 + u64(blockIdx.x) * THREADS + threadIdx.x; i < blocks; i += u64(gridDim.x) * THREADS)
+        sum += double(absmax[i]);
     sum = block_sum(sum, slots);
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }

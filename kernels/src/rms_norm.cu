@@ -6,16 +6,17 @@
 // Where offset = 0, x · inv is rounded to T before it is multiplied by w; elsewhere y is rounded once.
 //
 // Threads: blockDim.x of them share a row, which stays in registers between its sum and its result; blockDim.y rows a block at a
-// time. With P = cols / (16 / sizeof(T)) packs of 16 bytes a row, and a most of M = 1024 threads (backward: 512):
-//   P <= 32: block (p, 128 / p), p = P rounded up to a power of two: several rows a warp (norms of heads);
-//   else:    block (t, 1), t = min(M, ceil(cols / 16) rounded up to a multiple of 32).
-// Up to cols = 16 M a row fits the registers; longer ones are read twice. Where cols or ld is no multiple of a pack, or a pointer
-// (w apart) is not 16-byte aligned, values go one by one; any block of whole warps is right then with blockDim.x a power of two
-// up to 32, or blockDim.y = 1. No dynamic shared memory. Grid: ceil(rows / blockDim.y) blocks in x, or fewer, which then take
-// rows in turn.
+// time. A block takes rows in turn, keeps w, and reads the next row while it sums this one.
+//   cols <= 32 · (16 / sizeof(T)): block (p, 128 / p), p = the packs of 16 bytes of a row rounded up to a power of two: several
+//                                  rows a warp (norms of heads);
+//   else:                          block (t, 1), t = min(512, ceil(cols / 16) rounded up to a multiple of 32).
+// Up to cols = 16 t (backward in f32: 8 t) a row fits the registers; longer ones are read twice. Where cols or ld is no multiple of
+// a pack, or a pointer (w apart) is not 16-byte aligned, values go one by one; any block of whole warps is right then with
+// blockDim.x a power of two up to 32, or blockDim.y = 1. No dynamic shared memory.
+// Grid, in x: min(ceil(rows / blockDim.y), multiprocessors · 1024 / threads of a block); any is right.
 //
-// The backward pass sums dw over the rows of each block into dw_partials [gridDim.x, cols] (null where w is frozen): take a grid
-// of min(ceil(rows / blockDim.y), 4 blocks a multiprocessor) then. rms_norm_dw adds them up: block (32, 16), grid ceil(cols / 32).
+// The backward pass sums dw over the rows of each block into dw_partials [gridDim.x, cols] (null where w is frozen): take a grid of
+// min(ceil(rows / blockDim.y), multiprocessors · 512 / threads) then. rms_norm_dw adds them up: block (32, 16), grid ceil(cols / 32).
 //
 // Bytes: forward x and y; with the residual x, a, r and y; backward dy, x and dx (twice with `add`).
 

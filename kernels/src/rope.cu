@@ -6,10 +6,9 @@
 // head_size]; y may be x. rope_qk turns the queries and keys of one layer, in place.
 //
 // Threads: a block a token. threadIdx.x is a pack of 16 bytes of the half (of each half one), threadIdx.y a head; a thread keeps
-// its cos and sin for the heads that it takes in turn. With L = ceil(half / (16 / sizeof(T))) (half itself where it is no
-// multiple, or head_size): block (min(L, 64), y), y = the largest of at most 128 / min(L, 64) that divides the number of heads
-// (of q and k together) into as few turns of two as possible: min(heads / 2 rounded up, 128 / min(L, 64)) will do. Any block is
-// right, of up to 256 threads. No shared memory. Grid: tokens.
+// its cos and sin for the heads that it takes in turn, two at a time. With L = half / (16 / sizeof(T)), or half itself where half
+// or head_size is no multiple of a pack: block (min(L, 64), y), y = min(ceil(heads / 2), 64 / min(L, 64)), heads being those of
+// q and k together in rope_qk. Any block of up to 256 threads is right. No shared memory. Grid: tokens, or less.
 //
 // Bytes: x and y once; the tables come from the caches.
 

@@ -5,6 +5,7 @@ use nibble_tensor::{
     ops::{
         Documents, attention, embedding, glu,
         lm_head_loss::{self, Labels},
+        residual,
         rms_norm::{self, Config as NormConfig},
         rope::{self, RopeTable},
     },
@@ -89,6 +90,18 @@ pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, con
         Ok([Some(dx.clone()), Some(dx)])
     });
     Ok([r, with(h, again)])
+}
+
+/// x + a: the residual stream alone, where a block begins that is checkpointed.
+///
+/// # Errors
+/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
+pub fn residual(tape: &mut Tape<'_>, x: Var, a: Var) -> Result<Var> {
+    let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
+    let r = residual::forward(&x, a)?;
+    drop(x);
+    let [r] = tape.record([x_id, a_id], [r], false, move |[dr], _| Ok([Some(dr.clone()), Some(dr)]));
+    Ok(r)
 }
 
 /// h = RMSNorm(x + a) where the residual stream ends.

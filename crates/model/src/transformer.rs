@@ -36,10 +36,26 @@ impl Stream {
         Self::from_documents(arena, tokens, Documents::new(arena, cu_seqlens)?)
     }
 
+    /// Other documents in the same memory: as many of them, of as many tokens together.
+    ///
+    /// # Errors
+    /// When they do not fit, or a step still reads these.
+    pub fn update(&mut self, tokens: &[u32], cu_seqlens: &[u32]) -> Result<()> {
+        self.tokens.write(tokens)?;
+        self.documents.update(cu_seqlens)?;
+        self.highest = highest(tokens);
+        Ok(())
+    }
+
+    /// The same stream for one step: what layers share in it is made once, in that step.
+    #[must_use]
+    pub fn for_step(&self) -> Self {
+        Self { documents: self.documents.for_step(), ..self.clone() }
+    }
+
     pub(crate) fn from_documents(arena: &Arena, ids: &[u32], documents: Documents) -> Result<Self> {
-        let highest = ids.iter().copied().zip(0..).max_by_key(|&(id, at)| (id, std::cmp::Reverse(at))).unwrap_or_default();
         let tokens = Tensor::from_slice(arena, ids, [documents.tokens()])?;
-        Ok(Self { tokens, documents, highest })
+        Ok(Self { tokens, documents, highest: highest(ids) })
     }
 
     /// Checks the ids and positions against a model's tables.
@@ -54,6 +70,11 @@ impl Stream {
         }
         Ok(())
     }
+}
+
+/// The highest id, and where it first is.
+fn highest(ids: &[u32]) -> (u32, usize) {
+    ids.iter().copied().zip(0..).max_by_key(|&(id, at)| (id, std::cmp::Reverse(at))).unwrap_or_default()
 }
 
 /// What is kept of the forward pass for the backward pass.
@@ -169,28 +190,35 @@ impl Transformer {
                 Checkpointing::None | Checkpointing::Selective => {
                     block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?
                 }
-                Checkpointing::Full => self.checkpointed(tape, block, &stream.documents, x, a, rng)?,
+                Checkpointing::Full => {
+                    let x = match a {
+                        Some(a) => ops::residual(tape, x, a)?,
+                        None => x,
+                    };
+                    self.checkpointed(tape, block, &stream.documents, x, rng)?
+                }
             };
             (x, a) = (next, Some(added));
         }
         self.last_norm(tape, x, a)
     }
 
+    /// A block of which only the residual stream before it is kept.
     fn checkpointed<'m>(
         &'m self,
         tape: &mut Tape<'m>,
         block: &'m Block,
         documents: &Documents,
         x: Var,
-        a: Option<Var>,
         rng: Option<Rng>,
     ) -> Result<[Var; 2]> {
         let (shared, documents, trains) = (&self.shared, documents.clone(), block.trains());
-        let run = move |tape: &mut Tape<'m>, x, a| block.forward(tape, shared, &documents, x, a, Keys::Stream, rng);
-        Ok(match a {
-            None => tape.checkpoint([x], trains, move |tape, [x]| run(tape, x, None))?,
-            Some(a) => tape.checkpoint([x, a], trains, move |tape, [x, a]| run(tape, x, Some(a)))?,
-        })
+        let run = move |tape: &mut Tape<'m>, [x]: [Var; 1]| {
+            // What is not kept of the block need not be kept while it runs again either.
+            tape.set_recomputing(true);
+            block.forward(tape, shared, &documents, x, None, Keys::Stream, rng)
+        };
+        Ok(tape.checkpoint([x], trains, run)?)
     }
 
     pub(crate) fn embed(&self, tape: &mut Tape<'_>, tokens: &Tensor) -> Result<Var> {
@@ -216,7 +244,8 @@ impl Transformer {
         for module in config.modules_to_save.iter().flatten() {
             self.train_module(module, init, &mut builder)?;
         }
-        let params = builder.build(&self.arena)?;
+        let mut params = builder.build(&self.arena)?;
+        params.prepare(self.dtype)?;
         if let Init::File(file) = init {
             file.expect_all_used(&params)?;
         }
@@ -276,7 +305,9 @@ impl Transformer {
         if let Some(head) = &mut self.lm_head {
             leaf("lm_head.weight".into(), head, &mut builder)?;
         }
-        Ok(builder.build(&self.arena)?)
+        let mut params = builder.build(&self.arena)?;
+        params.prepare(self.dtype)?;
+        Ok(params)
     }
 
     /// Bytes of the frozen base: (linears, embedding and head and norms).

@@ -9,6 +9,7 @@ use nibble_tensor::{
 
 use crate::{
     Error, Result,
+    captured::StepMemory,
     optimizer::{expect_at_least_zero, load_tensors},
     ranges::{Run, runs},
 };
@@ -42,6 +43,7 @@ pub struct AdamW {
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     steps: u32,
+    memory: Option<StepMemory>,
 }
 
 impl AdamW {
@@ -59,9 +61,11 @@ impl AdamW {
         expect_at_least_zero("adamw", "weight_decay", config.weight_decay)?;
         // Without decay all parameters are treated alike: one run.
         let no_decay = if config.weight_decay == 0.0 { &[] } else { no_decay };
+        let runs = runs(len, no_decay)?;
         Ok(Self {
             config,
-            runs: runs(len, no_decay)?,
+            memory: StepMemory::new(arena, &runs)?,
+            runs,
             exp_avg: Tensor::zeros(arena, DType::F32, [len])?,
             exp_avg_sq: Tensor::zeros(arena, DType::F32, [len])?,
             steps: 0,
@@ -87,6 +91,32 @@ impl AdamW {
         }
         self.steps = step;
         Ok(())
+    }
+
+    pub(crate) fn memory(&self) -> Option<&StepMemory> {
+        self.memory.as_ref()
+    }
+
+    /// See [`crate::Optimizer::begin`].
+    pub(crate) fn begin(&mut self, lr: f64) -> Result<()> {
+        expect_at_least_zero("adamw", "learning_rate", lr)?;
+        self.steps += 1;
+        let hyper = self.hyper(lr);
+        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&hyper, 1.0))
+    }
+
+    /// See [`crate::Optimizer::apply`].
+    pub(crate) fn apply(&mut self, params: &mut Tensor, grads: &Tensor, max_norm: f64) -> Result<()> {
+        let hyper = self.hyper(0.0);
+        let Some(memory) = &mut self.memory else { return Ok(()) };
+        memory.clip(grads, max_norm)?;
+        let (m, v) = (self.exp_avg.view_mut()?, self.exp_avg_sq.view_mut()?);
+        Ok(adamw::captured_step(params.view_mut()?, grads, m, v, memory.no_decay(), memory.values(), &hyper)?)
+    }
+
+    fn hyper(&self, lr: f64) -> Hyper {
+        let AdamWConfig { beta1, beta2, eps, weight_decay, decay } = self.config;
+        Hyper { lr, beta1, beta2, eps, weight_decay, step: self.steps, decay }
     }
 
     /// Steps taken.

@@ -22,6 +22,7 @@
 #![forbid(unsafe_code)]
 
 mod adamw;
+mod captured;
 mod clip;
 mod error;
 mod names;

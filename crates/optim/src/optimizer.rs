@@ -4,7 +4,7 @@ use std::{ops::Range, str::FromStr};
 
 use nibble_tensor::{Arena, DType, Tensor};
 
-use crate::{AdamW, AdamWConfig, DecayOrder, Error, Result, Sgd, SgdConfig, StateMismatch, names};
+use crate::{AdamW, AdamWConfig, DecayOrder, Error, Result, Sgd, SgdConfig, StateMismatch, captured::StepMemory, names};
 
 /// An optimizer by the name that Hugging Face's `optim` option gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,6 +109,39 @@ impl Optimizer {
             Self::AdamW(optimizer) => optimizer.step(params, grads, lr, grad_scale),
             Self::Sgd(optimizer) => optimizer.step(params, grads, lr, grad_scale),
         }
+    }
+
+    /// On a GPU, the first part of a step that is captured: writes what changes from step to step. [`Optimizer::apply`] reads it.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a learning rate below 0 or not finite.
+    pub fn begin(&mut self, lr: f64) -> Result<()> {
+        match self {
+            Self::AdamW(optimizer) => optimizer.begin(lr),
+            Self::Sgd(optimizer) => optimizer.begin(lr),
+        }
+    }
+
+    /// On a GPU, the second part: clips by `max_norm` (0: not) and updates, without waiting. Gradients that are not finite leave
+    /// everything as it was. On the CPU it does nothing: [`Optimizer::step`] is the whole step there.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when the buffers do not fit or `params` is shared.
+    pub fn apply(&mut self, params: &mut Tensor, grads: &Tensor, max_norm: f64) -> Result<()> {
+        match self {
+            Self::AdamW(optimizer) => optimizer.apply(params, grads, max_norm),
+            Self::Sgd(optimizer) => optimizer.apply(params, grads, max_norm),
+        }
+    }
+
+    /// Where [`Optimizer::apply`] leaves the gradient's norm, on a GPU: see [`nibble_tensor::ops::step`].
+    #[must_use]
+    pub fn report(&self) -> Option<&Tensor> {
+        let memory = match self {
+            Self::AdamW(optimizer) => optimizer.memory(),
+            Self::Sgd(optimizer) => optimizer.memory(),
+        };
+        memory.map(StepMemory::values)
     }
 
     /// Steps taken.

@@ -4,11 +4,15 @@ use std::ops::Range;
 
 use nibble_tensor::{
     Arena, DType, Shape, Tensor,
-    ops::sgd::{self, Hyper},
+    ops::{
+        adamw::{self, DecayOrder},
+        sgd::{self, Hyper},
+    },
 };
 
 use crate::{
     Error, Result,
+    captured::StepMemory,
     optimizer::{expect_at_least_zero, load_tensors},
     ranges::{Run, runs},
 };
@@ -32,6 +36,7 @@ pub struct Sgd {
     shape: Shape,
     momentum_buffer: Option<Tensor>,
     steps: u32,
+    memory: Option<StepMemory>,
 }
 
 impl Sgd {
@@ -47,7 +52,9 @@ impl Sgd {
         }
         let no_decay = if config.weight_decay == 0.0 { &[] } else { no_decay };
         let momentum_buffer = if config.momentum == 0.0 { None } else { Some(Tensor::zeros(arena, DType::F32, [len])?) };
-        Ok(Self { config, runs: runs(len, no_decay)?, shape: [len].into(), momentum_buffer, steps: 0 })
+        let runs = runs(len, no_decay)?;
+        let memory = StepMemory::new(arena, &runs)?;
+        Ok(Self { config, runs, shape: [len].into(), momentum_buffer, steps: 0, memory })
     }
 
     /// One update of `params` (F32 \[len\]) with gradients `grad_scale` · `grads`.
@@ -68,6 +75,31 @@ impl Sgd {
         }
         self.steps += 1;
         Ok(())
+    }
+
+    pub(crate) fn memory(&self) -> Option<&StepMemory> {
+        self.memory.as_ref()
+    }
+
+    /// See [`crate::Optimizer::begin`].
+    pub(crate) fn begin(&mut self, lr: f64) -> Result<()> {
+        expect_at_least_zero("sgd", "learning_rate", lr)?;
+        self.steps += 1;
+        let weight_decay = self.config.weight_decay;
+        // Of AdamW's values, plain descent reads the rate and the factors alone.
+        let (beta1, beta2, eps, step, decay) = (0.0, 0.0, 0.0, self.steps, DecayOrder::Before);
+        let hyper = adamw::Hyper { lr, beta1, beta2, eps, weight_decay, step, decay };
+        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&hyper, 1.0))
+    }
+
+    /// See [`crate::Optimizer::apply`].
+    pub(crate) fn apply(&mut self, params: &mut Tensor, grads: &Tensor, max_norm: f64) -> Result<()> {
+        let Some(memory) = &mut self.memory else { return Ok(()) };
+        memory.clip(grads, max_norm)?;
+        let SgdConfig { momentum, nesterov, weight_decay } = self.config;
+        let hyper = Hyper { lr: 0.0, momentum, nesterov, weight_decay };
+        let buffer = self.momentum_buffer.as_mut().map(Tensor::view_mut).transpose()?;
+        Ok(sgd::captured_step(params.view_mut()?, grads, buffer, memory.no_decay(), memory.values(), &hyper)?)
     }
 
     /// Steps taken.

@@ -1,5 +1,7 @@
 //! A small counter-based generator: the n-th number of a stream is a function of seed, stream and n alone.
 
+use crate::{Result, cuda::CudaDevice};
+
 /// SplitMix64 over a counter (Steele, Lea, Flood 2014), so that a dropout mask can be made again in the backward pass and on
 /// another device without being stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +47,14 @@ impl Rng {
     #[must_use]
     pub const fn rooted(self) -> Self {
         Self::at(self.key)
+    }
+
+    /// Tells a GPU the root of the masks to come: before a step that is captured or replayed, which reads it from there.
+    ///
+    /// # Errors
+    /// [`crate::Error::Cuda`].
+    pub fn announce(self, device: CudaDevice) -> Result<()> {
+        device.dropout_root(self.root).map(drop)
     }
 
     /// The root's key, and the path from it to this stream with its depth.

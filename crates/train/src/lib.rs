@@ -17,6 +17,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod device_step;
 mod error;
 mod metrics;
 mod observer;

@@ -8,7 +8,10 @@ use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{LrSchedule, Optimizer, clip_grad_norm};
 use nibble_tensor::{Rng, ops::lm_head_loss::Labels};
 
-use crate::{Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig};
+use crate::{
+    Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig,
+    device_step::{DeviceSteps, Parts, Ticket},
+};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +40,19 @@ pub struct Trainer {
     config: TrainConfig,
     max_steps: usize,
     step: usize,
+    /// Steps on a GPU; none on the CPU.
+    device: Option<DeviceSteps>,
+    /// When the last step's results had come.
+    finished: Option<Instant>,
+}
+
+/// A step that has been enqueued, or on the CPU done.
+#[derive(Debug)]
+struct Pending {
+    stats: StepStats,
+    rows: Vec<usize>,
+    begin: Instant,
+    ticket: Option<Ticket>,
 }
 
 impl Trainer {
@@ -56,7 +72,8 @@ impl Trainer {
         let optimizer =
             Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
         let schedule = config.schedule(max_steps)?;
-        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0 })
+        let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
+        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0, device, finished: None })
     }
 
     /// What the run will do.
@@ -100,22 +117,31 @@ impl Trainer {
         let begin = Instant::now();
         let (mut window, mut all) = (Window::default(), Window::default());
         let mut stopped_early = false;
-        while self.step < self.max_steps {
-            let stats = self.step()?;
+        let mut pending: Option<Pending> = None;
+        loop {
+            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { Some(self.enqueue()?) } else { None };
+            // On a GPU the step before is looked at while this one runs.
+            let ready = if self.device.is_some() && next.is_some() { std::mem::replace(&mut pending, next) } else { pending.take().or(next) };
+            let Some(ready) = ready else {
+                if pending.is_none() && (stopped_early || self.step == self.max_steps) {
+                    break;
+                }
+                continue;
+            };
+            let stats = self.finish(ready)?;
             observer.on_step(&stats);
             window.add(&stats);
             all.add(&stats);
             let last = stats.step == self.max_steps;
-            stopped_early = observer.should_stop() && !last;
+            stopped_early |= observer.should_stop() && !last;
             if last || stopped_early || stats.step.is_multiple_of(self.config.logging_steps) {
                 observer.on_log(&window.entry(&stats, all.tokens));
                 window = Window::default();
             }
             if stopped_early {
-                break;
+                continue;
             }
-            let due = last || self.config.eval_steps.is_some_and(|steps| stats.step.is_multiple_of(steps));
-            if let Some(data) = eval.filter(|_| due) {
+            if let Some(data) = eval.filter(|_| self.evaluates_after(stats.step)) {
                 observer.on_evaluate(stats.step, &self.evaluate(data)?);
             }
         }
@@ -123,31 +149,76 @@ impl Trainer {
         Ok(Outcome { steps: all.steps, stopped_early, train_loss: all.loss(), seconds, tokens: all.tokens })
     }
 
+    /// Whether the next step may be enqueued before the results of `pending` are looked at.
+    fn runs_ahead(&self, pending: Option<&Pending>, stopping: bool) -> bool {
+        !stopping && self.step < self.max_steps && pending.is_none_or(|pending| !self.evaluates_after(pending.stats.step))
+    }
+
+    fn evaluates_after(&self, step: usize) -> bool {
+        step == self.max_steps || self.config.eval_steps.is_some_and(|steps| step.is_multiple_of(steps))
+    }
+
     /// One optimizer step: the micro-batches that are next, clip, update.
     ///
     /// # Errors
     /// [`Error::NonFinite`] before anything is changed by it; what the model's ops return.
     pub fn step(&mut self) -> Result<StepStats> {
+        let pending = self.enqueue()?;
+        self.finish(pending)
+    }
+
+    fn enqueue(&mut self) -> Result<Pending> {
         let begin = Instant::now();
         let (batches, rows) = self.next_batches()?;
         let labels: usize = batches.iter().map(Batch::label_count).sum();
         let tokens = batches.iter().map(Batch::len).sum();
-        self.grads.zero()?;
-        let dropout = Rng::new(self.config.seed).stream(self.step as u64).rooted();
-        let mut loss = 0.0;
-        for (i, batch) in batches.iter().enumerate() {
-            loss += self.backward(batch, 1.0 / labels.max(1) as f32, Some(dropout.stream(i as u64)))?;
-        }
-        self.expect_finite("loss", loss, &rows)?;
-        let clip = clip_grad_norm(self.grads.flat(), self.config.max_grad_norm)?;
-        self.expect_finite("gradient norm", clip.norm, &rows)?;
+        let scale = 1.0 / labels.max(1) as f32;
         let learning_rate = self.schedule.lr(self.step as u64);
-        self.optimizer.step(self.params.data_mut(), self.grads.flat(), learning_rate, clip.scale)?;
+        let dropout = Rng::new(self.config.seed).stream(self.step as u64).rooted();
+        let (mut loss, mut grad_norm, mut ticket) = (0.0, 0.0, None);
+        if let Some(device) = &mut self.device {
+            let Self { model, params, grads, optimizer, config, .. } = self;
+            let parts = Parts { model, params, grads, optimizer, config };
+            ticket = Some(device.enqueue(parts, &batches, scale, learning_rate, dropout)?);
+        } else {
+            (loss, grad_norm) = self.host_step(&batches, scale, learning_rate, dropout, &rows)?;
+        }
         self.step += 1;
         let state = self.data.state();
         let epoch = state.epoch as f64 + state.index as f64 / state.batches_per_epoch as f64;
         let seconds = begin.elapsed().as_secs_f64();
-        Ok(StepStats { step: self.step, epoch, loss, grad_norm: clip.norm, learning_rate, tokens, labels, seconds })
+        let stats = StepStats { step: self.step, epoch, loss, grad_norm, learning_rate, tokens, labels, seconds };
+        Ok(Pending { stats, rows, begin, ticket })
+    }
+
+    /// The results of an enqueued step.
+    fn finish(&mut self, pending: Pending) -> Result<StepStats> {
+        let Pending { mut stats, rows, begin, ticket } = pending;
+        if let (Some(device), Some(ticket)) = (&self.device, ticket) {
+            (stats.loss, stats.grad_norm) = device.wait(ticket)?;
+            // Steps overlap on the host: each counts from the end of the one before.
+            let now = Instant::now();
+            let from = self.finished.map_or(begin, |finished| finished.max(begin));
+            self.finished = Some(now);
+            stats.seconds = (now - from).as_secs_f64();
+            expect_finite(stats.step, "loss", stats.loss, &rows)?;
+            expect_finite(stats.step, "gradient norm", stats.grad_norm, &rows)?;
+        }
+        Ok(stats)
+    }
+
+    /// A step on the CPU: (loss, norm of the gradient).
+    fn host_step(&mut self, batches: &[Batch], scale: f32, lr: f64, dropout: Rng, rows: &[usize]) -> Result<(f64, f64)> {
+        self.grads.zero()?;
+        let mut loss = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
+            loss += self.backward(batch, scale, Some(dropout.stream(i as u64)))?;
+        }
+        expect_finite(self.step + 1, "loss", loss, rows)?;
+        let clip = clip_grad_norm(self.grads.flat(), self.config.max_grad_norm)?;
+        expect_finite(self.step + 1, "gradient norm", clip.norm, rows)?;
+        self.optimizer.step(self.params.data_mut(), self.grads.flat(), lr, clip.scale)?;
+        Ok((loss, clip.norm))
     }
 
     /// The micro-batches of the next step (a step does not reach over the end of an epoch), and their rows in the file.
@@ -181,13 +252,6 @@ impl Trainer {
         Ok(value)
     }
 
-    fn expect_finite(&self, quantity: &'static str, value: f64, rows: &[usize]) -> Result<()> {
-        if value.is_finite() {
-            return Ok(());
-        }
-        Err(Error::NonFinite { step: self.step + 1, quantity, value, rows: rows.to_vec() })
-    }
-
     /// The loss over all labelled tokens of `data`, without dropout.
     ///
     /// # Errors
@@ -195,6 +259,10 @@ impl Trainer {
     pub fn evaluate(&self, data: &Dataset) -> Result<EvalStats> {
         evaluate(&self.model, &self.params, data, self.config.eval_batch_size)
     }
+}
+
+fn expect_finite(step: usize, quantity: &'static str, value: f64, rows: &[usize]) -> Result<()> {
+    if value.is_finite() { Ok(()) } else { Err(Error::NonFinite { step, quantity, value, rows: rows.to_vec() }) }
 }
 
 fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {

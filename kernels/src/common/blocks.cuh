@@ -3,22 +3,31 @@
 
 #include "common/types.cuh"
 
-// One float a block.
+// One float a block. `load` gets from memory what `value` makes a scale of, so that loads can run ahead of their use.
 struct PlainScales {
+    using Loaded = float;
+
     const float *absmax;
 
+    __device__ __forceinline__ Loaded load(u64 block) const { return absmax[block]; }
+    __device__ __forceinline__ float value(Loaded x) const { return x; }
     __device__ __forceinline__ float get(u64 block) const { return absmax[block]; }
 };
 
 // Doubly quantised. The product is rounded before the offset is added, as on the CPU: no fused multiply-add.
 struct NestedScales {
+    struct Loaded {
+        u32 code;
+        float absmax;
+    };
+
     const u8 *codes;
     const float *absmax, *map;
     float offset;
 
-    __device__ __forceinline__ float get(u64 block) const {
-        return __fadd_rn(__fmul_rn(map[codes[block]], absmax[block >> 8]), offset);
-    }
+    __device__ __forceinline__ Loaded load(u64 block) const { return {codes[block], absmax[block >> 8]}; }
+    __device__ __forceinline__ float value(Loaded x) const { return __fadd_rn(__fmul_rn(map[x.code], x.absmax), offset); }
+    __device__ __forceinline__ float get(u64 block) const { return value(load(block)); }
 };
 
 __device__ __forceinline__ u32 log2_of(u32 power) { return 31 - __clz(power); }

@@ -33,6 +33,10 @@ __device__ __forceinline__ void store16_zero(u32 dst) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
 }
 
+__device__ __forceinline__ void store16_f32(u32 dst, float a, float b, float c, float d) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void copy_commit() {
 #if __CUDA_ARCH__ >= 800

@@ -1,4 +1,4 @@
-// Sixteen bytes of values: as they lie in memory, in four registers, until they are wanted as f32.
+// Eight or sixteen bytes of values: as they lie in memory, in two or four registers, until they are wanted as f32.
 #pragma once
 
 #include "common/types.cuh"
@@ -44,8 +44,8 @@ __device__ __forceinline__ float high_of<bf16>(u32 word) {
     return __uint_as_float(word & 0xffff0000);
 }
 
-// N values of T: 16 bytes, read and written in one access, or else one by one.
-template <typename T, int N, bool WHOLE = N * sizeof(T) == 16>
+// N values of T: 8 or 16 bytes, read and written in one access, or else one by one.
+template <typename T, int N, bool WHOLE = N * sizeof(T) == 8 || N * sizeof(T) == 16>
 struct Held {
     T value[N];
 
@@ -68,8 +68,9 @@ struct Held {
 };
 
 template <typename T, int N>
-struct __align__(16) Held<T, N, true> {
-    u32 word[4];
+struct __align__(N * sizeof(T)) Held<T, N, true> {
+    static constexpr int WORDS = N * sizeof(T) / 4;
+    u32 word[WORDS];
 
     __device__ __forceinline__ void load(const T *p) { *this = *reinterpret_cast<const Held *>(p); }
 
@@ -77,7 +78,7 @@ struct __align__(16) Held<T, N, true> {
 
     __device__ __forceinline__ void unpack(float (&y)[N]) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < WORDS; ++i) {
             if constexpr (sizeof(T) == 4) {
                 y[i] = __uint_as_float(word[i]);
             } else {
@@ -89,7 +90,7 @@ struct __align__(16) Held<T, N, true> {
 
     __device__ __forceinline__ void pack(const float (&x)[N]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < WORDS; ++i) {
             if constexpr (sizeof(T) == 4)
                 word[i] = __float_as_uint(x[i]);
             else

@@ -65,6 +65,8 @@ pub(super) struct Gpu {
     dropout: Mutex<Option<(u64, u64)>>,
     /// Code tables, by format.
     tables: Mutex<HashMap<&'static str, u64>>,
+    /// Counters: address and bytes, by use.
+    zeros: Mutex<HashMap<&'static str, (u64, usize)>>,
 }
 
 /// A loaded module of kernels.
@@ -232,6 +234,23 @@ impl CudaDevice {
         Ok(address)
     }
 
+    /// The address of at least `bytes` of memory that kernels find zero and leave zero.
+    pub(crate) fn zeros(self, name: &'static str, bytes: usize) -> Result<u64> {
+        let mut zeros = self.0.zeros.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&(address, held)) = zeros.get(name)
+            && held >= bytes
+        {
+            return Ok(address);
+        }
+        self.expect_not_capturing("more memory for a kernel's counters")?;
+        // What was there stays: captured steps know its address.
+        let bytes = bytes.next_power_of_two();
+        let address = self.allocate(bytes)?;
+        self.fill(address, 0, bytes)?;
+        zeros.insert(name, (address, bytes));
+        Ok(address)
+    }
+
     /// Memory for as long as the process lives.
     fn allocate(self, bytes: usize) -> Result<u64> {
         self.bind()?;
@@ -309,6 +328,7 @@ impl Gpu {
             capturing: false.into(),
             dropout: Mutex::default(),
             tables: Mutex::default(),
+            zeros: Mutex::default(),
         })
     }
 

@@ -29,9 +29,9 @@ impl Graph {
     /// # Errors
     /// What `f` returns, [`Error::Cuda`] when `f` does what cannot be recorded (copies from or to pageable host memory, waiting),
     /// [`Error::Argument`] on the CPU.
-    pub fn capture<T>(arena: &Arena, f: impl FnOnce() -> Result<T>) -> Result<(Self, T)> {
+    pub fn capture<T, E: From<Error>>(arena: &Arena, f: impl FnOnce() -> Result<T, E>) -> Result<(Self, T), E> {
         let (Device::Cuda(device), Some(heap)) = (arena.device(), arena.device_heap()) else {
-            return Err(Error::Argument { op: "capture", argument: "device", expected: "a GPU", found: 0 });
+            return Err(Error::Argument { op: "capture", argument: "device", expected: "a GPU", found: 0 }.into());
         };
         device.bind()?;
         let gpu = device.gpu();

@@ -50,13 +50,18 @@ pub(crate) enum Arg {
     Pointer(u64),
     /// `u32`.
     U32(u32),
-    /// `i32`.
-    I32(i32),
     /// `u64`.
     U64(u64),
     /// `float`.
     F32(f32),
+    /// A box of a tensor that the copy engine moves.
+    Map(TensorMap),
 }
+
+/// The driver's description of a tensor's boxes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct TensorMap(sys::CUtensorMap);
 
 impl Arg {
     /// A null pointer.
@@ -91,9 +96,9 @@ impl Arg {
         match self {
             Self::Pointer(_) => ArgKind::Pointer,
             Self::U32(_) => ArgKind::U32,
-            Self::I32(_) => ArgKind::I32,
             Self::U64(_) => ArgKind::U64,
             Self::F32(_) => ArgKind::F32,
+            Self::Map(_) => ArgKind::TensorMap,
         }
     }
 
@@ -102,9 +107,47 @@ impl Arg {
         match self {
             Self::Pointer(value) | Self::U64(value) => std::ptr::from_ref(value).cast(),
             Self::U32(value) => std::ptr::from_ref(value).cast(),
-            Self::I32(value) => std::ptr::from_ref(value).cast(),
+            Self::Map(value) => std::ptr::from_ref(value).cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast(),
         }
+    }
+}
+
+impl TensorMap {
+    /// Boxes of `rows` tokens of one head, 64 columns wide with a swizzle of 128 bytes, of a 16-bit tensor [T, H, D]; what lies
+    /// outside comes as zeros.
+    pub(crate) fn heads(x: &Tensor, rows: u32) -> Result<Self> {
+        let &[tokens, heads, size] = x.dims() else {
+            return Err(Error::Argument { op: "tensor map", argument: "rank", expected: "3, for [T, H, D]", found: x.dims().len() });
+        };
+        let kind = match x.dtype() {
+            DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            found => return Err(Error::DType { op: "tensor map", operand: "x", expected: "bfloat16 or float16", found }),
+        };
+        let dims = [size as u64, heads as u64, tokens as u64];
+        let strides = [2 * size as u64, 2 * (heads * size) as u64];
+        let (boxes, steps) = ([64, 1, rows], [1u32; 3]);
+        // SAFETY: an all-zero map is a value to be written over.
+        let mut map = Self(unsafe { std::mem::zeroed() });
+        // SAFETY: the arrays have the three (two) elements that the rank calls for and outlive the call; the address is only noted.
+        check("cuTensorMapEncodeTiled", unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map.0,
+                kind,
+                3,
+                x.address()? as *mut std::ffi::c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        })?;
+        Ok(map)
     }
 }
 
@@ -159,11 +202,6 @@ impl CudaDevice {
             sys::CUresult::CUDA_SUCCESS => Ok(()),
             failed => Err(Error::Kernel { kernel: name.into(), reason: super::driver::describe(failed) }),
         }
-    }
-
-    /// Whether there is a kernel of that name for this device.
-    pub(crate) fn has_kernel(self, name: &str) -> bool {
-        self.bind().is_ok() && self.function(name, 0).is_ok()
     }
 
     fn function(self, name: &str, shared: u32) -> Result<Function> {

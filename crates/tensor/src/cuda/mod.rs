@@ -22,7 +22,7 @@ mod pinned;
 pub use context::{CudaDevice, DeviceInfo, OpenOptions};
 pub use graph::Graph;
 pub(crate) use heap::Span;
-pub(crate) use launch::{Arg, Grid, suffix};
+pub(crate) use launch::{Arg, Grid, TensorMap, suffix};
 pub(crate) use matmul::{Gemm, Matrix};
 pub(crate) use memory::DeviceHeap;
 pub use pinned::Pinned;

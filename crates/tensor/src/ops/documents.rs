@@ -1,6 +1,6 @@
 //! Where the documents of a packed stream begin.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::{Arena, Error, Result, Tensor};
 
@@ -15,7 +15,11 @@ pub struct Documents {
     offsets: Tensor,
     /// The highest position.
     last_position: usize,
+    orders: Arc<Mutex<Vec<Order>>>,
 }
+
+/// A window, and the tables of the order in which tiles are worked on.
+type Order = (u32, [Tensor; 2]);
 
 impl Documents {
     /// From the offsets of the documents, ending with T.
@@ -23,18 +27,8 @@ impl Documents {
     /// # Errors
     /// [`Error::Argument`] when they do not begin with 0 or do not increase.
     pub fn new(arena: &Arena, cu_seqlens: &[u32]) -> Result<Self> {
-        let fail =
-            |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
-        match cu_seqlens {
-            [0, _, ..] => {}
-            [first, ..] => return Err(fail("a list that begins with 0 and has an end", *first)),
-            [] => return Err(fail("a list that begins with 0 and has an end", 0)),
-        }
-        if let Some(pair) = cu_seqlens.windows(2).find(|pair| pair[0] >= pair[1]) {
-            return Err(fail("strictly increasing", pair[1]));
-        }
-        let positions: Vec<u32> = cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect();
-        Self::build(arena, cu_seqlens, &positions)
+        check(cu_seqlens)?;
+        Self::build(arena, cu_seqlens, &positions(cu_seqlens))
     }
 
     fn build(arena: &Arena, cu_seqlens: &[u32], positions: &[u32]) -> Result<Self> {
@@ -43,6 +37,7 @@ impl Documents {
             positions: Tensor::from_slice(arena, positions, [positions.len()])?,
             offsets: Tensor::from_slice(arena, cu_seqlens, [cu_seqlens.len()])?,
             last_position: positions.iter().copied().max().unwrap_or(0) as usize,
+            orders: Arc::default(),
         })
     }
 
@@ -56,6 +51,38 @@ impl Documents {
         }
         let positions: Vec<u32> = (start as u32..(start + len) as u32).collect();
         Self::build(arena, &[0, len as u32], &positions)
+    }
+
+    /// Other documents in the same memory: as many of them, of as many tokens together.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when the offsets do not fit, [`Error::Shared`] when a step still reads these.
+    pub fn update(&mut self, cu_seqlens: &[u32]) -> Result<()> {
+        check(cu_seqlens)?;
+        let positions = positions(cu_seqlens);
+        self.positions.write(&positions)?;
+        self.offsets.write(cu_seqlens)?;
+        self.cu_seqlens = cu_seqlens.into();
+        self.orders = Arc::default();
+        self.last_position = positions.iter().copied().max().unwrap_or(0) as usize;
+        Ok(())
+    }
+
+    /// The same documents for one step: what its layers share is made once, and gone with it.
+    #[must_use]
+    pub fn for_step(&self) -> Self {
+        Self { orders: Arc::default(), ..self.clone() }
+    }
+
+    /// Tables that attention's layers share, by window; made by the first that asks.
+    pub(crate) fn order(&self, window: u32, make: impl FnOnce() -> Result<[Tensor; 2]>) -> Result<[Tensor; 2]> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, tables)) = orders.iter().find(|(held, _)| *held == window) {
+            return Ok(tables.clone());
+        }
+        let tables = make()?;
+        orders.push((window, tables.clone()));
+        Ok(tables)
     }
 
     /// T.
@@ -92,6 +119,23 @@ impl Documents {
     pub fn ranges(&self) -> impl ExactSizeIterator<Item = std::ops::Range<usize>> + '_ {
         self.cu_seqlens.windows(2).map(|pair| pair[0] as usize..pair[1] as usize)
     }
+}
+
+fn check(cu_seqlens: &[u32]) -> Result<()> {
+    let fail = |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
+    match cu_seqlens {
+        [0, _, ..] => {}
+        [first, ..] => return Err(fail("a list that begins with 0 and has an end", *first)),
+        [] => return Err(fail("a list that begins with 0 and has an end", 0)),
+    }
+    match cu_seqlens.windows(2).find(|pair| pair[0] >= pair[1]) {
+        Some(pair) => Err(fail("strictly increasing", pair[1])),
+        None => Ok(()),
+    }
+}
+
+fn positions(cu_seqlens: &[u32]) -> Vec<u32> {
+    cu_seqlens.windows(2).flat_map(|pair| 0..pair[1] - pair[0]).collect()
 }
 
 #[cfg(test)]

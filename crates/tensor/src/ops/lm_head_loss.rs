@@ -64,6 +64,28 @@ impl Labels {
         Ok(Self { trained: trained.into(), tokens: labels.len(), scale, device })
     }
 
+    /// Whether `other` differs in its values alone, so that a captured step serves both.
+    #[must_use]
+    pub fn is_like(&self, other: &Self) -> bool {
+        let layout = |labels: &Self| labels.device.as_ref().map(cuda::Labels::layout);
+        self.tokens == other.tokens && layout(self) == layout(other)
+    }
+
+    /// Copies the values of `other` into the same memory.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] when it is not [`Labels::is_like`] this, [`Error::Shared`] when a step still reads these.
+    pub fn update(&mut self, other: &Self) -> Result<()> {
+        if !self.is_like(other) {
+            return Err(Error::Argument { op: OP, argument: "labels", expected: "of the same layout", found: other.count() });
+        }
+        if let (Some(device), Some(other)) = (&mut self.device, &other.device) {
+            device.update(other)?;
+        }
+        (self.trained, self.scale) = (Arc::clone(&other.trained), other.scale);
+        Ok(())
+    }
+
     /// Number of trained positions.
     #[must_use]
     pub fn count(&self) -> usize {

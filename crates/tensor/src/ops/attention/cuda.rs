@@ -1,6 +1,6 @@
 //! Attention on a GPU: tiles in shared memory, one block a tile of queries or keys of one document.
 
-use super::{Config, Documents, Sizes};
+use super::{Config, Documents, Sizes, hopper};
 use crate::{
     DType, Error, Result, Tensor,
     cuda::{Arg, CudaDevice, Grid, suffix},
@@ -50,6 +50,9 @@ pub(super) fn forward(
     heads: Sizes,
     config: Config,
 ) -> Result<(Tensor, Tensor)> {
+    if hopper::serves(device, q.dtype(), heads, config) {
+        return hopper::forward(device, q, k, v, documents, heads, config);
+    }
     let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
     let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
     let d = instance(heads.head_size)?;
@@ -76,18 +79,11 @@ pub(super) fn backward(
     config: Config,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
+    if hopper::serves(device, q.dtype(), heads, config) {
+        return hopper::backward(device, saved, documents, heads, config);
+    }
     let suffix = suffix(OP, q.dtype())?;
-    let mut delta = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
-    let rows = documents.tokens() * heads.heads;
-    let args = [
-        Arg::write(&mut delta)?,
-        Arg::read(o)?,
-        Arg::read(d_o)?,
-        Arg::size(documents.tokens()),
-        Arg::size(heads.heads),
-        Arg::size(heads.head_size),
-    ];
-    device.launch(&format!("attention_delta_{suffix}"), Grid::over(rows, 4, 128), &args)?;
+    let delta = delta(device, o, d_o, documents, heads)?;
     let [mut dq, mut dk, mut dv] = [
         Tensor::empty(q.arena(), q.dtype(), q.shape())?,
         Tensor::empty(q.arena(), q.dtype(), k.shape())?,
@@ -111,6 +107,22 @@ pub(super) fn backward(
     let grid = Grid { blocks, threads: [128, 1], shared: shared as u32 };
     device.launch(&format!("attention_bwd_{suffix}_d{d}"), grid, &args)?;
     Ok((dq, dk, dv))
+}
+
+/// δ of every row and head, F32 [H, T].
+pub(super) fn delta(device: CudaDevice, o: &Tensor, d_o: &Tensor, documents: &Documents, heads: Sizes) -> Result<Tensor> {
+    let mut delta = Tensor::empty(o.arena(), DType::F32, [heads.heads, documents.tokens()])?;
+    let args = [
+        Arg::write(&mut delta)?,
+        Arg::read(o)?,
+        Arg::read(d_o)?,
+        Arg::size(documents.tokens()),
+        Arg::size(heads.heads),
+        Arg::size(heads.head_size),
+    ];
+    let rows = documents.tokens() * heads.heads;
+    device.launch(&format!("attention_delta_{}", suffix(OP, o.dtype())?), Grid::over(rows, 4, 128), &args)?;
+    Ok(delta)
 }
 
 /// Rows of a block and its shared memory, as `attention_bwd.cu` says.

@@ -26,6 +26,7 @@ mod backward;
 mod cuda;
 mod decode;
 mod forward;
+mod hopper;
 mod scratch;
 mod strip;
 #[cfg(test)]

@@ -62,7 +62,9 @@ impl<'a> Call<'a> {
             };
             let (a, b) = (adapter.a.to_dtype(self.dtype)?, adapter.b.to_dtype(self.dtype)?);
             let address = a.address()?;
-            adapters.stacked &= adapter.dropout.is_none() && next.is_none_or(|next| next == address);
+            // Copies made here may come to lie side by side by chance; results must not depend on that.
+            let in_place = adapter.a.dtype() == self.dtype;
+            adapters.stacked &= in_place && adapter.dropout.is_none() && next.is_none_or(|next| next == address);
             next = Some(address + (a.numel() * self.dtype.size()) as u64);
             adapters.ranks += a.dims()[0];
             adapters.pairs.push(Some((a, b)));

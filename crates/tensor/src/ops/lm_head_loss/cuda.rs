@@ -50,6 +50,19 @@ impl Labels {
     }
 }
 
+impl Labels {
+    /// What kernels and their sizes depend on: the number of rows, and whether they are gathered.
+    pub(super) fn layout(&self) -> (usize, bool) {
+        (self.rows.numel(), self.all)
+    }
+
+    pub(super) fn update(&mut self, other: &Self) -> Result<()> {
+        other.rows.convert_into(&mut self.rows)?;
+        other.targets.convert_into(&mut self.targets)?;
+        other.scale.convert_into(&mut self.scale)
+    }
+}
+
 /// The rows of h in chunks, and memory for their logits.
 struct Chunks<'a> {
     device: CudaDevice,

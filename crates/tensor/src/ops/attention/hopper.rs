@@ -1,0 +1,191 @@
+//! Attention on Hopper's own instructions, for 16-bit types, head sizes up to 128 and scores without a soft cap.
+
+use super::{Config, Documents, Sizes, cuda::delta};
+use crate::{
+    DType, Result, Tensor,
+    cuda::{Arg, CudaDevice, Grid, TensorMap, suffix},
+};
+
+const OP: &str = "attention";
+
+/// Whether these kernels serve a call.
+pub(super) fn serves(device: CudaDevice, dtype: DType, sizes: Sizes, config: Config) -> bool {
+    let capability = device.info().capability;
+    (capability.major, capability.minor) == (9, 0)
+        && matches!(dtype, DType::Bf16 | DType::F16)
+        && sizes.head_size <= 128
+        && sizes.head_size.is_multiple_of(8)
+        && config.softcap.is_none()
+        && config.scale > 0.0
+}
+
+/// What a call's launches share.
+struct Call<'a> {
+    device: CudaDevice,
+    documents: &'a Documents,
+    heads: Sizes,
+    config: Config,
+    window: u32,
+    /// Of the instance.
+    d: usize,
+    /// Tiles of 128 tokens, at most.
+    slots: usize,
+}
+
+impl<'a> Call<'a> {
+    fn new(device: CudaDevice, documents: &'a Documents, heads: Sizes, config: Config) -> Self {
+        let d = if heads.head_size <= 64 { 64 } else { 128 };
+        let slots = documents.tokens() / 128 + documents.ranges().len();
+        Self { device, documents, heads, config, window: config.window.unwrap_or(0) as u32, d, slots }
+    }
+
+    fn docs(&self) -> Arg {
+        Arg::size(self.documents.ranges().len())
+    }
+
+    fn tokens(&self) -> Arg {
+        Arg::size(self.documents.tokens())
+    }
+
+    fn offsets(&self) -> Result<Arg> {
+        Arg::read(self.documents.offsets())
+    }
+
+    /// The tables of the order in which tiles are worked on: of the forward and of the backward pass.
+    fn order(&self, like: &Tensor) -> Result<[Tensor; 2]> {
+        self.documents.order(self.window, || {
+            let table = || Tensor::empty(like.arena(), DType::U32, [self.slots]);
+            let [mut forward, mut backward] = [table()?, table()?];
+            let args = [
+                Arg::write(&mut forward)?,
+                Arg::write(&mut backward)?,
+                self.offsets()?,
+                self.docs(),
+                self.tokens(),
+                Arg::U32(self.window),
+            ];
+            self.device.launch("attention_order", Grid::over(self.slots, 256, 256), &args)?;
+            Ok([forward, backward])
+        })
+    }
+
+    fn persistent(&self, tiles: usize, shared: usize) -> Grid {
+        let blocks = tiles.min(self.device.info().multiprocessors) as u32;
+        Grid { blocks: [blocks, 1, 1], threads: [384, 1], shared: shared as u32 }
+    }
+}
+
+pub(super) fn forward(
+    device: CudaDevice,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    documents: &Documents,
+    heads: Sizes,
+    config: Config,
+) -> Result<(Tensor, Tensor)> {
+    let call = Call::new(device, documents, heads, config);
+    let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
+    let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
+    let [order, _] = call.order(q)?;
+    let args = [
+        Arg::write(&mut o)?,
+        Arg::write(&mut lse)?,
+        Arg::Pointer(device.zeros("attention_fwd", 8)?),
+        Arg::Map(TensorMap::heads(q, 128)?),
+        Arg::Map(TensorMap::heads(k, 128)?),
+        Arg::Map(TensorMap::heads(v, 128)?),
+        call.offsets()?,
+        Arg::read(&order)?,
+        call.docs(),
+        call.tokens(),
+        Arg::size(heads.heads),
+        Arg::size(heads.kv_heads),
+        Arg::size(heads.head_size),
+        Arg::F32(config.scale),
+        Arg::U32(call.window),
+    ];
+    let grid = call.persistent(call.slots * heads.heads, 2 * call.d * 128 * 6 + 256);
+    device.launch(&format!("attention_fwd_sm90_{}_d{}", suffix(OP, q.dtype())?, call.d), grid, &args)?;
+    Ok((o, lse))
+}
+
+pub(super) fn backward(
+    device: CudaDevice,
+    saved: &super::backward::Saved<'_>,
+    documents: &Documents,
+    heads: Sizes,
+    config: Config,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
+    let call = Call::new(device, documents, heads, config);
+    let delta = delta(device, o, d_o, documents, heads)?;
+    let [mut dk, mut dv] =
+        [Tensor::empty(q.arena(), q.dtype(), k.shape())?, Tensor::empty(q.arena(), q.dtype(), k.shape())?];
+    let parts = parts(call.slots * heads.kv_heads, heads.group(), device.info().multiprocessors);
+    let mut kv_sums = match parts {
+        1 => None,
+        _ => Some(Tensor::empty(q.arena(), DType::F32, [parts, 2, k.numel()])?),
+    };
+    let tiles = documents.tokens() / 64 + documents.ranges().len();
+    let mut sums = Tensor::empty(q.arena(), DType::F32, [heads.heads, tiles, 64 * call.d])?;
+    let turns = device.zeros("attention_bwd", 4 * (2 + 2 * heads.heads * tiles))?;
+    let [_, order] = call.order(q)?;
+    let args = [
+        Arg::write(&mut dk)?,
+        Arg::write(&mut dv)?,
+        kv_sums.as_mut().map_or(Ok(Arg::NONE), Arg::write)?,
+        Arg::write(&mut sums)?,
+        Arg::Pointer(turns),
+        Arg::Map(TensorMap::heads(q, 64)?),
+        Arg::Map(TensorMap::heads(k, 128)?),
+        Arg::Map(TensorMap::heads(v, 128)?),
+        Arg::Map(TensorMap::heads(d_o, 64)?),
+        Arg::read(lse)?,
+        Arg::read(&delta)?,
+        call.offsets()?,
+        Arg::read(&order)?,
+        call.docs(),
+        call.tokens(),
+        Arg::size(heads.heads),
+        Arg::size(heads.kv_heads),
+        Arg::size(heads.head_size),
+        Arg::size(parts),
+        Arg::F32(config.scale),
+        Arg::U32(call.window),
+    ];
+    let suffix = suffix(OP, q.dtype())?;
+    let grid = call.persistent(call.slots * heads.kv_heads * parts, 1536 * call.d + 34816);
+    device.launch(&format!("attention_bwd_sm90_{suffix}_d{}", call.d), grid, &args)?;
+    if let Some(kv_sums) = kv_sums {
+        let count = Arg::U64(k.numel() as u64);
+        let args = [Arg::write(&mut dk)?, Arg::write(&mut dv)?, Arg::read(&kv_sums)?, count, Arg::size(parts)];
+        device.launch(&format!("attention_dkv_{suffix}"), Grid::over(k.numel(), 512, 256), &args)?;
+    }
+    let dq = query_gradient(&call, q, &sums, tiles)?;
+    Ok((dq, dk, dv))
+}
+
+/// dq from its f32 sums over the key tiles.
+fn query_gradient(call: &Call<'_>, q: &Tensor, sums: &Tensor, tiles: usize) -> Result<Tensor> {
+    let mut dq = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
+    let args = [
+        Arg::write(&mut dq)?,
+        Arg::read(sums)?,
+        call.offsets()?,
+        call.docs(),
+        call.tokens(),
+        Arg::size(call.heads.heads),
+        Arg::size(call.heads.head_size),
+        Arg::F32(call.config.scale),
+    ];
+    let grid = Grid { blocks: [tiles as u32, call.heads.heads as u32, 1], threads: [256, 1], shared: 0 };
+    call.device.launch(&format!("attention_dq_{}_d{}", suffix(OP, q.dtype())?, call.d), grid, &args)?;
+    Ok(dq)
+}
+
+/// Into how many parts the query heads of a group are dealt: enough that the device has two tiles a multiprocessor.
+fn parts(tiles: usize, group: usize, multiprocessors: usize) -> usize {
+    let wanted = (2 * multiprocessors).div_ceil(tiles.max(1));
+    (1..=group).find(|&parts| parts >= wanted && group.is_multiple_of(parts)).unwrap_or(group)
+}

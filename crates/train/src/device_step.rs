@@ -1,0 +1,183 @@
+//! Steps on a GPU: enqueued without waiting, and captured when their shape comes again.
+//!
+//! The inputs of a shape (tokens, documents, labels) have memory of their own, which each step of that shape writes anew; all
+//! else that changes from step to step is read from device memory. The first step of a shape runs kernel by kernel, the second
+//! is captured as a graph, later ones replay it. Loss and gradient norm are copied to pinned memory and read when asked for.
+
+use nibble_autograd::{ParamGrads, ParamStore, Tape};
+use nibble_data::Batch;
+use nibble_model::{LossOptions, Stream, Transformer};
+use nibble_optim::Optimizer;
+use nibble_tensor::{
+    Arena, DType, Device, Rng, Tensor,
+    cuda::{CudaDevice, Graph, Pinned},
+    ops::{lm_head_loss::Labels, step},
+};
+
+use crate::{Result, TrainConfig};
+
+/// Shapes whose inputs and graphs are kept.
+const MOST_SHAPES: usize = 16;
+/// Steps that may be on their way at once.
+const SLOTS: usize = 2;
+
+/// What a step reads and changes.
+pub(crate) struct Parts<'a> {
+    pub(crate) model: &'a Transformer,
+    pub(crate) params: &'a mut ParamStore,
+    pub(crate) grads: &'a mut ParamGrads,
+    pub(crate) optimizer: &'a mut Optimizer,
+    pub(crate) config: &'a TrainConfig,
+}
+
+/// The shapes met so far.
+#[derive(Debug)]
+pub(crate) struct DeviceSteps {
+    device: CudaDevice,
+    shapes: Vec<Shape>,
+    reports: Vec<Report>,
+    next: usize,
+}
+
+/// One shape of a step: its inputs, and the graph once it has come twice.
+#[derive(Debug)]
+struct Shape {
+    batches: Vec<(Stream, Labels)>,
+    /// F32 `[micro-batches]`.
+    losses: Tensor,
+    graph: Option<Graph>,
+    steps: usize,
+}
+
+/// Where a step's results arrive.
+#[derive(Debug)]
+struct Report {
+    values: Pinned,
+    losses: Pinned,
+}
+
+/// A step on its way: which report it arrives in.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ticket {
+    slot: usize,
+    batches: usize,
+}
+
+impl DeviceSteps {
+    /// On a GPU; nothing on the CPU.
+    pub(crate) fn new(arena: &Arena, batches: usize) -> Result<Option<Self>> {
+        let Device::Cuda(device) = arena.device() else { return Ok(None) };
+        let report = || Ok(Report { values: Pinned::new(device, 4 * step::LEN)?, losses: Pinned::new(device, 4 * batches)? });
+        let reports = (0..SLOTS).map(|_| report()).collect::<Result<_>>()?;
+        Ok(Some(Self { device, shapes: Vec::new(), reports, next: 0 }))
+    }
+
+    /// Enqueues a step: forward and backward of the micro-batches, clipping, update.
+    pub(crate) fn enqueue(&mut self, mut parts: Parts<'_>, batches: &[Batch], scale: f32, lr: f64, dropout: Rng) -> Result<Ticket> {
+        let index = self.shape(parts.model.arena(), batches, scale)?;
+        parts.optimizer.begin(lr)?;
+        dropout.announce(self.device)?;
+        let shape = &mut self.shapes[index];
+        shape.steps += 1;
+        if shape.graph.as_ref().is_some_and(|graph| !graph.is_valid()) {
+            shape.graph = None;
+        }
+        if shape.steps > 1 && shape.graph.is_none() {
+            let arena = parts.model.arena().clone();
+            let (graph, ()) = Graph::capture(&arena, || shape.run(&mut parts, dropout).map_err(Captured::from)).map_err(|error| error.0)?;
+            shape.graph = Some(graph);
+        }
+        match &shape.graph {
+            Some(graph) => graph.launch()?,
+            None => shape.run(&mut parts, dropout)?,
+        }
+        let slot = self.next;
+        self.next = (slot + 1) % SLOTS;
+        let report = &mut self.reports[slot];
+        if let Some(values) = parts.optimizer.report() {
+            report.values.fetch(values)?;
+        }
+        report.losses.fetch(&shape.losses)?;
+        Ok(Ticket { slot, batches: batches.len() })
+    }
+
+    /// Waits for a step: (loss, norm of the gradient).
+    pub(crate) fn wait(&self, ticket: Ticket) -> Result<(f64, f64)> {
+        let report = &self.reports[ticket.slot];
+        report.losses.wait()?;
+        report.values.wait()?;
+        let floats = |bytes: &[u8]| -> Vec<f32> {
+            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        };
+        let losses = floats(report.losses.bytes());
+        let loss = losses[..ticket.batches].iter().map(|&loss| f64::from(loss)).sum();
+        Ok((loss, f64::from(floats(report.values.bytes())[step::NORM])))
+    }
+
+    /// The inputs of these batches, in the memory of their shape.
+    fn shape(&mut self, arena: &Arena, batches: &[Batch], scale: f32) -> Result<usize> {
+        let labels =
+            batches.iter().map(|batch| Labels::new(arena, &batch.labels, scale)).collect::<Result<Vec<_>, _>>()?;
+        if let Some(index) = self.shapes.iter().position(|shape| shape.fits(batches, &labels)) {
+            let shape = &mut self.shapes[index];
+            for ((held, batch), labels) in shape.batches.iter_mut().zip(batches).zip(&labels) {
+                held.0.update(&batch.tokens, &batch.cu_seqlens)?;
+                held.1.update(labels)?;
+            }
+            return Ok(index);
+        }
+        if self.shapes.len() == MOST_SHAPES {
+            self.shapes.remove(0);
+        }
+        let batches = batches
+            .iter()
+            .zip(labels)
+            .map(|(batch, labels)| Ok((Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?, labels)))
+            .collect::<Result<Vec<_>>>()?;
+        let losses = Tensor::zeros(arena, DType::F32, [batches.len()])?;
+        self.shapes.push(Shape { batches, losses, graph: None, steps: 0 });
+        Ok(self.shapes.len() - 1)
+    }
+}
+
+impl Shape {
+    fn fits(&self, batches: &[Batch], labels: &[Labels]) -> bool {
+        self.batches.len() == batches.len()
+            && self.batches.iter().zip(batches).zip(labels).all(|(((stream, held), batch), labels)| {
+                stream.documents.tokens() == batch.tokens.len()
+                    && stream.documents.cu_seqlens().len() == batch.cu_seqlens.len()
+                    && held.is_like(labels)
+            })
+    }
+
+    /// The work of a step, in order.
+    fn run(&mut self, parts: &mut Parts<'_>, dropout: Rng) -> Result<()> {
+        parts.grads.zero()?;
+        for (i, (stream, labels)) in self.batches.iter().enumerate() {
+            let options =
+                LossOptions { checkpointing: parts.config.checkpointing, dropout: Some(dropout.stream(i as u64)) };
+            let mut tape = Tape::new(parts.params);
+            let loss = parts.model.loss(&mut tape, &stream.for_step(), labels, options)?;
+            self.losses.copy_rows(i, loss.tensor())?;
+            loss.backward(tape, parts.grads)?;
+        }
+        parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), parts.config.max_grad_norm)?;
+        parts.params.prepare(parts.model.compute_dtype())?;
+        Ok(())
+    }
+}
+
+/// This crate's error on its way through a capture, which fails by itself with the tensors' error.
+struct Captured(crate::Error);
+
+impl From<crate::Error> for Captured {
+    fn from(error: crate::Error) -> Self {
+        Self(error)
+    }
+}
+
+impl From<nibble_tensor::Error> for Captured {
+    fn from(error: nibble_tensor::Error) -> Self {
+        Self(error.into())
+    }
+}
