@@ -9,18 +9,18 @@
 //   copy_strided_T    y = x from a pitch of ld_x to one of ld_y
 //   scale_T           y = T(s x), from dense f32 rows to a pitch of ld_y
 //
-// The mask is that of crates/tensor/src/rng.rs: element n is dropped when number n of the stream is below p. `key` (device memory,
-// since it changes from step to step) is a stream's key, and the mask's stream lies below it on a path of `depth` <= 4 indices of
-// 16 bits in `path`, the first in the lowest bits (micro-batch, layer, linear, part).
+// The mask is that of crates/tensor/src/rng.rs: element n is dropped when number n of the stream is below p. `key` (device
+// memory, since it changes from step to step) is a stream's key, and the mask's stream lies below it on a path of `depth` <= 4
+// indices of 16 bits in `path`, the first in the lowest bits (micro-batch, layer, linear, part).
 //
 // Threads: two packs of 16 bytes a thread (of T; in a cast to f32 of f32, in the others of the narrower type), blockDim.x packs
-// apart; values go one by one where a size or pitch is no multiple of a pack or a pointer is not 16-byte aligned. Blocks of 256, no
-// dynamic shared memory. Grid: with n elements (rows · cols) and N in a pack, ceil(n / (512 N)) blocks in x, at least 1; a smaller
-// one takes them in turn. Dropout: at most 8 blocks a multiprocessor, since each derives the mask's key first.
+// apart; values go one by one where a size or pitch is no multiple of a pack or a pointer is not 16-byte aligned. Blocks of 256,
+// no dynamic shared memory. Grid: with n elements (rows · cols) and N in a pack, ceil(n / (512 N)) blocks in x, at least 1; a
+// smaller one takes them in turn. Dropout: at most 8 blocks a multiprocessor, since each derives the mask's key first.
 //
 // bias_grad_T: a block sums 256 columns (128 of f32) over a share of the rows. Block (32, 8), grid (ceil(cols / (32 · 16 /
 // sizeof(T))), y). With y = 1 it adds to dbias (partials may be null), else it writes partials [y, cols], and bias_grad_sum adds
-// them up: block (32, 16), grid ceil(cols / 32), count = y. Take y = 1 for few rows (< 64), else ceil(4 blocks a multiprocessor /
+// them up: block (32, 16), grid ceil(cols / 32), count = y. Take y = 1 for few rows (< 64), else ceil(8 blocks a multiprocessor /
 // grid.x), at most 64.
 //
 // Bytes: what is read and written, once.

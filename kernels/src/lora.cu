@@ -11,9 +11,9 @@
 // sums; the sums of t are added up over the warps in shared memory. Both leave partial sums, which lora_t_db_sum adds up in a
 // fixed order. Any sizes; 16-byte accesses where sizes, pitches and pointers allow.
 //
-// With C = ceil(n / 512), P = ceil(r / 16) and S shares of the rows: lora_t_db_T: block 128, grid S · C · P, dynamic shared memory
-// 58880 bytes; partials F32: [C, rows, 16 P] for t, then [S, n, 16 P] for dB. lora_t_db_sum_T: block 256, grid
-// ceil((rows + n) · P / 16). Take S = the greatest at most ceil(rows / 16) with S · C · P <= 2 blocks a multiprocessor, at least 1.
+// With C = ceil(n / 512), P = ceil(r / 16) and S shares of the rows: lora_t_db_T: block 128, grid S · C · P, dynamic shared
+// memory 58880 bytes; partials F32: [C, rows, 16 P] for t, then [S, n, 16 P] for dB. lora_t_db_sum_T: block 256, grid ceil((rows
+// + n) · P / 16). Take S = the greatest at most ceil(rows / 16) with S · C · P <= 2 blocks a multiprocessor, at least 1.
 //
 // Bytes: dy, and the partial sums twice.
 

@@ -1,7 +1,7 @@
 // Stochastic gradient descent over a flat buffer of parameters, in one pass, as torch does it (without dampening).
 //
 //   g = (grad_scale · clip) · grad + weight_decay · p
-//   p = p − lr · g without a momentum buffer; with one b = μ b + g, and p = p − lr · b, or p − lr · (g + μ b) with Nesterov's form
+//   p = p − lr · g without a momentum buffer; with one b = μ b + g, and p = p − lr · b, or p − lr · (g + μ b) (nesterov)
 //
 // `step` holds lr, grad_scale and clip (common/step.cuh). weight_decay is 0 for the parameters in the ranges of `no_decay`: start
 // and end in pairs, sorted, disjoint. Where a gradient is not finite and step[STEP_SKIP] is 1, nothing changes. `momentum` (b)
