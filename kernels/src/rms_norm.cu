@@ -13,7 +13,7 @@
 // Up to cols = 16 t (backward in f32: 8 t) a row fits the registers; longer ones are read twice. Where cols or ld is no multiple
 // of a pack, or a pointer (w apart) is not 16-byte aligned, values go one by one; any block of whole warps is right then with
 // blockDim.x a power of two up to 32, or blockDim.y = 1. No dynamic shared memory. Grid, in x: min(ceil(rows / blockDim.y),
-// multiprocessors · 1024 / threads of a block); any is right.
+// multiprocessors · 2048 / threads of a block); any is right.
 //
 // The backward pass sums dw over the rows of each block into dw_partials [gridDim.x, cols] (null where w is frozen): take a grid
 // of min(ceil(rows / blockDim.y), multiprocessors · 512 / threads) then. rms_norm_dw adds them up: block (32, 16), grid ceil(cols
