@@ -23,8 +23,8 @@ rm -rf "$out"
 mkdir -p "$out/bin" "$out/tests"
 cp "$target/nibble" "$target/examples/train_shape" "$out/bin/"
 while read -r name path; do
-  # The architecture is the source tree's: nothing of it runs on a device.
-  [[ $name == architecture || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
+  # The architecture is the source tree's, and the curve needs a model that does not travel.
+  [[ $name == architecture || $name == parity_curve || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
 done <<<"$tests"
 strip "$out"/bin/* "$out"/tests/*
 cp -r tests/data "$out/data"
@@ -32,7 +32,10 @@ cp scripts/gpu_run.sh "$out/run.sh"
 git log -1 --format='commit %H %ci' >"$out/COMMIT"
 [[ -z $(git status --porcelain) ]] || echo "with changes that are not committed" >>"$out/COMMIT"
 
-du -h "$out"/bin/* "$out"/tests/* "$out/data"
+du -h "$out"/bin/* "$out"/tests/*
+du -sh "$out/data"
+# Programs pack to a third of their size; run.sh unpacks them.
+tar -C "$out" --remove-files -czf "$out/programs.tar.gz" bin tests
 size=$(du -sm "$out" | cut -f1)
 echo "$out: $size MiB"
 if ((size > limit_mib)); then
