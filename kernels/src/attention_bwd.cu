@@ -21,6 +21,12 @@
 // 16-bit: ROWS 64 (D 256: 32), STREAM 64 (D 32, 64), 32 (D 96, 128) or 16 (D 256), shared bytes 4 D (ROWS + 2 STREAM) + 16
 // STREAM. f32: ROWS 32 (D 256: 16), STREAM 16 (D 256: 8), shared bytes 8 (ROWS + STREAM) (D + 4) + 4 ROWS (STREAM + 4) + 8
 // STREAM.
+//
+// spills: attention_bwd_f16_d128 64 on sm_75: the two sums' 128 registers, scores and dP's 32
+// spills: attention_bwd_f16_d64 48 on sm_75: scores and dP are 64 registers wide
+// spills: attention_bwd_f16_d32 48 on sm_120a: outside the products
+// spills: attention_bwd_bf16_d32 48 on sm_120a: outside the products
+// spills: attention_bwd_f32_d96 8 one value
 
 #include "common/attention.cuh"
 

@@ -349,6 +349,9 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
             hold(acc_v);
             hold(dq);
             if (lane == 0) mbarrier_arrive(at.do_empty(stage));
+            if (left > 1) await(at.q_full(stage ^ 1), at.q(stage ^ 1), step + 1, next_m);
+            wgmma_fence();
+            issue_s(s, k_rows, at.q(stage ^ 1));  // after the last step of whatever lies there; nobody looks
             mbarrier_wait(at.dq_empty(stage), phase(step) ^ 1);
 #pragma unroll
             for (u32 e = 0; e < D / 16; e++)
@@ -356,9 +359,6 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
             fence_async();
             __syncwarp();
             if (lane == 0) mbarrier_arrive(at.dq_full(stage));
-            if (left > 1) await(at.q_full(stage ^ 1), at.q(stage ^ 1), step + 1, next_m);
-            wgmma_fence();
-            issue_s(s, k_rows, at.q(stage ^ 1));  // after the last step of whatever lies there; nobody looks
             wgmma_wait<0>();  // dK, S
             hold(s);
             hold(d);

@@ -13,10 +13,12 @@
 // Bytes: the keys and values so far, once for every 16 query rows.
 //
 // Launch: grid (SPLITS, K ceil(n H / K / 16)), block 128 (D' 256: 64), shared bytes min(512 D', 65536), D' the instance's D.
-// SPLITS: about 2 multiprocessors / gridDim.y, at least 1, at most one for 256 keys of the longest *len expected.
+// SPLITS: about 2 multiprocessors / gridDim.y, 1 to 256, at most one for 64 keys of the longest *len expected.
 // partial: F32 [gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [gridDim.y], zero before the first launch and left zero.
 //
 // spills: attention_decode_f16_d256 80 on sm_75: 255 registers hold the queries' 64 and the output's 128
+// spills: attention_decode_f16_d64 8 one value outside the loop
+// spills: attention_decode_bf16_d64 8 one value outside the loop
 
 #include "common/attention.cuh"
 
@@ -56,14 +58,16 @@ __device__ __forceinline__ Range find_range(const Cache &n) {
 // The warps' sums (rows of D, maximum and sum of exp of each, in shared memory) to `partial`; the last block to come adds up the
 // ranges.
 template <typename T, int D, int WARPS>
-__device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, const float *sums, u32 &arrived, const Range &range,
+__device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, float *sums, u32 &arrived, const Range &range,
                                         const Cache &n) {
     const float *stats = sums + WARPS * 16 * D;
     float *mine = partial + (u64(blockIdx.y) * gridDim.x + blockIdx.x) * (16 * (D + 2));
     for (u32 at = threadIdx.x; at < range.rows * D; at += 32 * WARPS) {
         const u32 row = at / D;
         float high = NEG_INFINITY, sum = 0.0f, total = 0.0f;
+#pragma unroll
         for (u32 w = 0; w < WARPS; w++) high = fmaxf(high, stats[(w * 16 + row) * 2]);
+#pragma unroll
         for (u32 w = 0; w < WARPS; w++) {
             const float m = stats[(w * 16 + row) * 2], factor = m == NEG_INFINITY ? 0.0f : exp2f(m - high);
             sum += factor * sums[w * (16 * D) + at];
@@ -79,20 +83,38 @@ __device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, con
     if (arrived != gridDim.x - 1) return;
     __threadfence();
     if (threadIdx.x == 0) arrivals[blockIdx.y] = 0;
+    // Every step's loads are independent of one another: one trip to memory for the maxima, one for the sums.
     const float *all = partial + u64(blockIdx.y) * gridDim.x * (16 * (D + 2));
-    for (u32 at = threadIdx.x; at < range.rows * D; at += 32 * WARPS) {
+    float *factors = sums;  // [row][range]: exp(maximum - the row's) / the row's sum of exp
+    for (u32 row = threadIdx.x / 32; row < range.rows; row += WARPS) {
+        const float *stat = all + 16 * D + 2 * row;
+        float high = NEG_INFINITY, total = 0.0f;
+        for (u32 s = threadIdx.x % 32; s < gridDim.x; s += 32) high = fmaxf(high, __ldcg(stat + u64(s) * (16 * (D + 2))));
+#pragma unroll
+        for (u32 d = 16; d; d /= 2) high = fmaxf(high, __shfl_xor_sync(~0u, high, d));
+        for (u32 s = threadIdx.x % 32; s < gridDim.x; s += 32) {
+            const float2 x = __ldcg(reinterpret_cast<const float2 *>(stat + u64(s) * (16 * (D + 2))));
+            factors[row * gridDim.x + s] = x.x == NEG_INFINITY ? 0.0f : exp2f(x.x - high);
+            total += factors[row * gridDim.x + s] * x.y;
+        }
+#pragma unroll
+        for (u32 d = 16; d; d /= 2) total += __shfl_xor_sync(~0u, total, d);
+        for (u32 s = threadIdx.x % 32; s < gridDim.x; s += 32) factors[row * gridDim.x + s] /= total;
+    }
+    __syncthreads();
+    for (u32 at = threadIdx.x * 4; at < range.rows * D; at += 128 * WARPS) {
         const u32 row = at / D;
         if (at % D >= n.head_size) continue;
-        float high = NEG_INFINITY, sum = 0.0f, total = 0.0f;
-        for (u32 s = 0; s < gridDim.x; s++) high = fmaxf(high, __ldcg(all + u64(s) * (16 * (D + 2)) + 16 * D + 2 * row));
-#pragma unroll 4
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
         for (u32 s = 0; s < gridDim.x; s++) {
-            const float *of = all + u64(s) * (16 * (D + 2));
-            const float m = __ldcg(of + 16 * D + 2 * row), factor = m == NEG_INFINITY ? 0.0f : exp2f(m - high);
-            sum += factor * __ldcg(of + at);
-            total += factor * __ldcg(of + 16 * D + 2 * row + 1);
+            const float2 *of = reinterpret_cast<const float2 *>(all + u64(s) * (16 * (D + 2)) + at);
+            const float2 x = __ldcg(of), y = __ldcg(of + 1);
+            const float factor = factors[row * gridDim.x + s];
+            sum = make_float4(sum.x + factor * x.x, sum.y + factor * x.y, sum.z + factor * y.x, sum.w + factor * y.y);
         }
-        o[query_row(range.row + row, range.kv_head, n).at + at % D] = from_f32<T>(sum / total);
+        T *to = o + query_row(range.row + row, range.kv_head, n).at + at % D;
+        to[0] = from_f32<T>(sum.x), to[1] = from_f32<T>(sum.y), to[2] = from_f32<T>(sum.z), to[3] = from_f32<T>(sum.w);
     }
 }
 

@@ -45,7 +45,8 @@ __device__ __forceinline__ void hold(u32 (&r)[N]) {
     for (u32 i = 0; i < N; i++) asm volatile("" : "+r"(r[i])::"memory");
 }
 
-// Four registers of each of four neighbouring lanes, transposed: pairs of C's columns 8 j + 2 t, j = 0..4, become 16 bytes a lane.
+// Four registers of each of four neighbouring lanes, transposed: pairs of C's columns 8 j + 2 t, j = 0..4, become 16 bytes a
+// lane.
 __device__ __forceinline__ void transpose4(u32 (&x)[4], u32 lane) {
 #pragma unroll
     for (u32 bit = 1; bit < 4; bit *= 2)
