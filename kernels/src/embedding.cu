@@ -12,7 +12,7 @@
 #include "common/vec.cuh"
 
 constexpr u32 THREADS = 128;
-// Tokens looked at together.
+// Tokens looked at together: 32 for each lane of a warp.
 constexpr u32 WINDOW = 1024;
 
 template <int N, typename T, typename U>
@@ -89,29 +89,37 @@ __device__ __forceinline__ void backward(float *dtable, const T *dy, const u32 *
         if (before) continue;
         float *sums = dtable + u64(id) * cols;
         for (u32 first = t; first < rows; first += WINDOW) {
-            bool same[WINDOW / THREADS];
+            constexpr u32 EACH = WINDOW / THREADS;
+            bool same[EACH];
             int any = 0;
 #pragma unroll
-            for (u32 j = 0; j < WINDOW / THREADS; ++j) {
+            for (u32 j = 0; j < EACH; ++j) {
                 const u32 within = j * THREADS + threadIdx.x;
                 same[j] = first + within < rows && tokens[first + within] == id;
-                const u32 lanes = __ballot_sync(0xffffffffu, same[j]);
-                if (threadIdx.x % 32 == 0) masks[within / 32] = lanes;
                 any |= same[j];
             }
             if (!__syncthreads_or(any)) continue;
-            // A token's place is the number of those before it.
-            u32 count = 0, place[WINDOW / THREADS] = {};
-            for (u32 word = 0; word < WORDS; ++word) {
+            const u32 lane = threadIdx.x % 32;
 #pragma unroll
-                for (u32 j = 0; j < WINDOW / THREADS; ++j)
-                    if (word == (j * THREADS + threadIdx.x) / 32)
-                        place[j] = count + __popc(masks[word] & ((1u << threadIdx.x % 32) - 1));
-                count += __popc(masks[word]);
+            for (u32 j = 0; j < EACH; ++j) {
+                const u32 lanes = __ballot_sync(0xffffffffu, same[j]);
+                if (lane == 0) masks[(j * THREADS + threadIdx.x) / 32] = lanes;
+            }
+            __syncthreads();
+            // A token's place is the number of those before it: lane l has those in words 0 to l.
+            u32 count = __popc(masks[lane]);
+#pragma unroll
+            for (u32 step = 1; step < 32; step *= 2) {
+                const u32 before_it = __shfl_up_sync(0xffffffffu, count, step);
+                if (lane >= step) count += before_it;
             }
 #pragma unroll
-            for (u32 j = 0; j < WINDOW / THREADS; ++j)
-                if (same[j]) found[place[j]] = first + j * THREADS + threadIdx.x;
+            for (u32 j = 0; j < EACH; ++j) {
+                const u32 word = (j * THREADS + threadIdx.x) / 32, bits = masks[word];
+                const u32 end = __shfl_sync(0xffffffffu, count, word);
+                if (same[j]) found[end - __popc(bits >> lane)] = first + j * THREADS + threadIdx.x;
+            }
+            count = __shfl_sync(0xffffffffu, count, WORDS - 1);
             __syncthreads();
             if (packed) add_found<N>(sums, dy, found, count, scale, cols);
             else add_found<1>(sums, dy, found, count, scale, cols);
@@ -140,12 +148,12 @@ extern "C" __global__ void __launch_bounds__(128)
     forward(y, table, tokens, scale, rows, cols);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
     embedding_bwd_f32(float *dtable, const float *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
     backward(dtable, dy, tokens, scale, rows, cols);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
     embedding_bwd_f16(float *dtable, const f16 *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
     backward(dtable, dy, tokens, scale, rows, cols);
 }
@@ -166,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(128)
     forward(y, table, tokens, scale, rows, cols);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
     embedding_bwd_bf16(float *dtable, const bf16 *dy, const u32 *tokens, float scale, u32 rows, u32 cols) {
     backward(dtable, dy, tokens, scale, rows, cols);
 }
