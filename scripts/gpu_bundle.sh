@@ -4,7 +4,8 @@
 #
 #   scripts/gpu_bundle.sh [FOLDER]          default bundle/gpu
 #
-# PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone.
+# PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone. GOLDEN: a folder of
+# full reference results, of which tests/data has a part.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bundle/gpu} profile=${PROFILE:-release} limit_mib=64
@@ -12,7 +13,7 @@ target=${CARGO_TARGET_DIR:-target}/$([[ $profile == dev ]] && echo debug || echo
 
 cargo build --profile "$profile" --locked -p nibble-cli -p nibble-train --bin nibble --example train_shape
 # Cargo says in JSON which executables it made.
-tests=$(cargo test --no-run --locked --message-format=json -p nibble-tensor --lib -p nibble-tests --tests | python3 -c '
+tests=$(cargo test --no-run --locked --message-format=json-render-diagnostics -p nibble-tensor --lib -p nibble-tests --tests | python3 -c '
 import json, sys
 for line in sys.stdin:
     made = json.loads(line)
@@ -28,6 +29,7 @@ while read -r name path; do
 done <<<"$tests"
 strip "$out"/bin/* "$out"/tests/*
 cp -r tests/data "$out/data"
+[[ -z ${GOLDEN:-} ]] || cp -r "$GOLDEN"/{models,adapters} "$out/data/"
 cp scripts/gpu_run.sh "$out/run.sh"
 git log -1 --format='commit %H %ci' >"$out/COMMIT"
 [[ -z $(git status --porcelain) ]] || echo "with changes that are not committed" >>"$out/COMMIT"
@@ -35,7 +37,7 @@ git log -1 --format='commit %H %ci' >"$out/COMMIT"
 du -h "$out"/bin/* "$out"/tests/*
 du -sh "$out/data"
 # Programs pack to a third of their size; run.sh unpacks them.
-tar -C "$out" --remove-files -czf "$out/programs.tar.gz" bin tests
+tar -C "$out" --remove-files -czf "$out/packed.tar.gz" bin tests data
 size=$(du -sm "$out" | cut -f1)
 echo "$out: $size MiB"
 if ((size > limit_mib)); then
