@@ -21,7 +21,7 @@
 // scaled) go to kv_sums F32 [PARTS, 2, T, K, D], and attention_dkv adds them up in order. PARTS 1: dk and dv are written at
 // once, kv_sums unused.
 //
-// `order` is the second table of attention_order (attention_sm90.cu): longest walks first, keys of a document in their order.
+// `order` is the table `backward` of attention_order (attention_sm90.cu): longest walks first, keys of a document in their order.
 // Tensor maps as in attention_sm90.cu; q and d_o: box (64, 1, 64); k, v: box (64, 1, 128).
 // Launch: attention_bwd_sm90: grid min(multiprocessors, (T / 128 + docs) K PARTS), block 384, shared bytes 1536 D' + 34816;
 // PARTS in 1..H / K, best so that (T / 128 + docs) K PARTS is about twice the multiprocessors or more.

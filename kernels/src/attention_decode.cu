@@ -13,7 +13,7 @@
 // Bytes: the keys and values so far, once for every 16 query rows.
 //
 // Launch: grid (SPLITS, K ceil(n H / K / 16)), block 128 (D' 256: 64), shared bytes min(512 D', 65536), D' the instance's D.
-// SPLITS: about 2 multiprocessors / gridDim.y, 1 to 256, at most one for 64 keys of the longest *len expected.
+// SPLITS: about 2 multiprocessors / gridDim.y, 1 to 32, at most one for 64 keys of the longest *len expected.
 // partial: F32 [gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [gridDim.y], zero before the first launch and left zero.
 //
 // spills: attention_decode_f16_d256 80 on sm_75: 255 registers hold the queries' 64 and the output's 128
