@@ -8,8 +8,9 @@
 //
 // cross_entropy_T: a block takes a row. Each thread keeps the most and the sum of exponentials of what it read, in packs of 16
 // bytes, and these are joined in a fixed order. Rows that begin anywhere are taken from their first aligned element on; those
-// before it and after the last whole pack go one by one. The second pass goes backwards: what the first read last is still near.
-// Launch: block 1024, grid rows in x (a smaller one takes the rest in turn).
+// before it and after the last whole pack go one by one. For the second pass the first packs are still in registers; the others
+// are read again, the last first, from the caches.
+// Launch: block 1024 (or another multiple of 32 from 32 on), grid rows in x (a smaller one takes the rest in turn).
 //
 // sum_f32: out = (add ? out : 0) + scale · Σ x, in f64, in an order that depends on n alone. Launch: block 1024, grid 1.
 //
@@ -22,17 +23,49 @@
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
-constexpr u32 THREADS = 1024;
+constexpr u32 MOST_THREADS = 1024;
 constexpr float LOG2_E = 1.4426950408889634f;
 // Below every logit that matters, and finite: a thread without logits adds 0 and not NaN.
 constexpr float LOWEST = -1e38f;
+// Packs of a thread that stay in registers from the first pass to the second, and packs read at a time.
+#if __CUDA_ARCH__ < 1000
+constexpr u32 HELD = 4, BATCH = 2;
+#else
+constexpr u32 HELD = 4, BATCH = 1;
+#endif
 
-// tanh to about 1e-6; exact to f32 for f32.
+// tanh(s / cap) to about 1e-6; to f32's rounding for f32.
 template <typename T>
-__device__ __forceinline__ float capped(float s, float cap) {
-    if constexpr (sizeof(T) == 4) return cap * tanhf(s / cap);
-    else return cap * tanh_fast(__fdividef(s, cap));
+__device__ __forceinline__ float tanh_of(float s, float cap, float inverse) {
+    if constexpr (sizeof(T) == 4) return tanhf(s / cap);
+    else return tanh_fast(s * inverse);
 }
+
+// What happens to logits before the loss: nothing, or the cap.
+template <typename T, bool CAPPED>
+struct Cap {
+    float cap, inverse;
+
+    template <int N>
+    __device__ __forceinline__ void apply(float (&z)[N]) const {
+        if constexpr (CAPPED) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) z[j] = cap * tanh_of<T>(z[j], cap, inverse);
+        }
+    }
+    // With slope[j] = dz / ds.
+    template <int N>
+    __device__ __forceinline__ void apply(float (&z)[N], float (&slope)[N]) const {
+        if constexpr (CAPPED) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const float t = tanh_of<T>(z[j], cap, inverse);
+                z[j] = cap * t;
+                slope[j] = 1.0f - t * t;
+            }
+        }
+    }
+};
 
 // Σ exp(z − most) of some values.
 struct SumExp {
@@ -54,115 +87,165 @@ struct SumExp {
         sum = sum * exp2_fast((most - top) * LOG2_E) + other_sum * exp2_fast((other_most - top) * LOG2_E);
         most = top;
     }
+
+    // Over the block, in each thread.
+    __device__ __forceinline__ void join_all() {
+        __shared__ float mosts[MOST_THREADS / 32], sums[MOST_THREADS / 32];
+        __syncthreads();
+        join_warp();
+        if (threadIdx.x % 32 == 0) mosts[threadIdx.x / 32] = most, sums[threadIdx.x / 32] = sum;
+        __syncthreads();
+        const bool one = threadIdx.x % 32 < blockDim.x / 32;
+        most = one ? mosts[threadIdx.x % 32] : LOWEST;
+        sum = one ? sums[threadIdx.x % 32] : 0.0f;
+        join_warp();
+    }
+
+    __device__ __forceinline__ void join_warp() {
+#pragma unroll
+        for (u32 step = 16; step > 0; step >>= 1) {
+            const float other = __shfl_xor_sync(0xffffffffu, most, step);
+            join(other, __shfl_xor_sync(0xffffffffu, sum, step));
+        }
+    }
 };
 
-// Joined over the block, in each thread.
-__device__ __forceinline__ SumExp joined(SumExp x) {
-    __shared__ float mosts[THREADS / 32], sums[THREADS / 32];
-    __syncthreads();
-#pragma unroll
-    for (u32 step = 16; step > 0; step >>= 1) {
-        const float most = __shfl_xor_sync(0xffffffffu, x.most, step), sum = __shfl_xor_sync(0xffffffffu, x.sum, step);
-        x.join(most, sum);
-    }
-    if (threadIdx.x % 32 == 0) mosts[threadIdx.x / 32] = x.most, sums[threadIdx.x / 32] = x.sum;
-    __syncthreads();
-    x = {mosts[threadIdx.x % 32], sums[threadIdx.x % 32]};
-#pragma unroll
-    for (u32 step = 16; step > 0; step >>= 1) {
-        const float most = __shfl_xor_sync(0xffffffffu, x.most, step), sum = __shfl_xor_sync(0xffffffffu, x.sum, step);
-        x.join(most, sum);
-    }
-    return x;
-}
-
 // What turns logits into their gradient.
-template <typename T>
+template <typename T, bool CAPPED>
 struct Gradient {
-    float most, factor, scale, cap;
+    Cap<T, CAPPED> cap;
+    float most, factor, scale;
     u32 target;
 
     // z[j] is number first + j of the row.
     template <int N>
     __device__ __forceinline__ void apply(float (&z)[N], u32 first) const {
+        float slope[N];
+        cap.apply(z, slope);
 #pragma unroll
-        for (int j = 0; j < N; ++j) {
-            float slope = 1.0f;
-            if (cap != 0.0f) {
-                z[j] = capped<T>(z[j], cap);
-                const float r = z[j] / cap;
-                slope = 1.0f - r * r;
-            }
-            float g = exp2_fast((z[j] - most) * LOG2_E) * factor;
-            if (first + j == target) g -= scale;
-            z[j] = g * slope;
+        for (int j = 0; j < N; ++j) z[j] = exp2_fast((z[j] - most) * LOG2_E) * factor;
+        if (target - first < N) {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                if (first + j == target) z[j] -= scale;
+        }
+        if constexpr (CAPPED) {
+#pragma unroll
+            for (int j = 0; j < N; ++j) z[j] *= slope[j];
         }
     }
 };
 
+template <typename T, bool CAPPED>
+__device__ __forceinline__ void row_loss(T *x, float *loss, u32 target, const float *scale_at, const Cap<T, CAPPED> &cap, u32 vocab,
+                                         bool want_grad) {
+    constexpr int N = Pack<T>::N;
+    using Values = Held<T, N>;
+    const u32 threads = blockDim.x;
+    // Elements before the first aligned one, and whole packs from there.
+    u32 head = u32(-reinterpret_cast<u64>(x) & 15) / sizeof(T);
+    head = head < vocab ? head : vocab;
+    const u32 packs = (vocab - head) / N, tail = head + packs * N;
+    T *body = x + head;
+    SumExp all = {LOWEST, 0.0f};
+    Values held[HELD];
+#pragma unroll
+    for (u32 i = 0; i < HELD; ++i)
+        if (i * threads + threadIdx.x < packs) held[i].load(body + u64(i * threads + threadIdx.x) * N);
+    // At most one element before and one after the packs for each thread.
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        const u32 at = threadIdx.x + (side == 0 ? 0 : tail);
+        if (at >= (side == 0 ? head : vocab)) continue;
+        float z[1] = {to_f32(x[at])};
+        cap.apply(z);
+        all.add(z);
+    }
+#pragma unroll
+    for (u32 i = 0; i < HELD; ++i) {
+        if (i * threads + threadIdx.x >= packs) break;
+        float z[N];
+        held[i].unpack(z);
+        cap.apply(z);
+        all.add(z);
+    }
+    for (u32 first = HELD * threads + threadIdx.x; first < packs; first += BATCH * threads) {
+        Values batch[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i)
+            if (first + i * threads < packs) batch[i].load(body + u64(first + i * threads) * N);
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+            if (first + i * threads >= packs) break;
+            float z[N];
+            batch[i].unpack(z);
+            cap.apply(z);
+            all.add(z);
+        }
+    }
+    float at_target[1] = {to_f32(x[target])};
+    cap.apply(at_target);
+    all.join_all();
+    if (threadIdx.x == 0) *loss = all.most + logf(all.sum) - at_target[0];
+    if (!want_grad) return;
+    const float scale = *scale_at;
+    const Gradient<T, CAPPED> gradient = {cap, all.most, scale / all.sum, scale, target};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+        const u32 at = threadIdx.x + (side == 0 ? 0 : tail);
+        if (at >= (side == 0 ? head : vocab)) continue;
+        float z[1] = {to_f32(x[at])};
+        gradient.apply(z, at);
+        x[at] = from_f32<T>(z[0]);
+    }
+    // The packs that this thread read, the last batch first.
+    const u32 batches = packs > HELD * threads ? (packs - HELD * threads - 1) / (BATCH * threads) + 1 : 0;
+    for (u32 b = batches; b-- > 0;) {
+        const u32 first = (HELD + b * BATCH) * threads + threadIdx.x;
+        Values batch[BATCH];
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i)
+            if (first + i * threads < packs) batch[i].load(body + u64(first + i * threads) * N);
+#pragma unroll
+        for (u32 i = 0; i < BATCH; ++i) {
+            if (first + i * threads >= packs) break;
+            float z[N];
+            batch[i].unpack(z);
+            gradient.apply(z, head + (first + i * threads) * N);
+            batch[i].pack(z);
+            batch[i].store(body + u64(first + i * threads) * N);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < HELD; ++i) {
+        const u32 at = i * threads + threadIdx.x;
+        if (at >= packs) break;
+        float z[N];
+        held[i].unpack(z);
+        gradient.apply(z, head + at * N);
+        held[i].pack(z);
+        held[i].store(body + u64(at) * N);
+    }
+}
+
 template <typename T>
 __device__ __forceinline__ void cross_entropy(T *logits, float *losses, const i32 *targets, const float *scale, float cap,
                                               u32 rows, u32 vocab, u32 want_grad) {
-    constexpr int N = Pack<T>::N;
     for (u64 row = blockIdx.x; row < rows; row += gridDim.x) {
         T *x = logits + row * vocab;
-        // Elements before the first aligned one, and whole packs from there.
-        u32 head = u32(-reinterpret_cast<u64>(x) & 15) / sizeof(T);
-        head = head < vocab ? head : vocab;
-        const u32 packs = (vocab - head) / N, tail = head + packs * N;
         const i32 target = targets[row];
         if (target < 0) {
             if (threadIdx.x == 0) losses[row] = 0.0f;
+            const u32 head = min(u32(-reinterpret_cast<u64>(x) & 15) / u32(sizeof(T)), vocab);
+            const u32 packs = (vocab - head) / Pack<T>::N, tail = head + packs * Pack<T>::N;
             if (!want_grad) continue;
-            for (u32 i = threadIdx.x; i < head; i += THREADS) x[i] = from_f32<T>(0.0f);
-            for (u32 i = threadIdx.x; i < packs; i += THREADS) store16(x + head + i * N, Pack<T>{});
-            for (u32 i = tail + threadIdx.x; i < vocab; i += THREADS) x[i] = from_f32<T>(0.0f);
-            continue;
-        }
-        SumExp mine = {LOWEST, 0.0f};
-        // At most one element before and one after the packs for each thread.
-#pragma unroll
-        for (int side = 0; side < 2; ++side) {
-            const u32 at = threadIdx.x + (side == 0 ? 0 : tail);
-            if (at >= (side == 0 ? head : vocab)) continue;
-            float z[1] = {to_f32(x[at])};
-            if (cap != 0.0f) z[0] = capped<T>(z[0], cap);
-            mine.add(z);
-        }
-        for (u32 i = threadIdx.x; i < packs; i += THREADS) {
-            float z[N];
-            load_f32(x + head + i * N, z);
-            if (cap != 0.0f) {
-#pragma unroll
-                for (int j = 0; j < N; ++j) z[j] = capped<T>(z[j], cap);
-            }
-            mine.add(z);
-        }
-        float at_target = to_f32(x[target]);
-        if (cap != 0.0f) at_target = capped<T>(at_target, cap);
-        const SumExp all = joined(mine);
-        if (threadIdx.x == 0) losses[row] = all.most + logf(all.sum) - at_target;
-        if (!want_grad) continue;
-        const Gradient<T> gradient = {all.most, *scale / all.sum, *scale, cap, u32(target)};
-        for (u32 i = threadIdx.x; i < head; i += THREADS) {
-            float z[1] = {to_f32(x[i])};
-            gradient.apply(z, i);
-            x[i] = from_f32<T>(z[0]);
-        }
-        for (u32 i = tail + threadIdx.x; i < vocab; i += THREADS) {
-            float z[1] = {to_f32(x[i])};
-            gradient.apply(z, i);
-            x[i] = from_f32<T>(z[0]);
-        }
-        // The same packs that this thread read, the last first.
-        const u32 turns = (packs + THREADS - 1) / THREADS;
-        for (u32 turn = turns; turn-- > 0;) {
-            const u32 i = turn * THREADS + threadIdx.x;
-            if (i >= packs) continue;
-            float z[N];
-            load_f32(x + head + i * N, z);
-            gradient.apply(z, head + i * N);
-            store_f32(x + head + i * N, z);
+            for (u32 i = threadIdx.x; i < head; i += blockDim.x) x[i] = from_f32<T>(0.0f);
+            for (u32 i = threadIdx.x; i < packs; i += blockDim.x) store16(x + head + i * Pack<T>::N, Pack<T>{});
+            for (u32 i = tail + threadIdx.x; i < vocab; i += blockDim.x) x[i] = from_f32<T>(0.0f);
+        } else if (cap == 0.0f) {
+            row_loss(x, losses + row, u32(target), scale, Cap<T, false>{}, vocab, want_grad);
+        } else {
+            row_loss(x, losses + row, u32(target), scale, Cap<T, true>{cap, 1.0f / cap}, vocab, want_grad);
         }
     }
 }
@@ -179,10 +262,10 @@ __device__ __forceinline__ void softcap(T *x, float cap, u64 n) {
             Four<T> *four = reinterpret_cast<Four<T> *>(x + first);
             Four<T> z = *four;
 #pragma unroll
-            for (int j = 0; j < 4; ++j) z.v[j] = from_f32<T>(capped<T>(to_f32(z.v[j]), cap));
+            for (int j = 0; j < 4; ++j) z.v[j] = from_f32<T>(cap * tanh_of<T>(to_f32(z.v[j]), cap, 1.0f / cap));
             *four = z;
         } else {
-            for (u64 i = first; i < n && i < first + 4; ++i) x[i] = from_f32<T>(capped<T>(to_f32(x[i]), cap));
+            for (u64 i = first; i < n && i < first + 4; ++i) x[i] = from_f32<T>(cap * tanh_of<T>(to_f32(x[i]), cap, 1.0f / cap));
         }
     }
 }

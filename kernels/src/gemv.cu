@@ -32,9 +32,8 @@ struct __align__(16) Words {
 };
 
 __device__ __forceinline__ Words load_words(const void *p) {
-    Words w;
-    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w.v[0]), "=r"(w.v[1]), "=r"(w.v[2]), "=r"(w.v[3]) : "l"(p));
-    return w;
+    const uint4 w = __ldg(reinterpret_cast<const uint4 *>(p));
+    return {w.x, w.y, w.z, w.w};
 }
 
 // The two kinds of W. In a step a lane has 32 elements of row lane / 4: four quarters of 8 that begin at column(lane, quarter) of
@@ -61,14 +60,18 @@ struct BlockMatrix {
     __device__ __forceinline__ bool aligned() const { return aligned16(packed); }
 
     __device__ __forceinline__ void prepare() const {
-        if (threadIdx.x < 16) levels[threadIdx.x] = code[threadIdx.x];
+        constexpr u32 EACH = 256 * 16 / THREADS;
+        float high[EACH];
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) high[i] = code[i * (16 / EACH) + threadIdx.x / 256];
         const float low = code[threadIdx.x / 16 % 16];
 #pragma unroll
-        for (u32 byte = threadIdx.x / 16; byte < 256; byte += THREADS / 16) pairs[byte][threadIdx.x % 16] = {code[byte / 16], low};
+        for (u32 i = 0; i < EACH; ++i) pairs[i * (256 / EACH) + threadIdx.x / 16][threadIdx.x % 16] = {high[i], low};
+        if (threadIdx.x < 16) levels[threadIdx.x] = code[threadIdx.x];
     }
     __device__ __forceinline__ void fetch(Fetched &to, u64 row, u32 k, u32 chunk, u32 lane) const {
-        if (chunk + lane % 4 * 32 >= k) return;
-        const u64 at = row * k + chunk + lane % 4 * 32;
+        const u32 first = chunk + lane % 4 * 32;
+        const u64 at = row * k + (first < k ? first : 0);
         to.codes = load_words(packed + at / 2);
         to.scale = scales.load(at >> shift);
     }
@@ -113,8 +116,10 @@ struct DenseMatrix {
     __device__ __forceinline__ void prepare() const {}
     __device__ __forceinline__ void fetch(Fetched &to, u64 row, u32 k, u32 chunk, u32 lane) const {
 #pragma unroll
-        for (u32 q = 0; q < 4; ++q)
-            if (chunk + column(lane, q) < k) to.quarters[q] = load_words(w + row * k + chunk + column(lane, q));
+        for (u32 q = 0; q < 4; ++q) {
+            const u32 first = chunk + column(lane, q);
+            to.quarters[q] = load_words(w + row * k + (first < k ? first : 0));
+        }
     }
     __device__ __forceinline__ float scale(const Fetched &) const { return 1.0f; }
     __device__ __forceinline__ void words(u32 (&v)[4], const Fetched &from, float, u32 quarter) const {
@@ -158,9 +163,9 @@ __device__ __forceinline__ void tile_products(T *y, const T *x, const W &matrix,
     Step now = {blockIdx.x, 0}, ahead = now;
     typename W::Fetched ring[AHEAD];
     const auto fetch = [&](typename W::Fetched &to) {
+        // Without a condition, so that nothing waits for the load: what lies beyond W is read elsewhere in it and not used.
         const u64 row = u64(ahead.tile) * TILE + lane / 4;
-        to = {};
-        if (row < n) matrix.fetch(to, row, k, ahead.part * STRIDE + warp * CHUNK, lane);
+        matrix.fetch(to, row < n ? row : n - 1, k, ahead.part * STRIDE + warp * CHUNK, lane);
         ahead.next(parts);
     };
 #pragma unroll
@@ -201,7 +206,7 @@ __device__ __forceinline__ void tile_products(T *y, const T *x, const W &matrix,
                 __syncthreads();
                 if (warp == adder) {
                     float2 sum = {0, 0};
-#pragma unroll
+#pragma unroll 8
                     for (u32 i = 0; i < WARPS; ++i) {
                         const float2 other = i == adder ? own : sums[turn & 1][i - (i > adder)][lane];
                         sum.x += other.x;
@@ -273,19 +278,19 @@ __device__ __forceinline__ void gemv_blocks(T *y, const T *x, const u8 *packed, 
     gemv(y, x, BlockMatrix<T, S>{packed, scales, code, log2_of(block_size), levels, pairs}, bias, m, n, k);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 2)
     gemv_plain_f32(float *y, const float *x, const u8 *packed, const float *absmax, const float *code, const float *bias, u32 m,
                    u32 n, u32 k, u32 block_size) {
     gemv_blocks(y, x, packed, PlainScales{absmax}, code, bias, m, n, k, block_size);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 2)
     gemv_nested_f32(float *y, const float *x, const u8 *packed, const u8 *absmax_codes, const float *absmax2, const float *map,
                     const float *code, const float *bias, float offset, u32 m, u32 n, u32 k, u32 block_size) {
     gemv_blocks(y, x, packed, NestedScales{absmax_codes, absmax2, map, offset}, code, bias, m, n, k, block_size);
 }
 
-extern "C" __global__ void __launch_bounds__(512)
+extern "C" __global__ void __launch_bounds__(512, 2)
     gemv_dense_f32(float *y, const float *x, const float *w, const float *bias, u32 m, u32 n, u32 k) {
     gemv(y, x, DenseMatrix<float>{w}, bias, m, n, k);
 }

@@ -160,7 +160,7 @@ pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation)
         move || glu::forward(&gate, &up, activation)
     });
     let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], _| {
-        let (dgate, dup) = glu::backward(&dy, &gate, &up, activation)?;
+        let (dgate, dup) = glu::backward(&dy, gate, up, activation)?;
         Ok([Some(dgate), Some(dup)])
     });
     Ok(with(y, again))

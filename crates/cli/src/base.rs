@@ -10,10 +10,14 @@ use nibble_model::{
     files::{Checkpoint, GgufVocab},
 };
 use nibble_nf4::{Format, QuantConfig};
-use nibble_tensor::{Arena, DType, Device};
+use nibble_tensor::{
+    Arena, DType, Device,
+    cuda::{CudaDevice, OpenOptions, libraries},
+};
 
 use crate::{
     args::{ComputeDtype, DeviceName, PrecisionArgs, Quant},
+    env,
     error::{CliError, Result},
     source::{ModelSource, only_gguf},
     ui,
@@ -34,33 +38,83 @@ impl Precision {
     /// Decides what was left open.
     ///
     /// # Errors
-    /// [`CliError::NoCuda`], and [`CliError::NoEffect`] for details of a format that is not used.
+    /// [`CliError::NoEffect`] for details of a format that is not used; what is missing for `--device cuda`.
     pub(crate) fn from_args(args: &PrecisionArgs) -> Result<Self> {
-        let device = match args.device {
-            DeviceName::Auto | DeviceName::Cpu => Device::Cpu,
-            DeviceName::Cuda => return Err(CliError::NoCuda),
-        };
+        let quant = quant_config(args)?;
+        let device = device(args.device)?;
         let compute_dtype = match args.compute_dtype {
             ComputeDtype::Bf16 => DType::Bf16,
-            ComputeDtype::Auto if multiplies_bf16() => DType::Bf16,
-            ComputeDtype::F32 | ComputeDtype::Auto => DType::F32,
+            ComputeDtype::F32 => DType::F32,
+            ComputeDtype::Auto => natural_dtype(device),
         };
-        Ok(Self { quant: quant_config(args)?, compute_dtype, device })
+        if let (Device::Cuda(gpu), DType::Bf16) = (device, compute_dtype)
+            && gpu.info().capability.major < 8
+        {
+            return Err(CliError::NoBf16 { device: gpu.info().name.clone() });
+        }
+        Ok(Self { quant, compute_dtype, device })
+    }
+
+    /// Memory of the device, at most `limit` bytes of it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub(crate) fn arena(&self, limit: Option<usize>) -> Result<Arena> {
+        Ok(Arena::on(self.device, limit.unwrap_or(usize::MAX))?)
     }
 
     /// One line about it.
     pub(crate) fn describe(&self) -> String {
-        let why = if multiplies_bf16() { "the CPU has avx512_bf16" } else { "the CPU has no avx512_bf16" };
+        let why = match self.device {
+            Device::Cuda(gpu) => gpu.info().name.clone(),
+            _ if multiplies_bf16() => "the CPU has avx512_bf16".to_owned(),
+            _ => "the CPU has no avx512_bf16".to_owned(),
+        };
         format!("{} on {} ({why})", self.compute_dtype, self.device)
     }
 }
 
-/// QLoRA's format.
+/// QLoRA's format, on the best device there is.
 impl Default for Precision {
     fn default() -> Self {
-        let compute_dtype = if multiplies_bf16() { DType::Bf16 } else { DType::F32 };
-        Self { quant: Some(QuantConfig::default()), compute_dtype, device: Device::Cpu }
+        let device = best_device();
+        Self { quant: Some(QuantConfig::default()), compute_dtype: natural_dtype(device), device }
     }
+}
+
+fn device(name: DeviceName) -> Result<Device> {
+    match name {
+        DeviceName::Cpu => Ok(Device::Cpu),
+        DeviceName::Cuda => open_gpu(),
+        DeviceName::Auto => Ok(best_device()),
+    }
+}
+
+/// The first GPU if one can be used; else the CPU, and where there is a GPU one line that says why not.
+fn best_device() -> Device {
+    if CudaDevice::count() == 0 {
+        return Device::Cpu;
+    }
+    open_gpu().unwrap_or_else(|error| {
+        ui::warn(format_args!("computing on the CPU: {error}"));
+        Device::Cpu
+    })
+}
+
+fn open_gpu() -> Result<Device> {
+    let libraries = libraries::find(&env::search_paths());
+    let gpu = CudaDevice::open(0, &OpenOptions { libraries, cache: Some(env::nibble_cache().join("kernels")) })?;
+    gpu.check()?;
+    Ok(Device::Cuda(gpu))
+}
+
+/// bf16 where the hardware multiplies it, else f32.
+fn natural_dtype(device: Device) -> DType {
+    let fast = match device {
+        Device::Cuda(gpu) => gpu.info().capability.major >= 8,
+        _ => multiplies_bf16(),
+    };
+    if fast { DType::Bf16 } else { DType::F32 }
 }
 
 fn quant_config(args: &PrecisionArgs) -> Result<Option<QuantConfig>> {
@@ -232,7 +286,7 @@ mod tests {
             double_quant: None,
             quant_block_size: None,
             compute_dtype: ComputeDtype::F32,
-            device: DeviceName::Auto,
+            device: DeviceName::Cpu,
         }
     }
 
@@ -248,8 +302,6 @@ mod tests {
         let error = Precision::from_args(&PrecisionArgs { double_quant: Some(true), ..args(Quant::None) }).unwrap_err();
         assert_eq!(error.to_string(), "`--double-quant` has no effect with `--quant none`");
         assert!(Precision::from_args(&PrecisionArgs { quant_block_size: Some(64), ..args(Quant::None) }).is_err());
-        let cuda = Precision::from_args(&PrecisionArgs { device: DeviceName::Cuda, ..args(Quant::Nf4) });
-        assert!(matches!(cuda, Err(CliError::NoCuda)));
     }
 
     #[test]

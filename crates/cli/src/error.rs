@@ -41,9 +41,9 @@ pub(crate) enum CliError {
     /// A flag that would change nothing.
     #[error("`{flag}` has no effect with `{with}`")]
     NoEffect { flag: &'static str, with: &'static str },
-    /// `--device cuda`.
-    #[error("open device `cuda`: this build computes on the CPU only")]
-    NoCuda,
+    /// `--compute-dtype bf16` on a GPU that has none.
+    #[error("`--compute-dtype bf16`: {device} computes in float16 and float32 only")]
+    NoBf16 { device: String },
     /// More positions than the model has.
     #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
     MaxLength { limit: usize, found: usize },
@@ -107,7 +107,7 @@ impl CliError {
             Self::AdapterFlags { .. } => {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }
-            Self::NoCuda => Some("use `--device cpu`; `nibble doctor` shows what this machine has".into()),
+            Self::NoBf16 { .. } => Some("use `--compute-dtype f32`".into()),
             Self::Stopped { saved, .. } => {
                 Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
             }
@@ -119,6 +119,23 @@ impl CliError {
             Self::Tensor(error) => tensor_hint(error),
             _ => None,
         }
+    }
+
+    /// 3 when memory ran out, else 2.
+    pub(crate) fn exit_code(&self) -> u8 {
+        let model = |error: &ModelError| matches!(error, ModelError::Tensor(error) if is_out_of_memory(error));
+        let out = match self {
+            Self::Tensor(error) => is_out_of_memory(error),
+            Self::Model(error) => model(error),
+            Self::Train(error) => match &**error {
+                TrainError::Tensor(error) => is_out_of_memory(error),
+                TrainError::Model(error) => model(error),
+                TrainError::Optim(nibble_optim::Error::Tensor(error)) => is_out_of_memory(error),
+                _ => false,
+            },
+            _ => false,
+        };
+        if out { 3 } else { 2 }
     }
 
     /// Whether the reader of standard output went away, which is no failure.
@@ -207,8 +224,15 @@ fn data_hint(error: &DataError) -> Option<String> {
     }
 }
 
+fn is_out_of_memory(error: &TensorError) -> bool {
+    matches!(error, TensorError::OutOfMemory { .. })
+}
+
 fn tensor_hint(error: &TensorError) -> Option<String> {
     match error {
+        TensorError::NoDevice { .. } | TensorError::Cuda { .. } | TensorError::Kernel { .. } => {
+            Some("`--device cpu` needs no GPU; `nibble doctor` shows what this machine has".into())
+        }
         TensorError::OutOfMemory { .. } => {
             Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
         }

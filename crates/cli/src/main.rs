@@ -1,7 +1,7 @@
 //! The binary `nibble`: a command line into a config, and what happens onto the screen.
 //!
-//! Results go to standard output, everything else to standard error. Exit codes: 0 done, 2 an error that is the caller's to
-//! solve, 101 a defect of this program, 130 ended by Ctrl-C (after saving, where there was something to save).
+//! Results go to standard output, everything else to standard error. Exit codes: 0 done, 3 out of memory, 2 another
+//! error that is the caller's to solve, 101 a defect of this program, 130 ended by Ctrl-C (after saving, where there was something to save).
 
 #![forbid(unsafe_code)]
 
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
             if let Some(hint) = error.hint() {
                 ui::say(format_args!("hint: {hint}"));
             }
-            ExitCode::from(2)
+            ExitCode::from(error.exit_code())
         }
     }
 }

@@ -165,7 +165,7 @@ pub fn forward_fused<'m, const N: usize>(
     let trains = layers.iter().any(|layer| layer.trains());
     Ok(tape.record([id], outputs, trains, move |dys, grads| {
         let (grads, x) = (part_grads(&layers, grads)?, input.get()?);
-        Ok([linear::backward(&dys, &x, &saved, &parts, grads, id.is_some())?])
+        Ok([linear::backward(&dys, x, &saved, &parts, grads, id.is_some())?])
     }))
 }
 

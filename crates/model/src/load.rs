@@ -131,7 +131,11 @@ impl Loader<'_> {
 
     /// A frozen tensor as stored (rounded to bf16 where stored in a block format).
     fn leaf(&mut self, name: &str) -> Result<Leaf> {
-        let tensor = self.dense(name)?;
+        let mut tensor = self.dense(name)?;
+        if tensor.dims().len() == 1 {
+            // Norms compute with f32 weights: widened once, not in each step.
+            tensor = tensor.to_dtype(DType::F32)?;
+        }
         self.finish(name)?;
         Ok(Leaf::Frozen(tensor))
     }

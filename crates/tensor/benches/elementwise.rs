@@ -102,7 +102,7 @@ fn rest(c: &mut Criterion, model: &Model, dtype: DType, id: &dyn Fn(&str) -> Str
         let forward = id(&format!("glu_{name}_forward"));
         bench(c, &forward, 3 * bytes, || drop(black_box(glu::forward(&gate, &up, act).unwrap())));
         let backward = id(&format!("glu_{name}_backward"));
-        bench(c, &backward, 5 * bytes, || drop(black_box(glu::backward(&dy, &gate, &up, act).unwrap())));
+        bench(c, &backward, 5 * bytes, || drop(black_box(glu::backward(&dy, gate.clone(), up.clone(), act).unwrap())));
     }
 
     let table = normal(&arena, 4, dtype, [vocab_size, channels]);

@@ -2,7 +2,7 @@
 //! light, peak memory.
 //!
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
-//! [--checkpointing none|selective|full] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12]`
+//! [--checkpointing none|selective|full] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1]`
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
@@ -18,7 +18,7 @@ use nibble_nf4::{Format, QuantConfig};
 use nibble_tensor::{
     Arena, DType, Device, Rng,
     cuda::{
-        CudaDevice, OpenOptions,
+        CudaDevice, KernelTime, OpenOptions,
         libraries::{self, SearchPaths},
     },
 };
@@ -130,7 +130,7 @@ fn main() -> Result<()> {
     println!("base and adapters: {:.2} s, {:.3} GB", begin.elapsed().as_secs_f64(), base as f64 / 1e9);
     let data = random_data(vocab, batch * 2, length)?;
     let loader = LoaderOptions { packer: Packer::Documents { batch_size: batch }, seed: 0, shuffle: false };
-    let config = TrainConfig { checkpointing, max_steps: Some(steps), ..TrainConfig::default() };
+    let config = TrainConfig { checkpointing, max_steps: Some(steps + 1), ..TrainConfig::default() };
     let mut trainer = Trainer::new(model, params, DataLoader::new(Arc::new(data), loader)?, config)?;
     let mut rates = Vec::new();
     for step in 0..steps {
@@ -143,6 +143,11 @@ fn main() -> Result<()> {
             rates.push(rate);
         }
     }
+    if let (Device::Cuda(device), 1) = (arena.device(), options.get("profile", 0)?) {
+        device.start_profile();
+        trainer.step()?;
+        print_profile(&device.end_profile()?);
+    }
     rates.sort_by(f64::total_cmp);
     let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
     let light = options.get("flops", 790e12)? / flops;
@@ -153,6 +158,15 @@ fn main() -> Result<()> {
         arena.device_bytes().unwrap_or_default() as f64 / 1e9
     );
     Ok(())
+}
+
+/// Kernels by their time in one step, with their names' types and sizes.
+fn print_profile(kernels: &[KernelTime]) {
+    let total: f64 = kernels.iter().map(|kernel| kernel.milliseconds).sum();
+    println!("one step, kernel by kernel: {total:.2} ms");
+    for KernelTime { name, calls, milliseconds } in kernels.iter().take(48) {
+        println!("{milliseconds:9.3} ms {:5.1} % {calls:6} x {:9.1} us  {name}", 100.0 * milliseconds / total, 1e3 * milliseconds / *calls as f64);
+    }
 }
 
 fn random_data(vocab: usize, rows: usize, length: usize) -> Result<Dataset> {

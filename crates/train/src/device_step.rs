@@ -82,7 +82,9 @@ impl DeviceSteps {
         if shape.graph.as_ref().is_some_and(|graph| !graph.is_valid()) {
             shape.graph = None;
         }
-        if shape.steps > 1 && shape.graph.is_none() {
+        if self.device.is_profiling() {
+            shape.graph = None;
+        } else if shape.steps > 1 && shape.graph.is_none() {
             let arena = parts.model.arena().clone();
             let (graph, ()) = Graph::capture(&arena, || shape.run(&mut parts, dropout).map_err(Captured::from)).map_err(|error| error.0)?;
             shape.graph = Some(graph);

@@ -78,3 +78,24 @@ pub(super) fn schedule_options(text: &str) -> Result<ScheduleOptions, String> {
 fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> Result<f64, String> {
     text.parse().ok().filter(|&x: &f64| x.is_finite() && fits(x)).ok_or_else(|| expected.to_owned())
 }
+
+/// Bytes with a unit: `24GiB`, `500 MB`, `1.5g` (binary unless the unit is MB, GB or KB).
+pub(super) fn bytes(text: &str) -> Result<usize, String> {
+    let expected = || format!("expected a size such as 8GiB or 500MB, found `{text}`");
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| expected())?;
+    let scale = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "kb" => 1e3,
+        "mb" => 1e6,
+        "gb" => 1e9,
+        "k" | "kib" => 1024.0,
+        "m" | "mib" => 1024f64.powi(2),
+        "g" | "gib" => 1024f64.powi(3),
+        _ => return Err(expected()),
+    };
+    let bytes = number * scale;
+    if bytes >= 1.0 && bytes < 1e18 { Ok(bytes as usize) } else { Err(expected()) }
+}

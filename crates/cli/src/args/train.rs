@@ -116,6 +116,9 @@ pub(crate) struct TrainDataArgs {
     /// Learn the prompts too, not only the answers
     #[arg(long)]
     pub(crate) train_on_prompt: bool,
+    /// Hold the run to this much memory: 8GiB, 500MB [default: what is there]
+    #[arg(long, value_name = "SIZE", value_parser = parse::bytes)]
+    pub(crate) memory_limit: Option<usize>,
     /// Fill each forward pass with as many documents as fit into --max-length tokens; they do not see each other
     #[arg(long)]
     pub(crate) packing: bool,

@@ -1,6 +1,5 @@
 //! `nibble eval`: loss and perplexity.
 
-use nibble_tensor::Arena;
 use nibble_train::{EvalStats, evaluate};
 
 use super::generate::with_adapter;
@@ -25,7 +24,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let mut reader = Reader::new(&base, args.data_format.as_deref(), args.max_length, args.train_on_prompt)?;
     let data = reader.read(&args.data)?;
     reader.report("data", &data);
-    let arena = Arena::new(precision.device);
+    let arena = precision.arena(None)?;
     let mut model = base.load(&arena, &precision, data.summary().longest)?;
     let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
     ui::fact("compute", precision.describe());

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
         ui::warn(format_args!("the model has {limit} positions: answers end there"));
     }
 
-    let arena = Arena::new(precision.device);
+    let arena = precision.arena(None)?;
     let mut model = base.load(&arena, &precision, longest.saturating_add(options.max_new_tokens))?;
     let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
     let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };

@@ -15,6 +15,7 @@ use super::{
     launch::Function,
     libraries::Libraries,
     matmul::Blas,
+    profile::Timed,
 };
 use crate::{Error, Result};
 
@@ -67,6 +68,8 @@ pub(super) struct Gpu {
     tables: Mutex<HashMap<&'static str, u64>>,
     /// Counters: address and bytes, by use.
     zeros: Mutex<HashMap<&'static str, (u64, usize)>>,
+    /// Kernels timed so far, while a profile is made.
+    pub(super) profile: Mutex<Option<Vec<Timed>>>,
 }
 
 /// A loaded module of kernels.
@@ -264,8 +267,12 @@ impl CudaDevice {
         &self.0.options
     }
 
+    pub(super) fn is_capturing(self) -> bool {
+        self.0.capturing.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
     fn expect_not_capturing(self, what: &str) -> Result<()> {
-        if self.0.capturing.load(std::sync::atomic::Ordering::Relaxed) {
+        if self.is_capturing() {
             return Err(Error::Cuda { call: "capture", reason: format!("{what} inside a captured step") });
         }
         Ok(())
@@ -329,6 +336,7 @@ impl Gpu {
             dropout: Mutex::default(),
             tables: Mutex::default(),
             zeros: Mutex::default(),
+            profile: Mutex::default(),
         })
     }
 

@@ -179,6 +179,10 @@ impl CudaDevice {
             let expected: Vec<ArgKind> = expected.iter().map(|arg| arg.kind).collect();
             return Err(Error::Kernel { kernel: name.into(), reason: format!("it takes {expected:?}, and was given {kinds:?}") });
         }
+        self.timed(|| name.to_owned(), || self.launch_checked(name, function, grid, args))
+    }
+
+    fn launch_checked(self, name: &str, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
         let mut values: Vec<*mut std::ffi::c_void> = args.iter().map(|arg| arg.value().cast_mut()).collect();
         let [x, y, z] = grid.blocks;
         // SAFETY: the handle is of a module that is never unloaded; the values have the kinds of its signature and live until the
@@ -202,6 +206,11 @@ impl CudaDevice {
             sys::CUresult::CUDA_SUCCESS => Ok(()),
             failed => Err(Error::Kernel { kernel: name.into(), reason: super::driver::describe(failed) }),
         }
+    }
+
+    /// Whether there is a kernel of that name for this device.
+    pub(super) fn expect_kernel(self, name: &str) -> Result<()> {
+        self.function(name, 0).map(drop)
     }
 
     fn function(self, name: &str, shared: u32) -> Result<Function> {

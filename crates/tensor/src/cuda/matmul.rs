@@ -10,6 +10,13 @@ use crate::{DType, Error, Result};
 /// Bytes that cuBLASLt may use between the parts of a product; what the vendor advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
+/// Choices of the library that are timed.
+const CANDIDATES: usize = 8;
+/// Times each is run.
+const REPEATS: usize = 3;
+/// Floating-point operations from which a product is worth it: some 50 microseconds on a large GPU.
+const WORTH_TIMING: f64 = 3e10;
+
 /// One operand as it lies in memory: rows of `ld` elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Matrix {
@@ -75,6 +82,20 @@ struct Plan {
 unsafe impl Send for Blas {}
 
 impl CudaDevice {
+    /// Whether everything is there to compute with: cuBLASLt, and kernels for this architecture.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`] and [`Error::Kernel`] with what is missing and how to get it.
+    pub fn check(self) -> Result<()> {
+        self.bind()?;
+        let mut blas = self.gpu().blas();
+        if blas.is_none() {
+            *blas = Some(Blas::open(self)?);
+        }
+        drop(blas);
+        self.expect_kernel("add_f32")
+    }
+
     /// Adds a product to the stream.
     ///
     /// # Errors
@@ -89,7 +110,8 @@ impl CudaDevice {
             *blas = Some(Blas::open(self)?);
         }
         let Some(blas) = blas.as_mut() else { return Ok(()) };
-        blas.run(gemm, self.gpu().stream)
+        let name = || format!("matmul {} x {} x {}{}", gemm.m, gemm.n, gemm.k, if gemm.accumulate { " +=" } else { "" });
+        self.timed(name, || blas.run(self, gemm))
     }
 }
 
@@ -115,8 +137,12 @@ impl Blas {
         Ok(Self { handle, workspace, plans: HashMap::new() })
     }
 
-    fn run(&mut self, gemm: &Gemm, stream: cudarc::driver::sys::CUstream) -> Result<()> {
-        let plan = self.plan(gemm)?;
+    fn run(&mut self, device: CudaDevice, gemm: &Gemm) -> Result<()> {
+        let plan = self.plan(device, gemm)?;
+        self.launch(gemm, &plan, device.gpu().stream)
+    }
+
+    fn launch(&self, gemm: &Gemm, plan: &Plan, stream: cudarc::driver::sys::CUstream) -> Result<()> {
         if let Some(bias) = gemm.bias {
             let attribute = sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER;
             // SAFETY: the descriptor is this plan's; the library copies the value.
@@ -151,7 +177,7 @@ impl Blas {
         .map_err(|error| failed("cublasLtMatmul", error))
     }
 
-    fn plan(&mut self, gemm: &Gemm) -> Result<Plan> {
+    fn plan(&mut self, device: CudaDevice, gemm: &Gemm) -> Result<Plan> {
         let addresses = [gemm.a.address, gemm.b.address, gemm.c, gemm.bias.unwrap_or(0)];
         let key = Key {
             sizes: [gemm.m, gemm.n, gemm.k],
@@ -165,13 +191,13 @@ impl Blas {
         if let Some(plan) = self.plans.get(&key) {
             return Ok(*plan);
         }
-        let plan = self.choose(gemm, key.aligned)?;
+        let plan = self.choose(device, gemm, key.aligned)?;
         self.plans.insert(key, plan);
         Ok(plan)
     }
 
-    /// The library's first choice for a product: always the same one, so that results repeat from run to run.
-    fn choose(&self, gemm: &Gemm, aligned: bool) -> Result<Plan> {
+    /// The fastest of the library's choices for a product, by timing them on what is there.
+    fn choose(&self, device: CudaDevice, gemm: &Gemm, aligned: bool) -> Result<Plan> {
         let (input, output) = (data_type(gemm.input)?, data_type(gemm.output)?);
         let description =
             lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
@@ -194,16 +220,49 @@ impl Blas {
         let a = layout(input, a_rows, a_cols, gemm.a.ld)?;
         let b = layout(input, b_rows, b_cols, gemm.b.ld)?;
         let c = layout(output, gemm.n, gemm.m, gemm.ldc)?;
-        let algorithm = self.heuristic(description, [a, b, c], aligned)?;
-        Ok(Plan { description, a, b, c, algorithm })
+        let candidates = self.heuristics(description, [a, b, c], aligned)?;
+        let Some(&first) = candidates.first() else {
+            return Err(Error::Cuda { call: "cublasLtMatmulAlgoGetHeuristic", reason: "no algorithm serves the product".into() });
+        };
+        let mut plan = Plan { description, a, b, c, algorithm: first };
+        // Small products take as long as their launch; one that adds to its result cannot be repeated on it.
+        let work = 2.0 * gemm.m as f64 * gemm.n as f64 * gemm.k as f64;
+        if work > WORTH_TIMING && !gemm.accumulate && !device.is_capturing() {
+            plan.algorithm = self.fastest(device, gemm, plan, &candidates)?;
+        }
+        Ok(plan)
     }
 
-    fn heuristic(
+    /// The fastest by a few percent at least, else the first: so that noise does not choose.
+    fn fastest(
+        &self,
+        device: CudaDevice,
+        gemm: &Gemm,
+        plan: Plan,
+        candidates: &[sys::cublasLtMatmulAlgo_t],
+    ) -> Result<sys::cublasLtMatmulAlgo_t> {
+        let mut times = Vec::with_capacity(candidates.len());
+        for &algorithm in candidates {
+            let plan = Plan { algorithm, ..plan };
+            // One to load the kernel, then the shortest of a few.
+            let first = self.launch(gemm, &plan, device.gpu().stream);
+            let time = (0..REPEATS).try_fold(f64::INFINITY, |least, _| {
+                let time = device.milliseconds(|| self.launch(gemm, &plan, device.gpu().stream))?;
+                Ok::<_, Error>(least.min(time))
+            });
+            times.push(first.and(time).unwrap_or(f64::INFINITY));
+        }
+        let best = (0..times.len()).min_by(|&i, &j| times[i].total_cmp(&times[j])).unwrap_or(0);
+        Ok(candidates[if times[best] < 0.98 * times[0] { best } else { 0 }])
+    }
+
+    /// The library's choices, the one it thinks best first.
+    fn heuristics(
         &self,
         description: sys::cublasLtMatmulDesc_t,
         [a, b, c]: [sys::cublasLtMatrixLayout_t; 3],
         aligned: bool,
-    ) -> Result<sys::cublasLtMatmulAlgo_t> {
+    ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = lt::create_matmul_pref().map_err(|error| failed("cublasLtMatmulPreferenceCreate", error))?;
         let (most, alignment): (usize, u32) = (WORKSPACE, if aligned { 16 } else { 2 });
@@ -222,11 +281,30 @@ impl Blas {
                         lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)
                     })
                 })
-                .and_then(|()| lt::get_matmul_algo_heuristic(self.handle, description, b, a, c, c, preference))
+        };
+        // SAFETY: an all-zero result is a value to be written over.
+        let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
+        let mut count = 0;
+        // SAFETY: descriptor, layouts and preference are live; `results` has room for as many as are asked for.
+        let status = unsafe {
+            sys::cublasLtMatmulAlgoGetHeuristic(
+                self.handle,
+                description,
+                b,
+                a,
+                c,
+                c,
+                preference,
+                CANDIDATES as i32,
+                results.as_mut_ptr(),
+                &raw mut count,
+            )
         };
         // SAFETY: the preference is not used again.
         let _ = unsafe { lt::destroy_matmul_pref(preference) };
-        found.map(|found| found.algo).map_err(|error| failed("cublasLtMatmulAlgoGetHeuristic", error))
+        found.and_then(|()| status.result()).map_err(|error| failed("cublasLtMatmulAlgoGetHeuristic", error))?;
+        let good = |found: &&sys::cublasLtMatmulHeuristicResult_t| found.state.result().is_ok();
+        Ok(results[..count as usize].iter().filter(good).map(|found| found.algo).collect())
     }
 }
 

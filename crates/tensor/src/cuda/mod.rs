@@ -18,6 +18,7 @@ pub mod libraries;
 mod matmul;
 mod memory;
 mod pinned;
+mod profile;
 
 pub use context::{CudaDevice, DeviceInfo, OpenOptions};
 pub use graph::Graph;
@@ -26,3 +27,4 @@ pub(crate) use launch::{Arg, Grid, TensorMap, suffix};
 pub(crate) use matmul::{Gemm, Matrix};
 pub(crate) use memory::DeviceHeap;
 pub use pinned::Pinned;
+pub use profile::KernelTime;

@@ -14,15 +14,28 @@ pub(crate) mod cuda {
 
     /// The weight as a matrix [N, K] of `dtype`, in scratch memory (a dense one of that type: itself).
     pub(crate) fn matrix(device: CudaDevice, weight: &Weight, dtype: DType, arena: &Arena) -> Result<Tensor> {
-        if let Weight::Dense(dense) = weight {
-            return dense.to_dtype(dtype);
+        match weight {
+            Weight::Dense(dense) => dense.to_dtype(dtype),
+            _ => widened(device, weight, dtype, arena, [0, 0]),
         }
-        let mut out = Tensor::empty(arena, dtype, weight.shape())?;
-        let ld = weight.shape().last();
+    }
+
+    /// The weight of a 4-bit or 8-bit format in the corner of a scratch matrix with more rows and columns, whose content is left to
+    /// the caller.
+    pub(crate) fn widened(
+        device: CudaDevice,
+        weight: &Weight,
+        dtype: DType,
+        arena: &Arena,
+        [more_rows, more_cols]: [usize; 2],
+    ) -> Result<Tensor> {
+        let (rows, cols) = (weight.shape().dims()[0], weight.shape().last());
+        let mut out = Tensor::empty(arena, dtype, [rows + more_rows, cols + more_cols])?;
+        let ld = cols + more_cols;
         match weight {
             Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, &mut out, ld)?,
             Weight::Int8(int8) => int8_weight(device, int8, &mut out, ld)?,
-            Weight::Dense(_) => {}
+            Weight::Dense(dense) => dense.convert_into(&mut out)?,
         }
         Ok(out)
     }

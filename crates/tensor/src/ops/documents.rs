@@ -19,7 +19,7 @@ pub struct Documents {
 }
 
 /// A window, and the tables of the order in which tiles are worked on.
-type Order = (u32, [Tensor; 2]);
+type Order = (u32, [Tensor; 3]);
 
 impl Documents {
     /// From the offsets of the documents, ending with T.
@@ -75,7 +75,7 @@ impl Documents {
     }
 
     /// Tables that attention's layers share, by window; made by the first that asks.
-    pub(crate) fn order(&self, window: u32, make: impl FnOnce() -> Result<[Tensor; 2]>) -> Result<[Tensor; 2]> {
+    pub(crate) fn order(&self, window: u32, make: impl FnOnce() -> Result<[Tensor; 3]>) -> Result<[Tensor; 3]> {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, tables)) = orders.iter().find(|(held, _)| *held == window) {
             return Ok(tables.clone());

@@ -37,24 +37,23 @@ pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Ten
     Ok(y)
 }
 
-/// (dgate, dup).
+/// (dgate, dup), written over `gate` and `up` on a GPU where those are their only handles.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward(dy: &Tensor, gate: &Tensor, up: &Tensor, activation: Activation) -> Result<(Tensor, Tensor)> {
-    check("up", up, gate)?;
-    check("dy", dy, gate)?;
-    let mut dgate = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
-    let mut dup = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
+pub fn backward(dy: &Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Tensor)> {
+    check("up", &up, &gate)?;
+    check("dy", dy, &gate)?;
     match gate.device() {
         Device::Cpu => with_float!(gate.dtype(), OP, "gate", E => {
+            let mut dgate = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
+            let mut dup = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
             let (gate, up) = (gate.as_slice()?, up.as_slice()?);
             cpu::backward::<E>(dy.as_slice()?, gate, up, activation, dgate.as_mut_slice()?, dup.as_mut_slice()?);
-            Ok(())
-        })?,
-        Device::Cuda(device) => cuda::backward(device, dy, gate, up, activation, &mut dgate, &mut dup)?,
+            Ok((dgate, dup))
+        }),
+        Device::Cuda(device) => cuda::backward(device, dy, gate, up, activation),
     }
-    Ok((dgate, dup))
 }
 
 fn check(name: &'static str, tensor: &Tensor, gate: &Tensor) -> Result<()> {
@@ -197,18 +196,24 @@ mod cuda {
         device.launch(&format!("glu_fwd_{}", suffix(OP, gate.dtype())?), grid(gate), &args)
     }
 
+    /// A thread reads all its values before it writes one, so that the results may lie over the operands.
     pub(super) fn backward(
         device: CudaDevice,
         dy: &Tensor,
-        gate: &Tensor,
-        up: &Tensor,
+        gate: Tensor,
+        up: Tensor,
         activation: Activation,
-        dgate: &mut Tensor,
-        dup: &mut Tensor,
-    ) -> Result<()> {
-        let inputs = [Arg::read(dy)?, Arg::read(gate)?, Arg::read(up)?, number(activation), Arg::U64(gate.numel() as u64)];
-        let args = [&[Arg::write(dgate)?, Arg::write(dup)?][..], &inputs].concat();
-        device.launch(&format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(gate), &args)
+    ) -> Result<(Tensor, Tensor)> {
+        let inputs = [Arg::read(dy)?, Arg::read(&gate)?, Arg::read(&up)?, number(activation), Arg::U64(gate.numel() as u64)];
+        let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate));
+        let place = |x: &Tensor| {
+            if x.is_unique() { Ok(None) } else { Tensor::empty(x.arena(), x.dtype(), x.shape()).map(Some) }
+        };
+        let (new_gate, new_up) = (place(&gate)?, place(&up)?);
+        let (mut dgate, mut dup) = (new_gate.unwrap_or(gate), new_up.unwrap_or(up));
+        let args = [&[Arg::write(&mut dgate)?, Arg::write(&mut dup)?][..], &inputs].concat();
+        device.launch(&name, grid, &args)?;
+        Ok((dgate, dup))
     }
 }
 
@@ -255,7 +260,7 @@ mod tests {
         #[test]
         fn backward_is_the_central_difference([t, f] in sizes([5, 70]), dtype in float(), which in 0..3usize, seed in 0..1000u64) {
             let [gate, up, dy] = [0, 1, 2].map(|s| normal(seed + s, dtype, [t, f]));
-            let (dgate, dup) = backward(&dy, &gate, &up, ALL[which]).unwrap();
+            let (dgate, dup) = backward(&dy, gate.clone(), up.clone(), ALL[which]).unwrap();
             let [gate, up, dy] = [gate, up, dy].map(|t| wide(&t));
             let want: Vec<f64> = (0..t * f).map(|i| dy[i] * up[i] * slope(ALL[which], gate[i])).collect();
             let size = |i: usize| (dy[i] * up[i]).abs() * (1.0 + gate[i].abs());
@@ -288,7 +293,7 @@ mod tests {
         for activation in ALL {
             let y = forward(&gate, &gate, activation).unwrap();
             assert_eq!(y.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
-            let (dgate, dup) = backward(&gate, &gate, &gate, activation).unwrap();
+            let (dgate, dup) = backward(&gate, gate.clone(), gate.clone(), activation).unwrap();
             assert_eq!(dgate.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
             assert_eq!(dup.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
         }
@@ -299,7 +304,7 @@ mod tests {
         let (gate, up) = (normal(1, DType::F32, [2, 3]), normal(1, DType::F32, [3, 2]));
         let error = forward(&gate, &up, Activation::Silu).unwrap_err().to_string();
         assert_eq!(error, "glu: `up` has the wrong shape: expected (2, 3), found (3, 2)");
-        let error = backward(&normal(1, DType::F16, [2, 3]), &gate, &gate, Activation::Silu).unwrap_err().to_string();
+        let error = backward(&normal(1, DType::F16, [2, 3]), gate.clone(), gate, Activation::Silu).unwrap_err().to_string();
         assert_eq!(error, "glu: `dy` has the wrong dtype: expected float32, found float16");
     }
 }

@@ -89,13 +89,14 @@ pub fn forward(x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
     }
 }
 
-/// Adds to the gradients of what trains, and returns dx when it is wanted. `saved` is what the forward pass kept.
+/// Adds to the gradients of what trains, and returns dx when it is wanted. `saved` is what the forward pass kept;
+/// `x` is let go where it is not needed any more.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::OutOfMemory`].
 pub fn backward(
     dys: &[Tensor],
-    x: &Tensor,
+    x: Tensor,
     saved: &Saved,
     parts: &[Part],
     grads: Vec<PartGrads<'_>>,
@@ -112,7 +113,7 @@ pub fn backward(
         dy.expect_shape("linear", "dy", [rows, part.outputs()])?;
     }
     match x.device() {
-        Device::Cpu => cpu::backward(dys, x, &saved.0, parts, grads, want_dx),
+        Device::Cpu => cpu::backward(dys, &x, &saved.0, parts, grads, want_dx),
         Device::Cuda(device) => cuda::backward(device, dys, x, saved, parts, grads, want_dx),
     }
 }

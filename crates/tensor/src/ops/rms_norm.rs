@@ -346,13 +346,14 @@ mod cuda {
             let threads = packs.next_power_of_two();
             return [threads, 128 / threads];
         }
-        let each = if x.dtype() == DType::F32 { 4 } else { 2 };
-        [packs.div_ceil(each).next_multiple_of(32).min(1024), 1]
+        [x.shape().last().div_ceil(16).next_multiple_of(32).min(512) as u32, 1]
     }
 
-    fn grid(x: &Tensor) -> Grid {
+    /// As many blocks as the device holds at once, of `resident` threads a multiprocessor: a block keeps w for its rows.
+    fn grid(device: CudaDevice, x: &Tensor, resident: usize) -> Grid {
         let threads = block(x);
-        let blocks = x.shape().rows().div_ceil(threads[1] as usize) as u32;
+        let most = device.info().multiprocessors * resident / (threads[0] * threads[1]) as usize;
+        let blocks = x.shape().rows().div_ceil(threads[1] as usize).min(most) as u32;
         Grid { blocks: [blocks, 1, 1], threads, shared: 0 }
     }
 
@@ -367,7 +368,7 @@ mod cuda {
         let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
         let outputs = [Arg::write(y)?, Arg::write(inv)?];
         let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
-        device.launch(&format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(x), &[&outputs[..], &inputs].concat())
+        device.launch(&format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(device, x, 2048), &[&outputs[..], &inputs].concat())
     }
 
     pub(super) fn residual_forward(
@@ -383,7 +384,7 @@ mod cuda {
         let a = Arg::read(r)?;
         let outputs = [Arg::write(r)?, Arg::write(y)?, Arg::write(inv)?];
         let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
-        device.launch(&format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(x), &[&outputs[..], &inputs].concat())
+        device.launch(&format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(device, x, 2048), &[&outputs[..], &inputs].concat())
     }
 
     pub(super) fn backward(
@@ -398,10 +399,9 @@ mod cuda {
         dweight: Option<TensorMut<'_>>,
     ) -> Result<()> {
         let (rows, cols) = (x.shape().rows(), x.shape().last());
-        let mut grid = grid(x);
+        let grid = grid(device, x, if dweight.is_some() { 512 } else { 2048 });
         let mut partials = None;
         if dweight.is_some() {
-            grid.blocks[0] = grid.blocks[0].min(4 * device.info().multiprocessors as u32);
             partials = Some(Tensor::empty(x.arena(), DType::F32, [grid.blocks[0] as usize, cols])?);
         }
         let sums = partials.as_mut().map_or(Ok(Arg::NONE), Arg::write)?;

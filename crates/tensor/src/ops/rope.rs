@@ -183,7 +183,7 @@ mod cuda {
         let (tokens, heads, size, half) = (y.dims()[0], y.dims()[1], y.dims()[2], table.cos.shape().last());
         let pack = 16 / y.dtype().size();
         let lanes = if half.is_multiple_of(pack) && size.is_multiple_of(pack) { half / pack } else { half }.clamp(1, 64);
-        let threads = [lanes as u32, (128 / lanes).min(heads.div_ceil(2)).max(1) as u32];
+        let threads = [lanes as u32, (64 / lanes).min(heads.div_ceil(2)).max(1) as u32];
         let x = Arg::read(y)?;
         let args = [
             Arg::write(y)?,

@@ -159,7 +159,7 @@ impl Learner {
         let longest_prompt = prompts.iter().map(Vec::len).max().unwrap_or(0);
         let positions = train.summary().longest.max(eval.summary().longest).max(longest_prompt + ANSWER);
         let precision = Precision::default();
-        let arena = Arena::new(precision.device);
+        let arena = precision.arena(None)?;
         let model = base.load(&arena, &precision, positions)?;
         Ok(Self { flag, reader, train, eval, prompts, options, precision, arena, model })
     }

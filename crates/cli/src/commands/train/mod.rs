@@ -11,7 +11,6 @@ use std::path::Path;
 
 use nibble_data::{DataLoader, Dataset};
 use nibble_lora::{AdapterConfig, AdapterFile, Init};
-use nibble_tensor::Arena;
 use nibble_train::Trainer;
 
 pub(super) use interrupt::Interrupt;
@@ -82,7 +81,7 @@ fn prepare(
     let longest = data.summary().longest.max(eval.map_or(0, |eval| eval.summary().longest));
     let loader = settings.loader.options(reader.max_length());
     let largest = memory::largest_batch(&data, loader);
-    let arena = Arena::new(settings.precision.device);
+    let arena = settings.precision.arena(settings.memory_limit)?;
     let mut model = base.load(&arena, &settings.precision, longest)?;
     let (config, init) = match (adapter, &settings.adapter) {
         (Some(file), _) => (file.config.clone(), Init::File(file)),

@@ -30,6 +30,8 @@ pub(crate) struct Settings {
     pub(crate) config: TrainConfig,
     /// The order and grouping of examples, once the longest of a pack is known.
     pub(crate) loader: Loader,
+    /// The most memory that tensors may take, in bytes.
+    pub(crate) memory_limit: Option<usize>,
 }
 
 /// How examples are grouped.
@@ -78,6 +80,7 @@ impl Settings {
             adapter: if args.adapter.is_some() { None } else { Some(adapter_config(args)) },
             config,
             loader,
+            memory_limit: args.data.memory_limit,
         })
     }
 }

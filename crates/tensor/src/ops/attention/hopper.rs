@@ -28,15 +28,12 @@ struct Call<'a> {
     window: u32,
     /// Of the instance.
     d: usize,
-    /// Tiles of 128 tokens, at most.
-    slots: usize,
 }
 
 impl<'a> Call<'a> {
     fn new(device: CudaDevice, documents: &'a Documents, heads: Sizes, config: Config) -> Self {
         let d = if heads.head_size <= 64 { 64 } else { 128 };
-        let slots = documents.tokens() / 128 + documents.ranges().len();
-        Self { device, documents, heads, config, window: config.window.unwrap_or(0) as u32, d, slots }
+        Self { device, documents, heads, config, window: config.window.unwrap_or(0) as u32, d }
     }
 
     fn docs(&self) -> Arg {
@@ -51,27 +48,34 @@ impl<'a> Call<'a> {
         Arg::read(self.documents.offsets())
     }
 
-    /// The tables of the order in which tiles are worked on: of the forward and of the backward pass.
-    fn order(&self, like: &Tensor) -> Result<[Tensor; 2]> {
+    /// The tables of the order in which tiles are worked on: of the forward pass with heads of 64 and of 128, and of the backward
+    /// pass.
+    fn order(&self, like: &Tensor) -> Result<[Tensor; 3]> {
         self.documents.order(self.window, || {
-            let table = || Tensor::empty(like.arena(), DType::U32, [self.slots]);
-            let [mut forward, mut backward] = [table()?, table()?];
+            let table = |rows| Tensor::empty(like.arena(), DType::U32, [self.slots_of(rows)]);
+            let [mut forward_d64, mut forward_d128, mut backward] = [table(192)?, table(128)?, table(128)?];
             let args = [
-                Arg::write(&mut forward)?,
+                Arg::write(&mut forward_d64)?,
+                Arg::write(&mut forward_d128)?,
                 Arg::write(&mut backward)?,
                 self.offsets()?,
                 self.docs(),
                 self.tokens(),
                 Arg::U32(self.window),
             ];
-            self.device.launch("attention_order", Grid::over(self.slots, 256, 256), &args)?;
-            Ok([forward, backward])
+            self.device.launch("attention_order", Grid::over(self.slots_of(128), 256, 256), &args)?;
+            Ok([forward_d64, forward_d128, backward])
         })
     }
 
-    fn persistent(&self, tiles: usize, shared: usize) -> Grid {
+    /// Tiles of `rows` tokens, at most: each document may end with a part of one.
+    fn slots_of(&self, rows: usize) -> usize {
+        self.documents.tokens() / rows + self.documents.ranges().len()
+    }
+
+    fn persistent(&self, tiles: usize, threads: u32, shared: usize) -> Grid {
         let blocks = tiles.min(self.device.info().multiprocessors) as u32;
-        Grid { blocks: [blocks, 1, 1], threads: [384, 1], shared: shared as u32 }
+        Grid { blocks: [blocks, 1, 1], threads: [threads, 1], shared: shared as u32 }
     }
 }
 
@@ -87,7 +91,9 @@ pub(super) fn forward(
     let call = Call::new(device, documents, heads, config);
     let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
     let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
-    let [order, _] = call.order(q)?;
+    let [order_d64, order_d128, _] = call.order(q)?;
+    // Warpgroups of 64 query rows each: small heads leave registers for a third.
+    let (groups, order) = if call.d == 64 { (3, order_d64) } else { (2, order_d128) };
     let args = [
         Arg::write(&mut o)?,
         Arg::write(&mut lse)?,
@@ -105,7 +111,8 @@ pub(super) fn forward(
         Arg::F32(config.scale),
         Arg::U32(call.window),
     ];
-    let grid = call.persistent(call.slots * heads.heads, 2 * call.d * 128 * 6 + 256);
+    let tiles = call.slots_of(64 * groups) * heads.heads;
+    let grid = call.persistent(tiles, 128 * (groups as u32 + 1), 256 * call.d * (groups + 4) + 256);
     device.launch(&format!("attention_fwd_sm90_{}_d{}", suffix(OP, q.dtype())?, call.d), grid, &args)?;
     Ok((o, lse))
 }
@@ -122,7 +129,7 @@ pub(super) fn backward(
     let delta = delta(device, o, d_o, documents, heads)?;
     let [mut dk, mut dv] =
         [Tensor::empty(q.arena(), q.dtype(), k.shape())?, Tensor::empty(q.arena(), q.dtype(), k.shape())?];
-    let parts = parts(call.slots * heads.kv_heads, heads.group(), device.info().multiprocessors);
+    let parts = parts(call.slots_of(128) * heads.kv_heads, heads.group(), device.info().multiprocessors);
     let mut kv_sums = match parts {
         1 => None,
         _ => Some(Tensor::empty(q.arena(), DType::F32, [parts, 2, k.numel()])?),
@@ -130,7 +137,7 @@ pub(super) fn backward(
     let tiles = documents.tokens() / 64 + documents.ranges().len();
     let mut sums = Tensor::empty(q.arena(), DType::F32, [heads.heads, tiles, 64 * call.d])?;
     let turns = device.zeros("attention_bwd", 4 * (2 + 2 * heads.heads * tiles))?;
-    let [_, order] = call.order(q)?;
+    let [_, _, order] = call.order(q)?;
     let args = [
         Arg::write(&mut dk)?,
         Arg::write(&mut dv)?,
@@ -155,7 +162,7 @@ pub(super) fn backward(
         Arg::U32(call.window),
     ];
     let suffix = suffix(OP, q.dtype())?;
-    let grid = call.persistent(call.slots * heads.kv_heads * parts, 1536 * call.d + 34816);
+    let grid = call.persistent(call.slots_of(128) * heads.kv_heads * parts, 384, 1536 * call.d + 34816);
     device.launch(&format!("attention_bwd_sm90_{suffix}_d{}", call.d), grid, &args)?;
     if let Some(kv_sums) = kv_sums {
         let count = Arg::U64(k.numel() as u64);

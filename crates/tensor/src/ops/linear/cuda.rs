@@ -1,142 +1,49 @@
 //! Linear layers on a GPU: bases widened into a scratch matrix, products by cuBLASLt.
 //!
-//! Adapters whose matrices lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product
-//! gives the h of all, one the gradient dA of all.
+//! Adapters whose A lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product gives the h
+//! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is
+//! one product over K + ΣR columns, for which x is copied beside h; elsewhere y += h Bᵀ reads and writes y once more. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
 
-use super::{Adapter, Dropout, OP, Part, PartGrads, Saved};
+mod call;
+
+use call::{Call, columns, rows, transposed};
+
+use super::{OP, Part, PartGrads, Saved};
 use crate::{
-    DType, Result, Tensor, TensorMut, Weight,
+    DType, Result, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
-    ops::dequantize,
+    ops::dequantize::cuda::{matrix, widened},
 };
 
-/// Rows of a tensor as an operand.
-fn rows(x: &Tensor) -> Result<Matrix> {
-    Ok(Matrix { address: x.address()?, ld: x.shape().last(), transposed: false })
-}
-
-fn transposed(matrix: Matrix) -> Matrix {
-    Matrix { transposed: true, ..matrix }
-}
-
-/// Columns `first ..` of a matrix of `size`-byte elements.
-fn columns(matrix: Matrix, first: usize, dtype: DType) -> Matrix {
-    Matrix { address: matrix.address + (first * dtype.size()) as u64, ..matrix }
-}
-
-/// The layers of one call, and what their products share.
-struct Call<'a> {
-    device: CudaDevice,
-    x: &'a Tensor,
-    parts: &'a [Part],
-    dtype: DType,
-    tokens: usize,
-    inputs: usize,
-}
-
-/// The adapters' matrices in the type of the activations.
-struct Adapters {
-    /// A and B of each part that has an adapter.
-    pairs: Vec<Option<(Tensor, Tensor)>>,
-    /// Whether the A lie one after another, without dropout: then the first one's address is that of all.
-    stacked: bool,
-    /// First column of each part in h and t.
-    offsets: Vec<usize>,
-    /// ΣR.
-    ranks: usize,
-}
-
-impl<'a> Call<'a> {
-    fn new(device: CudaDevice, x: &'a Tensor, parts: &'a [Part]) -> Self {
-        Self { device, x, parts, dtype: x.dtype(), tokens: x.shape().rows(), inputs: x.shape().last() }
-    }
-
-    fn adapters(&self) -> Result<Adapters> {
-        let mut adapters = Adapters { pairs: Vec::new(), stacked: true, offsets: Vec::new(), ranks: 0 };
-        let mut next = None;
-        for part in self.parts {
-            adapters.offsets.push(adapters.ranks);
-            let Some(adapter) = &part.adapter else {
-                adapters.pairs.push(None);
-                continue;
-            };
-            let (a, b) = (adapter.a.to_dtype(self.dtype)?, adapter.b.to_dtype(self.dtype)?);
-            let address = a.address()?;
-            // Copies made here may come to lie side by side by chance; results must not depend on that.
-            let in_place = adapter.a.dtype() == self.dtype;
-            adapters.stacked &= in_place && adapter.dropout.is_none() && next.is_none_or(|next| next == address);
-            next = Some(address + (a.numel() * self.dtype.size()) as u64);
-            adapters.ranks += a.dims()[0];
-            adapters.pairs.push(Some((a, b)));
-        }
-        Ok(adapters)
-    }
-
-    /// A product into `c`, in the activations' type.
-    fn gemm(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, accumulate: bool) -> Result<()> {
-        let (input, output) = (self.dtype, self.dtype);
-        self.device.gemm(&Gemm { m, n, k, a, b, c: c.address, ldc: c.ld, alpha, accumulate, bias: None, input, output })
-    }
-
-    /// c += alpha aᵀ b over the tokens, in f32.
-    fn add_gradient(&self, [m, n]: [usize; 2], a: Matrix, b: Matrix, c: u64, alpha: f32) -> Result<()> {
-        let (k, accumulate, bias) = (self.tokens, true, None);
-        let (input, output) = (self.dtype, DType::F32);
-        self.device.gemm(&Gemm { m, n, k, a: transposed(a), b, c, ldc: n, alpha, accumulate, bias, input, output })
-    }
-
-    /// x with the dropout of `adapter`.
-    fn dropped(&self, adapter: &Adapter) -> Result<Option<Tensor>> {
-        let Some(dropout) = adapter.dropout else { return Ok(None) };
-        let mut out = Tensor::empty(self.x.arena(), self.dtype, self.x.shape())?;
-        let name = format!("dropout_{}", suffix(OP, self.dtype)?);
-        let args = [Arg::write(&mut out)?, Arg::read(self.x)?];
-        self.mask(&name, args, self.x.numel(), dropout)?;
-        Ok(Some(out))
-    }
-
-    fn mask(&self, name: &str, tensors: [Arg; 2], n: usize, dropout: Dropout) -> Result<()> {
-        let (root, path, depth) = dropout.rng.parts();
-        let key = Arg::Pointer(self.device.dropout_root(root)?);
-        let rest = [key, Arg::U64(path), Arg::U32(depth), Arg::F32(dropout.p), Arg::U64(n as u64)];
-        let each = 512 * 16 / self.dtype.size();
-        self.device.launch(name, Grid::over(n, each, 256), &[&tensors[..], &rest].concat())
-    }
-}
-
 pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
-    let call = Call::new(device, x, parts);
-    let adapters = call.adapters()?;
-    let h = match adapters.ranks {
+    let call = Call::new(device, x, parts)?;
+    let outputs: usize = parts.iter().map(Part::outputs).sum();
+    let together = call.inputs <= outputs && parts.iter().all(|part| call.rides(part));
+    let h = match call.ranks {
         0 => None,
         ranks => Some(Tensor::empty(x.arena(), x.dtype(), [call.tokens, ranks])?),
     };
-    if let Some(h) = &h {
-        call.adapter_inputs(&adapters, rows(h)?)?;
-    }
+    let beside = match &h {
+        Some(h) if together => Some(call.beside(h)?),
+        Some(h) => {
+            call.adapter_inputs(rows(h)?)?;
+            None
+        }
+        None => None,
+    };
     let mut ys = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
         let y = Tensor::empty(x.arena(), x.dtype(), [call.tokens, part.outputs()])?;
-        let bias = part.bias.as_ref().map(|bias| bias.to_dtype(x.dtype())).transpose()?;
-        let weight = Widened::new(device, &part.weight, x.dtype(), x)?;
-        device.gemm(&Gemm {
-            m: call.tokens,
-            n: part.outputs(),
-            k: call.inputs,
-            a: rows(x)?,
-            b: transposed(weight.matrix()?),
-            c: y.address()?,
-            ldc: part.outputs(),
-            alpha: 1.0,
-            accumulate: false,
-            bias: bias.as_ref().map(Tensor::address).transpose()?,
-            input: x.dtype(),
-            output: x.dtype(),
-        })?;
-        if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &adapters.pairs[i]) {
-            let sizes = [call.tokens, part.outputs(), b.shape().last()];
-            let h = columns(rows(h)?, adapters.offsets[i], x.dtype());
-            call.gemm(sizes, h, transposed(rows(b)?), rows(&y)?, adapter.scale, true)?;
+        match &beside {
+            Some(beside) => call.product_beside(beside, i, &y)?,
+            None => {
+                call.base_product(part, &y)?;
+                if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &call.pairs[i]) {
+                    let sizes = [call.tokens, part.outputs(), b.shape().last()];
+                    let h = columns(rows(h)?, call.offsets[i], x.dtype());
+                    call.gemm(sizes, h, transposed(rows(b)?), rows(&y)?, adapter.scale, true)?;
+                }
+            }
         }
         ys.push(y);
     }
@@ -146,106 +53,219 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<
 pub(super) fn backward(
     device: CudaDevice,
     dys: &[Tensor],
-    x: &Tensor,
+    x: Tensor,
     saved: &Saved,
     parts: &[Part],
     mut grads: Vec<PartGrads<'_>>,
     want_dx: bool,
 ) -> Result<Option<Tensor>> {
-    let call = Call::new(device, x, parts);
-    let adapters = call.adapters()?;
+    let call = Call::new(device, &x, parts)?;
     let h = saved.0.first().and_then(Option::as_ref);
-    let t = match adapters.ranks {
+    let t = match call.ranks {
         0 => None,
         ranks => Some(Tensor::empty(x.arena(), x.dtype(), [call.tokens, ranks])?),
     };
     for (i, (part, dy)) in parts.iter().zip(dys).enumerate() {
         if let Some(dweight) = &mut grads[i].weight {
-            call.add_gradient([part.outputs(), call.inputs], rows(dy)?, rows(x)?, dweight.address()?, 1.0)?;
+            call.add_gradient([part.outputs(), call.inputs], rows(dy)?, rows(&x)?, dweight.address()?, 1.0)?;
         }
         if let Some(dbias) = &mut grads[i].bias {
             bias_gradient(device, dbias, dy)?;
         }
-        let (Some(t), Some(adapter), Some((_, b))) = (&t, &part.adapter, &adapters.pairs[i]) else { continue };
-        let rank = b.shape().last();
-        let t = columns(rows(t)?, adapters.offsets[i], x.dtype());
-        call.gemm([call.tokens, rank, part.outputs()], rows(dy)?, rows(b)?, t, adapter.scale, false)?;
-        if let (Some((_, db)), Some(h)) = (&mut grads[i].adapter, h) {
-            let h = columns(rows(h)?, adapters.offsets[i], x.dtype());
-            call.add_gradient([part.outputs(), rank], rows(dy)?, h, db.address()?, adapter.scale)?;
+        if let (Some(t), Some(h)) = (&t, h) {
+            call.adapter_gradients(i, dy, h, t, grads[i].adapter.as_mut().map(|(_, db)| db))?;
         }
     }
     if let Some(t) = &t {
-        call.add_a_gradients(&adapters, rows(t)?, &mut grads)?;
+        call.add_a_gradients(rows(t)?, &mut grads)?;
     }
     if !want_dx {
         return Ok(None);
     }
-    call.input_gradient(dys, &adapters, t.as_ref()).map(Some)
+    let call = call.without_input();
+    drop(x);
+    call.input_gradient(dys, t.as_ref()).map(Some)
 }
 
-impl Call<'_> {
+impl Call<'_, '_> {
+    /// y = x Wᵀ + bias.
+    fn base_product(&self, part: &Part, y: &Tensor) -> Result<()> {
+        let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
+        self.biased_product(part, y, rows(self.x()?)?, rows(&weight)?, self.inputs)
+    }
+
+    /// y = a bᵀ + bias of the part, over `k` columns.
+    fn biased_product(&self, part: &Part, y: &Tensor, a: Matrix, b: Matrix, k: usize) -> Result<()> {
+        let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
+        self.device.gemm(&Gemm {
+            m: self.tokens,
+            n: part.outputs(),
+            k,
+            a,
+            b: transposed(b),
+            c: y.address()?,
+            ldc: part.outputs(),
+            alpha: 1.0,
+            accumulate: false,
+            bias: bias.as_ref().map(Tensor::address).transpose()?,
+            input: self.dtype,
+            output: self.dtype,
+        })
+    }
+
+    /// [x | h] [T, K + ΣR] with h = x Aᵀ, which is also left in `h`.
+    fn beside(&self, h: &Tensor) -> Result<Tensor> {
+        self.adapter_inputs(rows(h)?)?;
+        let beside = Tensor::empty(&self.arena, self.dtype, [self.tokens, self.inputs + self.ranks])?;
+        self.copy(rows(&beside)?, rows(self.x()?)?, self.inputs)?;
+        self.copy(columns(rows(&beside)?, self.inputs, self.dtype), rows(h)?, self.ranks)?;
+        Ok(beside)
+    }
+
+    /// y = [x | h] [W | 0 s B 0]ᵀ + bias for one part.
+    fn product_beside(&self, beside: &Tensor, i: usize, y: &Tensor) -> Result<()> {
+        let part = &self.parts[i];
+        let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [0, self.ranks])?;
+        let (n, width) = (part.outputs(), self.inputs + self.ranks);
+        let b = self.pairs[i].as_ref().map(|(_, b)| b);
+        let args = [
+            Arg::Pointer(columns(rows(&weight)?, self.inputs, self.dtype).address),
+            Arg::read_or_none(b)?,
+            Arg::F32(part.adapter.as_ref().map_or(0.0, |adapter| adapter.scale)),
+            Arg::size(n),
+            Arg::size(b.map_or(0, |b| b.shape().last())),
+            Arg::size(self.offsets[i]),
+            Arg::size(self.ranks),
+            Arg::size(width),
+        ];
+        let grid = Grid::over(n * self.ranks, 256, 256);
+        self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)?;
+        self.biased_product(part, y, rows(beside)?, rows(&weight)?, width)
+    }
+
     /// h = dropout(x) Aᵀ of all parts, side by side.
-    fn adapter_inputs(&self, adapters: &Adapters, h: Matrix) -> Result<()> {
-        let first = adapters.pairs.iter().flatten().next();
-        if let (true, Some((a, _))) = (adapters.stacked, first) {
-            let sizes = [self.tokens, adapters.ranks, self.inputs];
-            return self.gemm(sizes, rows(self.x)?, transposed(rows(a)?), h, 1.0, false);
+    fn adapter_inputs(&self, h: Matrix) -> Result<()> {
+        if let Some(a) = self.all_a()? {
+            return self.gemm([self.tokens, self.ranks, self.inputs], rows(self.x()?)?, transposed(a), h, 1.0, false);
         }
-        for ((part, pair), offset) in self.parts.iter().zip(&adapters.pairs).zip(&adapters.offsets) {
+        for ((part, pair), offset) in self.parts.iter().zip(&self.pairs).zip(&self.offsets) {
             let (Some(adapter), Some((a, _))) = (&part.adapter, pair) else { continue };
             let dropped = self.dropped(adapter)?;
-            let x = rows(dropped.as_ref().unwrap_or(self.x))?;
+            let x = rows(dropped.as_ref().unwrap_or(self.x()?))?;
             let sizes = [self.tokens, a.dims()[0], self.inputs];
             self.gemm(sizes, x, transposed(rows(a)?), columns(h, *offset, self.dtype), 1.0, false)?;
         }
         Ok(())
     }
 
+    /// t = s dy B of one part, and dB += s dyᵀ h.
+    fn adapter_gradients(&self, i: usize, dy: &Tensor, h: &Tensor, t: &Tensor, db: Option<&mut TensorMut<'_>>) -> Result<()> {
+        let (Some(adapter), Some((_, b))) = (&self.parts[i].adapter, &self.pairs[i]) else { return Ok(()) };
+        let (outputs, rank) = (b.dims()[0], b.shape().last());
+        let (h, t) = (columns(rows(h)?, self.offsets[i], self.dtype), columns(rows(t)?, self.offsets[i], self.dtype));
+        match db {
+            Some(db) if self.dtype != DType::F32 && rank <= 16 && outputs >= 4096 && self.tokens >= 1024 => {
+                self.one_pass(dy, b, [h, t], adapter.scale, db)
+            }
+            db => {
+                self.gemm([self.tokens, rank, outputs], rows(dy)?, rows(b)?, t, adapter.scale, false)?;
+                db.map_or(Ok(()), |db| self.add_gradient([outputs, rank], rows(dy)?, h, db.address()?, adapter.scale))
+            }
+        }
+    }
+
+    /// t and dB from one reading of dy, in shares of the rows that are added up in order.
+    fn one_pass(&self, dy: &Tensor, b: &Tensor, [h, t]: [Matrix; 2], scale: f32, db: &mut TensorMut<'_>) -> Result<()> {
+        let (outputs, rank) = (b.dims()[0], b.shape().last());
+        let (wide, deep) = (outputs.div_ceil(512), rank.div_ceil(16));
+        let most = (2 * self.device.info().multiprocessors / (wide * deep)).max(1);
+        let shares = most.min(self.tokens.div_ceil(16));
+        let sums = 16 * deep * (wide * self.tokens + shares * outputs);
+        let mut partials = Tensor::empty(dy.arena(), DType::F32, [sums])?;
+        let suffix = suffix(OP, self.dtype)?;
+        let sizes = [Arg::size(self.tokens), Arg::size(outputs), Arg::size(rank)];
+        let inputs = [Arg::read(dy)?, Arg::read(b)?, Arg::Pointer(h.address)];
+        let pitches = [Arg::size(outputs), Arg::size(h.ld)];
+        let args = [&[Arg::write(&mut partials)?][..], &inputs, &sizes, &pitches].concat();
+        let grid = Grid { shared: 58_880, ..Grid::new(shares * wide * deep, 128) };
+        self.device.launch(&format!("lora_t_db_{suffix}"), grid, &args)?;
+        let outputs_of = [Arg::Pointer(t.address), Arg::write_view(db)?, Arg::read(&partials)?, Arg::F32(scale)];
+        let args = [&outputs_of[..], &sizes, &[Arg::size(t.ld), Arg::size(shares)]].concat();
+        let grid = Grid::over((self.tokens + outputs) * deep, 16, 256);
+        self.device.launch(&format!("lora_t_db_sum_{suffix}"), grid, &args)
+    }
+
     /// dA += tᵀ dropout(x).
-    fn add_a_gradients(&self, adapters: &Adapters, t: Matrix, grads: &mut [PartGrads<'_>]) -> Result<()> {
+    fn add_a_gradients(&self, t: Matrix, grads: &mut [PartGrads<'_>]) -> Result<()> {
         let mut addresses = Vec::new();
         for (i, grads) in grads.iter_mut().enumerate() {
-            if let (Some((da, _)), Some((a, _))) = (&mut grads.adapter, &adapters.pairs[i]) {
+            if let (Some((da, _)), Some((a, _))) = (&mut grads.adapter, &self.pairs[i]) {
                 addresses.push((i, da.address()?, a.dims()[0]));
             }
         }
         let side_by_side = addresses.windows(2).all(|pair| pair[0].1 + (pair[0].2 * self.inputs * 4) as u64 == pair[1].1);
-        let all = addresses.iter().map(|(_, _, rank)| rank).sum::<usize>() == adapters.ranks;
-        if let (true, Some((_, da, _))) = (adapters.stacked && side_by_side && all, addresses.first()) {
-            return self.add_gradient([adapters.ranks, self.inputs], t, rows(self.x)?, *da, 1.0);
+        let all = addresses.iter().map(|(_, _, rank)| rank).sum::<usize>() == self.ranks;
+        if let (true, Some((_, da, _))) = (self.stacked && side_by_side && all, addresses.first()) {
+            return self.add_gradient([self.ranks, self.inputs], t, rows(self.x()?)?, *da, 1.0);
         }
         for (i, da, rank) in addresses {
             let Some(adapter) = &self.parts[i].adapter else { continue };
             let dropped = self.dropped(adapter)?;
-            let x = rows(dropped.as_ref().unwrap_or(self.x))?;
-            self.add_gradient([rank, self.inputs], columns(t, adapters.offsets[i], self.dtype), x, da, 1.0)?;
+            let x = rows(dropped.as_ref().unwrap_or(self.x()?))?;
+            self.add_gradient([rank, self.inputs], columns(t, self.offsets[i], self.dtype), x, da, 1.0)?;
         }
         Ok(())
     }
 
     /// dx = Σ dy W + dropout'(t A).
-    fn input_gradient(&self, dys: &[Tensor], adapters: &Adapters, t: Option<&Tensor>) -> Result<Tensor> {
-        let mut dx = Tensor::empty(self.x.arena(), self.dtype, self.x.shape())?;
+    fn input_gradient(&self, dys: &[Tensor], t: Option<&Tensor>) -> Result<Tensor> {
+        let dx = Tensor::empty(&self.arena, self.dtype, self.shape)?;
+        let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).unwrap_or(0);
+        let narrow = self.parts.get(narrowest).filter(|part| self.rides(part) && part.outputs() <= self.inputs);
+        let rider = narrow.and(t).map(|_| narrowest);
         for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate() {
-            let weight = Widened::new(self.device, &part.weight, self.dtype, self.x)?;
+            if let (Some(t), true) = (t, rider == Some(i)) {
+                self.gradient_beside(part, dy, t, &dx, i > 0)?;
+                continue;
+            }
+            let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
             let sizes = [self.tokens, self.inputs, part.outputs()];
-            self.gemm(sizes, rows(dy)?, weight.matrix()?, rows(&dx)?, 1.0, i > 0)?;
+            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, i > 0)?;
         }
-        let Some(t) = t else { return Ok(dx) };
-        let first = adapters.pairs.iter().flatten().next();
-        if let (true, Some((a, _))) = (adapters.stacked, first) {
-            self.gemm([self.tokens, self.inputs, adapters.ranks], rows(t)?, rows(a)?, rows(&dx)?, 1.0, true)?;
+        match t {
+            Some(t) if rider.is_none() => self.add_adapters(t, dx),
+            _ => Ok(dx),
+        }
+    }
+
+    /// dx (+)= [dy | t] [W ; A] with the t and A of all parts.
+    fn gradient_beside(&self, part: &Part, dy: &Tensor, t: &Tensor, dx: &Tensor, accumulate: bool) -> Result<()> {
+        let (outputs, Some(a)) = (part.outputs(), self.all_a()?) else { return Ok(()) };
+        let width = outputs + self.ranks;
+        let beside = Tensor::empty(dy.arena(), self.dtype, [self.tokens, width])?;
+        self.copy(rows(&beside)?, rows(dy)?, outputs)?;
+        self.copy(columns(rows(&beside)?, outputs, self.dtype), rows(t)?, self.ranks)?;
+        let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [self.ranks, 0])?;
+        let size = self.dtype.size();
+        let below = weight.address()? + (outputs * self.inputs * size) as u64;
+        self.device.copy(below, a.address, self.ranks * self.inputs * size)?;
+        self.gemm([self.tokens, self.inputs, width], rows(&beside)?, rows(&weight)?, rows(dx)?, 1.0, accumulate)
+    }
+
+    /// dx += dropout'(t A).
+    fn add_adapters(&self, t: &Tensor, mut dx: Tensor) -> Result<Tensor> {
+        if let Some(a) = self.all_a()? {
+            self.gemm([self.tokens, self.inputs, self.ranks], rows(t)?, a, rows(&dx)?, 1.0, true)?;
             return Ok(dx);
         }
-        for ((part, pair), offset) in self.parts.iter().zip(&adapters.pairs).zip(&adapters.offsets) {
+        for ((part, pair), offset) in self.parts.iter().zip(&self.pairs).zip(&self.offsets) {
             let (Some(adapter), Some((a, _))) = (&part.adapter, pair) else { continue };
             let (sizes, t) = ([self.tokens, self.inputs, a.dims()[0]], columns(rows(t)?, *offset, self.dtype));
             let Some(dropout) = adapter.dropout else {
                 self.gemm(sizes, t, rows(a)?, rows(&dx)?, 1.0, true)?;
                 continue;
             };
-            let through = Tensor::empty(self.x.arena(), self.dtype, self.x.shape())?;
+            let through = Tensor::empty(&self.arena, self.dtype, self.shape)?;
             self.gemm(sizes, t, rows(a)?, rows(&through)?, 1.0, false)?;
             let name = format!("add_dropped_{}", suffix(OP, self.dtype)?);
             let args = [Arg::write(&mut dx)?, Arg::read(&through)?];
@@ -255,30 +275,13 @@ impl Call<'_> {
     }
 }
 
-/// A base in the activations' type: its own memory, or a scratch matrix that goes back when this drops.
-struct Widened(Tensor);
-
-impl Widened {
-    fn new(device: CudaDevice, weight: &Weight, dtype: DType, like: &Tensor) -> Result<Self> {
-        Ok(Self(match weight {
-            Weight::Dense(dense) => dense.to_dtype(dtype)?,
-            _ => dequantize::cuda::matrix(device, weight, dtype, like.arena())?,
-        }))
-    }
-
-    fn matrix(&self) -> Result<Matrix> {
-        rows(&self.0)
-    }
-}
-
 /// dbias += Σ over rows of dy, in two passes where there are many rows.
 fn bias_gradient(device: CudaDevice, dbias: &mut TensorMut<'_>, dy: &Tensor) -> Result<()> {
     let (rows, cols) = (dy.shape().rows(), dy.shape().last());
     let wide = cols.div_ceil(32 * 16 / dy.dtype().size());
-    let shares = if rows < 64 { 1 } else { (4 * device.info().multiprocessors).div_ceil(wide).min(64) };
+    let shares = if rows < 64 { 1 } else { (8 * device.info().multiprocessors).div_ceil(wide).min(64) };
     let mut partials = Tensor::empty(dy.arena(), DType::F32, [shares, cols])?;
-    let args =
-        [Arg::write_view(dbias)?, Arg::write(&mut partials)?, Arg::read(dy)?, Arg::size(rows), Arg::size(cols)];
+    let args = [Arg::write_view(dbias)?, Arg::write(&mut partials)?, Arg::read(dy)?, Arg::size(rows), Arg::size(cols)];
     let grid = Grid { blocks: [wide as u32, shares as u32, 1], threads: [32, 8], shared: 0 };
     device.launch(&format!("bias_grad_{}", suffix(OP, dy.dtype())?), grid, &args)?;
     if shares == 1 {
