@@ -101,7 +101,8 @@ fn best_device() -> Device {
     })
 }
 
-fn open_gpu() -> Result<Device> {
+/// The first GPU, if everything that it needs is there.
+pub(crate) fn open_gpu() -> Result<Device> {
     let libraries = libraries::find(&env::search_paths());
     let gpu = CudaDevice::open(0, &OpenOptions { libraries, cache: Some(env::nibble_cache().join("kernels")) })?;
     gpu.check()?;

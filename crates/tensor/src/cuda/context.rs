@@ -237,6 +237,24 @@ impl CudaDevice {
         Ok(address)
     }
 
+    /// The address of the number `n` on the device: one of a table of the first ones.
+    pub(crate) fn number(self, n: usize) -> Result<u64> {
+        const NUMBERS: usize = 1 << 18;
+        if n >= NUMBERS {
+            return Err(Error::Argument { op: "cached attention", argument: "len", expected: "below 262144 on a GPU", found: n });
+        }
+        let numbers: Vec<f32> = if self.has_table("numbers") {
+            Vec::new()
+        } else {
+            (0..NUMBERS as u32).map(f32::from_bits).collect()
+        };
+        Ok(self.table("numbers", &numbers)? + 4 * n as u64)
+    }
+
+    fn has_table(self, name: &'static str) -> bool {
+        self.0.tables.lock().unwrap_or_else(PoisonError::into_inner).contains_key(name)
+    }
+
     /// The address of at least `bytes` of memory that kernels find zero and leave zero.
     pub(crate) fn zeros(self, name: &'static str, bytes: usize) -> Result<u64> {
         let mut zeros = self.0.zeros.lock().unwrap_or_else(PoisonError::into_inner);

@@ -12,6 +12,9 @@ pub(crate) mod cuda {
 
     const OP: &str = "dequantize";
 
+    /// Rows of x that [`product_of_few`] takes.
+    const FEW: usize = 8;
+
     /// The weight as a matrix [N, K] of `dtype`, in scratch memory (a dense one of that type: itself).
     pub(crate) fn matrix(device: CudaDevice, weight: &Weight, dtype: DType, arena: &Arena) -> Result<Tensor> {
         match weight {
@@ -47,6 +50,37 @@ pub(crate) mod cuda {
             nf4::Format::Fp4 => device.table("fp4", &nf4::FP4)?,
         };
         Ok(Arg::Pointer(address))
+    }
+
+    /// y = x Wᵀ + bias for at most [`FEW`] rows of x, reading the codes themselves; false for what the kernels do not serve.
+    pub(crate) fn product_of_few(
+        device: CudaDevice,
+        x: &Tensor,
+        weight: &Weight,
+        bias: Option<&Tensor>,
+        y: &mut Tensor,
+    ) -> Result<bool> {
+        let (Weight::Nf4(blocks) | Weight::Fp4(blocks)) = weight else { return Ok(false) };
+        let (m, n, k) = (x.shape().rows(), blocks.shape.dims()[0], blocks.shape.last());
+        if m > FEW || !k.is_multiple_of(32) {
+            return Ok(false);
+        }
+        let suffix = suffix(OP, x.dtype())?;
+        let (code, bias) = (code(device, blocks)?, Arg::read_or_none(bias)?);
+        let sizes = [Arg::size(m), Arg::size(n), Arg::size(k), Arg::size(blocks.config.block_size)];
+        let front = [Arg::write(y)?, Arg::read(x)?, Arg::read(&blocks.packed)?];
+        let grid = Grid::new(n.div_ceil(8).min(device.info().multiprocessors), 512);
+        match &blocks.absmax {
+            Absmax::Plain(absmax) => {
+                let args = [&front[..], &[Arg::read(absmax)?, code, bias], &sizes].concat();
+                device.launch(&format!("gemv_plain_{suffix}"), grid, &args)?;
+            }
+            Absmax::Nested { codes, absmax, offset, map } => {
+                let scales = [Arg::read(codes)?, Arg::read(absmax)?, Arg::read(map)?, code, bias, Arg::F32(*offset)];
+                device.launch(&format!("gemv_nested_{suffix}"), grid, &[&front[..], &scales, &sizes].concat())?;
+            }
+        }
+        Ok(true)
     }
 
     fn block_weight(device: CudaDevice, weight: &BlockWeight, out: &mut Tensor, ld: usize) -> Result<()> {

@@ -12,13 +12,11 @@ use nibble_tensor::cuda::{
 use serde::Serialize;
 
 use super::Check;
-use crate::{env, ui};
+use crate::{base, env, ui};
 
 /// What there is of CUDA.
 #[derive(Clone, Debug, Default, Serialize)]
 pub(super) struct Cuda {
-    /// Whether this build computes on it.
-    supported: bool,
     /// Whether the machine has an NVIDIA GPU, driver or not.
     hardware: bool,
     driver: Option<PathBuf>,
@@ -28,6 +26,8 @@ pub(super) struct Cuda {
     nvrtc: Option<PathBuf>,
     nccl: Option<PathBuf>,
     gpus: Vec<Gpu>,
+    /// Why the first of them cannot be used, where it cannot.
+    refused: Option<String>,
 }
 
 /// A GPU that the driver sees.
@@ -46,9 +46,11 @@ impl Cuda {
         let Libraries { driver, cublaslt, nvrtc, nccl } = libraries::find(&env::search_paths());
         let version = fs::read_to_string("/proc/driver/nvidia/version").ok();
         // One that cannot be described is not there for us.
-        let gpus = (0..CudaDevice::count()).filter_map(|ordinal| CudaDevice::describe(ordinal).ok()).map(Gpu::of).collect();
+        let gpus = (0..CudaDevice::count()).filter_map(|ordinal| CudaDevice::describe(ordinal).ok()).map(Gpu::of);
+        let gpus: Vec<Gpu> = gpus.collect();
+        // What a run does first: the surest answer.
+        let refused = if gpus.is_empty() { None } else { base::open_gpu().err().map(|error| error.to_string()) };
         Self {
-            supported: false,
             hardware: version.is_some() || has_hardware(Path::new("/sys/bus/pci/devices")),
             driver,
             driver_version: version.and_then(|text| Some(text.lines().next()?.trim().to_owned())),
@@ -56,13 +58,21 @@ impl Cuda {
             nvrtc,
             nccl,
             gpus,
+            refused,
         }
     }
 
+    /// Whether a run can compute on the first GPU.
+    pub(super) fn usable(&self) -> bool {
+        !self.gpus.is_empty() && self.refused.is_none()
+    }
+
     pub(super) fn checks(&self) -> Vec<Check> {
-        let mut checks = vec![Check::info("cuda", "this build computes on the CPU only: what follows is not used yet")];
-        checks.push(self.driver_check());
+        let mut checks = vec![self.driver_check()];
         checks.extend(self.gpus.iter().map(Gpu::check));
+        checks.extend(self.refused.as_ref().map(|why| {
+            Check::missing("cuda", format!("the GPU cannot be used: {why}"), "get what is missing below, or use --device cpu")
+        }));
         checks.extend([self.cublaslt_check(), self.nvrtc_check(), self.nccl_check()]);
         checks
     }
@@ -170,6 +180,14 @@ mod tests {
         let none = Cuda::default();
         assert_eq!(missing(&none), [] as [&str; 0]);
         assert_eq!(missing(&Cuda { driver: Some("libcuda.so.1".into()), ..none }), ["cublasLt"]);
+    }
+
+    #[test]
+    fn a_gpu_is_used_unless_it_was_refused() {
+        let cuda = Cuda { gpus: vec![gpu(false)], ..Cuda::default() };
+        assert!(cuda.usable() && !Cuda::default().usable());
+        let refused = Cuda { refused: Some("no cuBLASLt".into()), ..cuda };
+        assert!(!refused.usable() && missing(&refused) == ["cuda"]);
     }
 
     #[test]

@@ -69,7 +69,7 @@ impl Cpu {
         let features = features.collect::<Vec<_>>().join(", ");
         let Kernels { f32, bf16 } = self.kernels;
         let kernel = format!(
-            "f32 on {f32}, bf16 on {bf16}; --compute-dtype auto is {}",
+            "f32 on {f32}, bf16 on {bf16}; --compute-dtype auto is {} on the CPU",
             if bf16 == "avx512_bf16" { "bf16" } else { "f32" }
         );
         let kernel = if f32 == "portable" {

@@ -53,8 +53,8 @@ struct Report {
     system: machine::System,
     cpu: machine::Cpu,
     memory: Option<machine::Memory>,
-    /// Devices that this build computes on.
-    devices: [&'static str; 1],
+    /// Devices that can be used, the one that `--device auto` takes first.
+    devices: Vec<&'static str>,
     cuda: libraries::Cuda,
     caches: Vec<folders::Cache>,
     hub: hub::Hub,
@@ -92,7 +92,7 @@ fn report() -> Report {
         system: machine::System::look(),
         cpu: machine::Cpu::look(),
         memory: machine::Memory::look(),
-        devices: ["cpu"],
+        devices: Vec::new(),
         cuda: libraries::Cuda::look(),
         caches: folders::look(),
         hub: hub::Hub::look(),
@@ -101,7 +101,8 @@ fn report() -> Report {
     };
     report.checks = report.cpu.checks();
     report.checks.extend(machine::memory_check(report.memory.as_ref()));
-    report.checks.push(Check::ok("device", "cpu"));
+    report.devices = if report.cuda.usable() { vec!["cuda", "cpu"] } else { vec!["cpu"] };
+    report.checks.push(Check::ok("device", format!("--device auto is {}", report.devices[0])));
     report.checks.extend(report.cuda.checks());
     report.checks.extend(report.caches.iter().map(folders::Cache::check));
     report.checks.extend(report.hub.checks());

@@ -11,8 +11,11 @@ const OP: &str = "attention";
 /// Head sizes that there are kernels for; others take the next one.
 const HEAD_SIZES: [usize; 5] = [32, 64, 96, 128, 256];
 
-fn instance(head_size: usize) -> Result<usize> {
-    let found = HEAD_SIZES.into_iter().find(|&size| head_size <= size);
+/// The same of the decoding kernels.
+const DECODE_SIZES: [usize; 3] = [64, 128, 256];
+
+fn instance(sizes: &[usize], head_size: usize) -> Result<usize> {
+    let found = sizes.iter().copied().find(|&size| head_size <= size);
     found.filter(|_| head_size.is_multiple_of(8)).ok_or(Error::Argument {
         op: OP,
         argument: "head_size",
@@ -55,7 +58,7 @@ pub(super) fn forward(
     }
     let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
     let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
-    let d = instance(heads.head_size)?;
+    let d = instance(&HEAD_SIZES, heads.head_size)?;
     let outputs = [Arg::write(&mut o)?, Arg::write(&mut lse)?, Arg::read(q)?, Arg::read(k)?, Arg::read(v)?];
     let args = [&outputs[..], &sizes(documents, heads, config)?].concat();
     let (rows, shared) = if q.dtype() == DType::F32 {
@@ -89,7 +92,7 @@ pub(super) fn backward(
         Tensor::empty(q.arena(), q.dtype(), k.shape())?,
         Tensor::empty(q.arena(), q.dtype(), k.shape())?,
     ];
-    let d = instance(heads.head_size)?;
+    let d = instance(&HEAD_SIZES, heads.head_size)?;
     let tensors = [
         Arg::write(&mut dq)?,
         Arg::write(&mut dk)?,
@@ -140,6 +143,9 @@ fn backward_tile(d: usize, dtype: DType) -> (usize, usize) {
     (rows, 4 * d * (rows + 2 * stream) + 16 * stream)
 }
 
+/// Query rows of a call that the decoding kernels serve.
+const FEW: usize = 8;
+
 /// Queries of the newest tokens against a cache.
 pub(super) fn cached(
     device: CudaDevice,
@@ -151,6 +157,9 @@ pub(super) fn cached(
     config: Config,
 ) -> Result<Tensor> {
     let new = q.dims()[0];
+    if new <= FEW && new < len {
+        return decode(device, q, keys, values, len, heads, config);
+    }
     // The last rows of one document of all tokens so far: the queries of the others are not asked for.
     let all = Documents::continuation(q.arena(), 0, len)?;
     let padded = if new == len {
@@ -162,4 +171,41 @@ pub(super) fn cached(
     };
     let (o, _) = forward(device, &padded, &keys.rows(0, len)?, &values.rows(0, len)?, &all, heads, config)?;
     o.rows(len - new, new)
+}
+
+/// A few queries: the keys are split among blocks, whose sums the last one adds up.
+fn decode(
+    device: CudaDevice,
+    q: &Tensor,
+    keys: &Tensor,
+    values: &Tensor,
+    len: usize,
+    heads: Sizes,
+    config: Config,
+) -> Result<Tensor> {
+    let (new, d) = (q.dims()[0], instance(&DECODE_SIZES, heads.head_size)?);
+    let rows = heads.kv_heads * (new * heads.group()).div_ceil(16);
+    let splits = (2 * device.info().multiprocessors / rows).min(len.div_ceil(64)).clamp(1, 256);
+    let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
+    let mut partial = Tensor::empty(q.arena(), DType::F32, [rows, splits, 16 * (d + 2)])?;
+    let args = [
+        Arg::write(&mut o)?,
+        Arg::write(&mut partial)?,
+        Arg::Pointer(device.zeros("attention_decode", 4 * rows)?),
+        Arg::read(q)?,
+        Arg::read(keys)?,
+        Arg::read(values)?,
+        Arg::Pointer(device.number(len)?),
+        Arg::size(new),
+        Arg::size(heads.heads),
+        Arg::size(heads.kv_heads),
+        Arg::size(heads.head_size),
+        Arg::F32(config.scale),
+        Arg::size(config.window.unwrap_or(0)),
+        Arg::F32(config.softcap.unwrap_or(0.0)),
+    ];
+    let threads = if d == 256 { 64 } else { 128 };
+    let grid = Grid { blocks: [splits as u32, rows as u32, 1], threads: [threads, 1], shared: (512 * d).min(65_536) as u32 };
+    device.launch(&format!("attention_decode_{}_d{d}", suffix(OP, q.dtype())?), grid, &args)?;
+    Ok(o)
 }

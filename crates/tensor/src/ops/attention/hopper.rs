@@ -98,7 +98,7 @@ pub(super) fn forward(
         Arg::write(&mut o)?,
         Arg::write(&mut lse)?,
         Arg::Pointer(device.zeros("attention_fwd", 8)?),
-        Arg::Map(TensorMap::heads(q, 128)?),
+        Arg::Map(TensorMap::heads(q, 64 * groups as u32)?),
         Arg::Map(TensorMap::heads(k, 128)?),
         Arg::Map(TensorMap::heads(v, 128)?),
         call.offsets()?,

@@ -12,7 +12,7 @@ use super::{OP, Part, PartGrads, Saved};
 use crate::{
     DType, Result, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
-    ops::dequantize::cuda::{matrix, widened},
+    ops::dequantize::cuda::{matrix, product_of_few, widened},
 };
 
 pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
@@ -33,11 +33,11 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<
     };
     let mut ys = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
-        let y = Tensor::empty(x.arena(), x.dtype(), [call.tokens, part.outputs()])?;
+        let mut y = Tensor::empty(x.arena(), x.dtype(), [call.tokens, part.outputs()])?;
         match &beside {
             Some(beside) => call.product_beside(beside, i, &y)?,
             None => {
-                call.base_product(part, &y)?;
+                call.base_product(part, &mut y)?;
                 if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &call.pairs[i]) {
                     let sizes = [call.tokens, part.outputs(), b.shape().last()];
                     let h = columns(rows(h)?, call.offsets[i], x.dtype());
@@ -89,7 +89,11 @@ pub(super) fn backward(
 
 impl Call<'_, '_> {
     /// y = x Wᵀ + bias.
-    fn base_product(&self, part: &Part, y: &Tensor) -> Result<()> {
+    fn base_product(&self, part: &Part, y: &mut Tensor) -> Result<()> {
+        let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
+        if product_of_few(self.device, self.x()?, &part.weight, bias.as_ref(), y)? {
+            return Ok(());
+        }
         let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
         self.biased_product(part, y, rows(self.x()?)?, rows(&weight)?, self.inputs)
     }
