@@ -273,7 +273,13 @@ __device__ __forceinline__ void softcap(T *x, float cap, u64 n) {
 extern "C" __global__ void __launch_bounds__(1024) sum_f32(float *out, const float *x, u32 n, const float *scale, u32 add) {
     __shared__ double slots[32];
     double sum = 0;
-    for (u64 i = threadIdx.x; i < n; i += blockDim.x) sum += double(x[i]);
+    for (u64 first = threadIdx.x; first < n; first += 8 * blockDim.x) {
+        float v[8];
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) v[i] = first + i * blockDim.x < n ? x[first + i * blockDim.x] : 0.0f;
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) sum += double(v[i]);
+    }
     sum = block_sum(sum, slots) * double(*scale);
     if (threadIdx.x == 0) *out = float(add ? double(*out) + sum : sum);
 }

@@ -24,8 +24,7 @@ impl StepMemory {
         }
         let exempt = runs.iter().filter(|run| !run.decayed);
         let bounds: Vec<u32> = exempt.flat_map(|run| [run.range.start as u32, run.range.end as u32]).collect();
-        let no_decay =
-            if bounds.is_empty() { None } else { Some(Tensor::from_slice(arena, &bounds, [bounds.len()])?) };
+        let no_decay = if bounds.is_empty() { None } else { Some(Tensor::from_slice(arena, &bounds, [bounds.len()])?) };
         Ok(Some(Self { values: step::empty(arena)?, no_decay }))
     }
 

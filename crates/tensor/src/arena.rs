@@ -133,9 +133,8 @@ impl Arena {
     pub(crate) fn take(&self, bytes: usize) -> Result<Block> {
         let lines = class(bytes.div_ceil(64));
         let mut pool = self.pool();
-        let out_of_memory = |live, limit| {
-            Err(Error::OutOfMemory { device: self.0.device.to_string(), requested: bytes, live, limit })
-        };
+        let out_of_memory =
+            |live, limit| Err(Error::OutOfMemory { device: self.0.device.to_string(), requested: bytes, live, limit });
         let wanted = if self.0.heap.is_some() { bytes } else { lines.saturating_mul(64) };
         if pool.stats.live.saturating_add(wanted) > self.0.limit {
             return out_of_memory(pool.stats.live, self.0.limit);

@@ -38,7 +38,8 @@ const SHAPES: [(&str, &str, [usize; 6], f64, usize, f64, bool); 5] = [
 fn shape(name: &str) -> Result<ModelConfig> {
     let known = || SHAPES.map(|shape| shape.0).join(", ");
     let found = SHAPES.iter().find(|shape| shape.0 == name);
-    let &(_, kind, sizes, theta, positions, eps, tied) = found.ok_or_else(|| format!("unknown shape `{name}`: one of {}", known()))?;
+    let &(_, kind, sizes, theta, positions, eps, tied) =
+        found.ok_or_else(|| format!("unknown shape `{name}`: one of {}", known()))?;
     let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
     let config = serde_json::json!({
         "architectures": [format!("{kind}ForCausalLM")], "model_type": kind.to_lowercase(), "hidden_size": hidden,
@@ -85,8 +86,12 @@ fn arena(device: &str) -> Result<Arena> {
 /// Floating-point operations that a token needs: forward and input gradients of the linears and the head, attention's products
 /// over half of the pairs.
 fn flops_per_token(config: &ModelConfig, length: usize) -> f64 {
-    let linears: usize =
-        config.tensors().iter().filter(|spec| spec.layer.is_some() && spec.shape.len() == 2).map(|spec| spec.shape.iter().product::<usize>()).sum();
+    let linears: usize = config
+        .tensors()
+        .iter()
+        .filter(|spec| spec.layer.is_some() && spec.shape.len() == 2)
+        .map(|spec| spec.shape.iter().product::<usize>())
+        .sum();
     let head = config.vocab_size * config.hidden_size;
     let attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * length;
     4.0 * (linears + head) as f64 + 2.0 * 3.5 * attention as f64
@@ -165,7 +170,11 @@ fn print_profile(kernels: &[KernelTime]) {
     let total: f64 = kernels.iter().map(|kernel| kernel.milliseconds).sum();
     println!("one step, kernel by kernel: {total:.2} ms");
     for KernelTime { name, calls, milliseconds } in kernels.iter().take(48) {
-        println!("{milliseconds:9.3} ms {:5.1} % {calls:6} x {:9.1} us  {name}", 100.0 * milliseconds / total, 1e3 * milliseconds / *calls as f64);
+        println!(
+            "{milliseconds:9.3} ms {:5.1} % {calls:6} x {:9.1} us  {name}",
+            100.0 * milliseconds / total,
+            1e3 * milliseconds / *calls as f64
+        );
     }
 }
 

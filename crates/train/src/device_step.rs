@@ -73,7 +73,14 @@ impl DeviceSteps {
     }
 
     /// Enqueues a step: forward and backward of the micro-batches, clipping, update.
-    pub(crate) fn enqueue(&mut self, mut parts: Parts<'_>, batches: &[Batch], scale: f32, lr: f64, dropout: Rng) -> Result<Ticket> {
+    pub(crate) fn enqueue(
+        &mut self,
+        mut parts: Parts<'_>,
+        batches: &[Batch],
+        scale: f32,
+        lr: f64,
+        dropout: Rng,
+    ) -> Result<Ticket> {
         let index = self.shape(parts.model.arena(), batches, scale)?;
         parts.optimizer.begin(lr)?;
         dropout.announce(self.device)?;
@@ -86,7 +93,8 @@ impl DeviceSteps {
             shape.graph = None;
         } else if shape.steps > 1 && shape.graph.is_none() {
             let arena = parts.model.arena().clone();
-            let (graph, ()) = Graph::capture(&arena, || shape.run(&mut parts, dropout).map_err(Captured::from)).map_err(|error| error.0)?;
+            let (graph, ()) =
+                Graph::capture(&arena, || shape.run(&mut parts, dropout).map_err(Captured::from)).map_err(|error| error.0)?;
             shape.graph = Some(graph);
         }
         match &shape.graph {
@@ -108,9 +116,8 @@ impl DeviceSteps {
         let report = &self.reports[ticket.slot];
         report.losses.wait()?;
         report.values.wait()?;
-        let floats = |bytes: &[u8]| -> Vec<f32> {
-            bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-        };
+        let floats =
+            |bytes: &[u8]| -> Vec<f32> { bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect() };
         let losses = floats(report.losses.bytes());
         let loss = losses[..ticket.batches].iter().map(|&loss| f64::from(loss)).sum();
         Ok((loss, f64::from(floats(report.values.bytes())[step::NORM])))
@@ -118,8 +125,7 @@ impl DeviceSteps {
 
     /// The inputs of these batches, in the memory of their shape.
     fn shape(&mut self, arena: &Arena, batches: &[Batch], scale: f32) -> Result<usize> {
-        let labels =
-            batches.iter().map(|batch| Labels::new(arena, &batch.labels, scale)).collect::<Result<Vec<_>, _>>()?;
+        let labels = batches.iter().map(|batch| Labels::new(arena, &batch.labels, scale)).collect::<Result<Vec<_>, _>>()?;
         if let Some(index) = self.shapes.iter().position(|shape| shape.fits(batches, &labels)) {
             let shape = &mut self.shapes[index];
             for ((held, batch), labels) in shape.batches.iter_mut().zip(batches).zip(&labels) {
@@ -156,8 +162,7 @@ impl Shape {
     fn run(&mut self, parts: &mut Parts<'_>, dropout: Rng) -> Result<()> {
         parts.grads.zero()?;
         for (i, (stream, labels)) in self.batches.iter().enumerate() {
-            let options =
-                LossOptions { checkpointing: parts.config.checkpointing, dropout: Some(dropout.stream(i as u64)) };
+            let options = LossOptions { checkpointing: parts.config.checkpointing, dropout: Some(dropout.stream(i as u64)) };
             let mut tape = Tape::new(parts.params);
             let loss = parts.model.loss(&mut tape, &stream.for_step(), labels, options)?;
             self.losses.copy_rows(i, loss.tensor())?;

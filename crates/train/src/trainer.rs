@@ -121,7 +121,11 @@ impl Trainer {
         loop {
             let next = if self.runs_ahead(pending.as_ref(), stopped_early) { Some(self.enqueue()?) } else { None };
             // On a GPU the step before is looked at while this one runs.
-            let ready = if self.device.is_some() && next.is_some() { std::mem::replace(&mut pending, next) } else { pending.take().or(next) };
+            let ready = if self.device.is_some() && next.is_some() {
+                std::mem::replace(&mut pending, next)
+            } else {
+                pending.take().or(next)
+            };
             let Some(ready) = ready else {
                 if pending.is_none() && (stopped_early || self.step == self.max_steps) {
                     break;

@@ -243,11 +243,8 @@ impl CudaDevice {
         if n >= NUMBERS {
             return Err(Error::Argument { op: "cached attention", argument: "len", expected: "below 262144 on a GPU", found: n });
         }
-        let numbers: Vec<f32> = if self.has_table("numbers") {
-            Vec::new()
-        } else {
-            (0..NUMBERS as u32).map(f32::from_bits).collect()
-        };
+        let numbers: Vec<f32> =
+            if self.has_table("numbers") { Vec::new() } else { (0..NUMBERS as u32).map(f32::from_bits).collect() };
         Ok(self.table("numbers", &numbers)? + 4 * n as u64)
     }
 

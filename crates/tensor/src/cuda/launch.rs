@@ -118,7 +118,12 @@ impl TensorMap {
     /// outside comes as zeros.
     pub(crate) fn heads(x: &Tensor, rows: u32) -> Result<Self> {
         let &[tokens, heads, size] = x.dims() else {
-            return Err(Error::Argument { op: "tensor map", argument: "rank", expected: "3, for [T, H, D]", found: x.dims().len() });
+            return Err(Error::Argument {
+                op: "tensor map",
+                argument: "rank",
+                expected: "3, for [T, H, D]",
+                found: x.dims().len(),
+            });
         };
         let kind = match x.dtype() {
             DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,

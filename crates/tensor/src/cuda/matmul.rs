@@ -199,9 +199,8 @@ impl Blas {
     /// The fastest of the library's choices for a product, by timing them on what is there.
     fn choose(&self, device: CudaDevice, gemm: &Gemm, aligned: bool) -> Result<Plan> {
         let (input, output) = (data_type(gemm.input)?, data_type(gemm.output)?);
-        let description =
-            lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
-                .map_err(|error| failed("cublasLtMatmulDescCreate", error))?;
+        let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
+            .map_err(|error| failed("cublasLtMatmulDescCreate", error))?;
         let transpose = |transposed| i32::from(transposed);
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose(gemm.b.transposed))?;
@@ -275,12 +274,11 @@ impl Blas {
         // SAFETY: the preference was just made; the values outlive the calls, which copy them.
         let found = unsafe {
             let workspace = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            lt::set_matmul_pref_attribute(preference, workspace, (&raw const most).cast(), 8)
-                .and_then(|()| {
-                    attributes.into_iter().try_for_each(|attribute| {
-                        lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)
-                    })
+            lt::set_matmul_pref_attribute(preference, workspace, (&raw const most).cast(), 8).and_then(|()| {
+                attributes.into_iter().try_for_each(|attribute| {
+                    lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)
                 })
+            })
         };
         // SAFETY: an all-zero result is a value to be written over.
         let mut results: [sys::cublasLtMatmulHeuristicResult_t; CANDIDATES] = unsafe { std::mem::zeroed() };
@@ -308,11 +306,7 @@ impl Blas {
     }
 }
 
-fn set<T>(
-    description: sys::cublasLtMatmulDesc_t,
-    attribute: sys::cublasLtMatmulDescAttributes_t,
-    value: &T,
-) -> Result<()> {
+fn set<T>(description: sys::cublasLtMatmulDesc_t, attribute: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<()> {
     // SAFETY: the descriptor is live; the library copies `size_of::<T>()` bytes of the value, its documented type.
     unsafe { lt::set_matmul_desc_attribute(description, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) }
         .map_err(|error| failed("cublasLtMatmulDescSetAttribute", error))
@@ -323,9 +317,7 @@ fn data_type(dtype: DType) -> Result<sys::cudaDataType_t> {
         DType::F32 => Ok(sys::cudaDataType_t::CUDA_R_32F),
         DType::Bf16 => Ok(sys::cudaDataType_t::CUDA_R_16BF),
         DType::F16 => Ok(sys::cudaDataType_t::CUDA_R_16F),
-        found => {
-            Err(Error::DType { op: "matmul", operand: "operand", expected: "float32, bfloat16 or float16", found })
-        }
+        found => Err(Error::DType { op: "matmul", operand: "operand", expected: "float32, bfloat16 or float16", found }),
     }
 }
 

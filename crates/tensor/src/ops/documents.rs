@@ -122,7 +122,8 @@ impl Documents {
 }
 
 fn check(cu_seqlens: &[u32]) -> Result<()> {
-    let fail = |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
+    let fail =
+        |expected, found: u32| Error::Argument { op: "documents", argument: "cu_seqlens", expected, found: found as usize };
     match cu_seqlens {
         [0, _, ..] => {}
         [first, ..] => return Err(fail("a list that begins with 0 and has an end", *first)),

@@ -122,14 +122,7 @@ mod cuda {
     pub(super) fn forward(device: CudaDevice, table: &Tensor, tokens: &Tensor, scale: f32, y: &mut Tensor) -> Result<()> {
         let name = format!("embedding_fwd_{}_{}", suffix(OP, y.dtype())?, suffix(OP, table.dtype())?);
         let (rows, cols) = (y.dims()[0], y.dims()[1]);
-        let args = [
-            Arg::write(y)?,
-            Arg::read(table)?,
-            Arg::read(tokens)?,
-            Arg::F32(scale),
-            Arg::size(rows),
-            Arg::size(cols),
-        ];
+        let args = [Arg::write(y)?, Arg::read(table)?, Arg::read(tokens)?, Arg::F32(scale), Arg::size(rows), Arg::size(cols)];
         device.launch(&name, Grid::new(rows, 128), &args)
     }
 
@@ -141,14 +134,8 @@ mod cuda {
         dtable: &mut TensorMut<'_>,
     ) -> Result<()> {
         let (rows, cols) = (dy.shape().rows(), dy.shape().last());
-        let args = [
-            Arg::write_view(dtable)?,
-            Arg::read(dy)?,
-            Arg::read(tokens)?,
-            Arg::F32(scale),
-            Arg::size(rows),
-            Arg::size(cols),
-        ];
+        let args =
+            [Arg::write_view(dtable)?, Arg::read(dy)?, Arg::read(tokens)?, Arg::F32(scale), Arg::size(rows), Arg::size(cols)];
         device.launch(&format!("embedding_bwd_{}", suffix(OP, dy.dtype())?), Grid::new(rows, 128), &args)
     }
 }

@@ -368,7 +368,11 @@ mod cuda {
         let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
         let outputs = [Arg::write(y)?, Arg::write(inv)?];
         let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
-        device.launch(&format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(device, x, 2048), &[&outputs[..], &inputs].concat())
+        device.launch(
+            &format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?),
+            grid(device, x, 2048),
+            &[&outputs[..], &inputs].concat(),
+        )
     }
 
     pub(super) fn residual_forward(
@@ -384,7 +388,11 @@ mod cuda {
         let a = Arg::read(r)?;
         let outputs = [Arg::write(r)?, Arg::write(y)?, Arg::write(inv)?];
         let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
-        device.launch(&format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?), grid(device, x, 2048), &[&outputs[..], &inputs].concat())
+        device.launch(
+            &format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?),
+            grid(device, x, 2048),
+            &[&outputs[..], &inputs].concat(),
+        )
     }
 
     pub(super) fn backward(

@@ -127,8 +127,7 @@ pub(super) fn backward(
     let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
     let call = Call::new(device, documents, heads, config);
     let delta = delta(device, o, d_o, documents, heads)?;
-    let [mut dk, mut dv] =
-        [Tensor::empty(q.arena(), q.dtype(), k.shape())?, Tensor::empty(q.arena(), q.dtype(), k.shape())?];
+    let [mut dk, mut dv] = [Tensor::empty(q.arena(), q.dtype(), k.shape())?, Tensor::empty(q.arena(), q.dtype(), k.shape())?];
     let parts = parts(call.slots_of(128) * heads.kv_heads, heads.group(), device.info().multiprocessors);
     let mut kv_sums = match parts {
         1 => None,

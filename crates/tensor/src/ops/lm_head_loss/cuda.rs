@@ -180,8 +180,7 @@ pub(super) fn forward(
             input_gradient(&chunks, &gradient, first, dh)?;
         }
     }
-    let args =
-        [Arg::write(&mut loss)?, Arg::read(&losses)?, Arg::size(losses.numel()), Arg::read(&labels.scale)?, Arg::U32(0)];
+    let args = [Arg::write(&mut loss)?, Arg::read(&losses)?, Arg::size(losses.numel()), Arg::read(&labels.scale)?, Arg::U32(0)];
     device.launch("sum_f32", Grid::new(1, 1024), &args)?;
     Ok(Output { loss, rows: count, dh })
 }

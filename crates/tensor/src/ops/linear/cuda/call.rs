@@ -98,7 +98,15 @@ impl<'x, 'p> Call<'x, 'p> {
     }
 
     /// A product into `c`, in the activations' type.
-    pub(super) fn gemm(&self, [m, n, k]: [usize; 3], a: Matrix, b: Matrix, c: Matrix, alpha: f32, accumulate: bool) -> Result<()> {
+    pub(super) fn gemm(
+        &self,
+        [m, n, k]: [usize; 3],
+        a: Matrix,
+        b: Matrix,
+        c: Matrix,
+        alpha: f32,
+        accumulate: bool,
+    ) -> Result<()> {
         let (input, output) = (self.dtype, self.dtype);
         self.device.gemm(&Gemm { m, n, k, a, b, c: c.address, ldc: c.ld, alpha, accumulate, bias: None, input, output })
     }
