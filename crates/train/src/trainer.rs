@@ -128,6 +128,10 @@ impl Trainer {
     /// # Errors
     /// [`Error::NonFinite`] before anything is changed by it; what the model's ops return.
     pub fn step(&mut self) -> Result<StepStats> {
+        self.model.arena().device().run(|| self.step_here())
+    }
+
+    fn step_here(&mut self) -> Result<StepStats> {
         let begin = Instant::now();
         let (batches, rows) = self.next_batches()?;
         let labels: usize = batches.iter().map(Batch::label_count).sum();
@@ -213,6 +217,10 @@ fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
 /// # Errors
 /// [`Error::TooLong`], [`Error::NonFiniteEval`], what the model's ops return.
 pub fn evaluate(model: &Transformer, params: &ParamStore, data: &Dataset, batch_size: usize) -> Result<EvalStats> {
+    model.arena().device().run(|| evaluate_here(model, params, data, batch_size))
+}
+
+fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch_size: usize) -> Result<EvalStats> {
     check_lengths(model, data)?;
     let lengths: Vec<usize> = data.examples().iter().map(|example| example.tokens.len()).collect();
     let order: Vec<usize> = (0..lengths.len()).collect();
