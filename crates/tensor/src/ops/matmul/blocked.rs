@@ -6,12 +6,12 @@ use super::tiles::{Panels, Tiles, add};
 use super::{Output, Problem, aliases, each_chunk};
 use std::ops::Range;
 
-/// Most columns of `b` packed at once (with 640 steps, 2.5 MiB: it stays in a last-level cache that others use too).
+/// Most columns of `b` packed at once (with 320 steps, 1.25 MiB: it stays in a last-level cache that others use too).
 const COLUMNS: usize = 1024;
 /// Most words of staged sums: more rows mean fewer columns at once.
 const STAGE: usize = 1 << 22;
-/// Most rows of a task (with 640 steps, 240 KiB: half of a second-level cache of 512 KiB).
-const TASK_ROWS: usize = 96;
+/// Most rows of a task (with 320 steps, 240 KiB: half of a second-level cache of 512 KiB).
+const TASK_ROWS: usize = 192;
 /// Most columns of a task, where tasks are over columns.
 const TASK_COLUMNS: usize = 256;
 /// Multiply-adds under which waking another thread costs more than it saves.

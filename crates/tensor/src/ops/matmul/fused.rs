@@ -19,8 +19,8 @@ const MOST_WORDS: usize = 6 << 20;
 const PACK_WORDS: usize = 1 << 16;
 /// Columns that tasks of packing begin at: 4-bit blocks of a row are decoded whole.
 const PACK_COLUMNS: usize = 64;
-/// Most rows of a task (with 640 steps, 360 KiB: most of a second-level cache of 512 KiB).
-const ROWS: usize = 144;
+/// Most rows of a task (with 400 steps, 300 KiB: of a second-level cache of 512 KiB).
+const ROWS: usize = 192;
 /// Rows under which sharing the packed operands does not pay.
 const FEW_ROWS: usize = 48;
 
@@ -144,21 +144,22 @@ impl Plan {
         plan
     }
 
-    /// Cuts an input into equal stretches; one that still fits the last block joins it.
+    /// Cuts an input into equal stretches, of whole 4-bit blocks where it can be. A short one joins the last block, though that becomes a quarter longer: of such
+    /// blocks each product reads a part.
     fn cut(&mut self, input: usize, k: usize) {
         let (pair, most) = (self.kernel.pair(), self.kernel.max_steps());
         let words = k.div_ceil(pair);
-        let part = words.div_ceil(words.div_ceil(most).max(1)).next_multiple_of(8);
+        let part = words.div_ceil(words.div_ceil(most).max(1)).next_multiple_of(64);
         for start in (0..words).step_by(part.max(1)) {
             let steps = usize::min(part, words - start);
-            let held = self.blocks.last().map_or(most, |block| block.iter().map(|stretch| stretch.steps).sum());
-            if held + steps > most {
+            let held = self.blocks.last().map_or(2 * most, |block| Self::steps(block));
+            let joins = held + steps <= most + most / 4;
+            if !joins {
                 self.blocks.push(Vec::new());
             }
-            let first = if held + steps > most { 0 } else { held };
             let k = start * pair..usize::min((start + steps) * pair, k);
             if let Some(block) = self.blocks.last_mut() {
-                block.push(Stretch { input, k, first, steps });
+                block.push(Stretch { input, k, first: if joins { held } else { 0 }, steps });
             }
         }
     }

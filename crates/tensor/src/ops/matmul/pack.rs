@@ -10,8 +10,8 @@ use super::{Operand, Precision, Problem, Segment, Source};
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
-/// Words of a row made at a time on their way into a panel: with 16 rows, 8 KiB.
-const RUN: usize = 128;
+/// Words of a row made at a time on their way into a panel: with 16 rows, 20 KiB.
+const RUN: usize = 320;
 /// Steps written into a panel at a time.
 const ROWS: usize = 8;
 

@@ -22,29 +22,29 @@ pub(super) struct Tiles<'a> {
 }
 
 impl Tiles<'_> {
-    /// Panels of `b` stay in a near cache while the slivers of `a` pass.
+    /// Panels of `b` stay in a near cache while the slivers of `a` pass; each sliver fetches its share of the next panels.
     pub(super) fn run(&self, c: &mut [f32]) {
         let (mr, nr) = (self.kernel.mr(), self.kernel.nr());
+        let slivers = self.rows.div_ceil(mr);
+        // A line of a panel for each of a share of its steps.
+        let shares: Vec<usize> = self.panels.iter().map(|panels| panels.steps.div_ceil(slivers) * nr).collect();
         let mut runs = Vec::with_capacity(self.panels.len());
         for column in (0..self.columns).step_by(nr) {
+            runs.clear();
+            runs.extend(self.panels.iter().map(|panels| {
+                let (b, ahead) = panels.b[column * panels.steps..].split_at(nr * panels.steps);
+                Run { steps: panels.steps, a: panels.a, a_step: mr, b, ahead }
+            }));
             for row in (0..self.rows).step_by(mr) {
-                runs.clear();
-                runs.extend(self.panels.iter().map(|panels| {
-                    let (this, next) = panels.b[column * panels.steps..].split_at(nr * panels.steps);
-                    Run {
-                        steps: panels.steps,
-                        a: &panels.a[row * panels.steps..][..mr * panels.steps],
-                        a_step: mr,
-                        b: this,
-                        // Each sliver fetches its share of the next panel.
-                        ahead: next.get(row * panels.steps * nr / self.rows..).unwrap_or_default(),
-                    }
-                }));
                 let c = &mut c[row * self.ldc + column..];
                 if row + mr <= self.rows && column + nr <= self.columns {
                     self.kernel.tile(&runs, c, self.ldc, self.add);
                 } else {
                     self.edge(&runs, c, usize::min(mr, self.rows - row), usize::min(nr, self.columns - column));
+                }
+                for (run, &share) in runs.iter_mut().zip(&shares) {
+                    run.a = &run.a[mr * run.steps..];
+                    run.ahead = run.ahead.get(share..).unwrap_or_default();
                 }
             }
         }

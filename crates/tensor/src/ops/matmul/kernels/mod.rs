@@ -123,12 +123,11 @@ impl Kernel {
         }
     }
 
-    /// Most steps of a block of the reduction: rows of `a` of a task then stay in the second-level cache, and sums are written
-    /// and read again seldom. (A panel of `b` comes from the second level too: 64 bytes a step are less than it gives.)
+    /// Most steps of a block of the reduction: a panel of `b` then stays in the first-level cache.
     pub(super) fn max_steps(self) -> usize {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => 640,
+            Isa::Avx2 => 320,
             _ => 256,
         }
     }
