@@ -49,10 +49,15 @@ pub(crate) struct Product<'a> {
 }
 
 /// All products, each of `m` rows. Inputs that are results come behind the stored ones.
-pub(crate) fn gemm_rows(m: usize, inputs: &[Input], mut products: Vec<Product>, precision: Precision) {
+pub(crate) fn gemm_rows(m: usize, inputs: &[Input], products: Vec<Product>, precision: Precision) {
+    gemm_rows_with(Kernel::best(precision), m, inputs, products, precision);
+}
+
+/// [`gemm_rows`] on a given instruction set, where the products are done together.
+fn gemm_rows_with(kernel: Kernel, m: usize, inputs: &[Input], mut products: Vec<Product>, precision: Precision) {
     let widths: Vec<usize> = products.iter().map(|product| product.n).collect();
     let early = inputs.iter().map(|input| if let Input::Result(j) = input { j + 1 } else { 0 }).max().unwrap_or(0);
-    let plan = Plan::new(Kernel::best(precision), inputs, &products, &widths);
+    let plan = Plan::new(kernel, inputs, &products, &widths);
     let whole = products.iter().zip(&plan.uses).all(|(product, uses)| product.n > 0 && !uses.is_empty());
     if m < FEW_ROWS || plan.words > MOST_WORDS || !whole {
         one_by_one(m, inputs, &mut products, early, &widths, precision);
@@ -366,3 +371,6 @@ fn sums<'s>(c: &'s mut Output, stage: &'s mut [f32], staged: Option<usize>, n: u
         (ld, _) => (stage, ld.unwrap_or(n)),
     }
 }
+
+#[cfg(test)]
+mod tests;

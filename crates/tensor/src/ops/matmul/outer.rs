@@ -30,7 +30,11 @@ pub(crate) struct Outer<'a> {
 
 /// Adds each of the products.
 pub(crate) fn add_outer(products: &mut [Outer], precision: Precision) {
-    let kernel = Kernel::best(precision);
+    add_outer_with(Kernel::best(precision), products, precision);
+}
+
+/// [`add_outer`] on a given instruction set, where `a` is read in place.
+fn add_outer_with(kernel: Kernel, products: &mut [Outer], precision: Precision) {
     let narrow = |product: &Outer| product.n <= MOST_COLUMNS && product.k > 0;
     let plain = |product: &Outer| matches!(product.a, Source::F32 { .. });
     if kernel.pair() == 1 && precision == Precision::F32 && products.iter().all(|p| narrow(p) && plain(p)) {
@@ -167,3 +171,6 @@ fn edge(
         }
     });
 }
+
+#[cfg(test)]
+mod tests;
