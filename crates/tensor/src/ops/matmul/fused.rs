@@ -225,7 +225,7 @@ struct Facts<'a> {
 }
 
 /// The products' rows by task.
-fn row_tasks<'a>(products: Vec<Product<'a>>, count: usize, rows: usize) -> (Vec<Vec<Output<'a>>>, Vec<Facts<'a>>) {
+fn row_tasks(products: Vec<Product<'_>>, count: usize, rows: usize) -> (Vec<Vec<Output<'_>>>, Vec<Facts<'_>>) {
     let mut tasks: Vec<Vec<Output>> = (0..count).map(|_| Vec::with_capacity(products.len())).collect();
     let mut facts = Vec::with_capacity(products.len());
     for product in products {

@@ -215,7 +215,7 @@ impl Output<'_> {
     }
 }
 
-impl<'a> Output<'a> {
+impl Output<'_> {
     /// Pieces of `len` elements, the last one shorter.
     fn pieces(self, len: usize) -> Vec<Self> {
         match self {

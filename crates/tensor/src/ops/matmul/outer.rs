@@ -40,7 +40,9 @@ fn add_outer_with(kernel: Kernel, products: &mut [Outer], precision: Precision) 
     if kernel.pair() == 1 && precision == Precision::F32 && products.iter().all(|p| narrow(p) && plain(p)) {
         in_place(products, kernel);
     } else {
-        products.iter_mut().for_each(|product| product.by_gemm(precision));
+        for product in products {
+            product.by_gemm(precision);
+        }
     }
 }
 

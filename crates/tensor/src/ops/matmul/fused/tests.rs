@@ -30,7 +30,7 @@ impl Layers {
     }
 
     /// h and y of both layers; y in bf16 for the second.
-    fn products<'a>(&'a self, h: &'a mut [Vec<f32>; 2], y: &'a mut Vec<f32>, z: &'a mut Vec<bf16>) -> Vec<Product<'a>> {
+    fn products<'a>(&'a self, h: &'a mut [Vec<f32>; 2], y: &'a mut [f32], z: &'a mut [bf16]) -> Vec<Product<'a>> {
         let term = |input, data: &'a [f32], ld, scale| Term { input, b: Operand::transpose(Source::F32 { data, ld }), scale };
         let [h0, h1] = h;
         let early = [(h0, &self.a[0]), (h1, &self.a[1])].map(|(h, a)| Product {
