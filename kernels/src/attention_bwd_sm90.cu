@@ -6,8 +6,8 @@
 // each:
 //     Sᵀ = K Qᵀ, dPᵀ = V dOᵀ (operands in shared memory), dV += Pᵀ dO, dK += dSᵀ Q (Pᵀ, dSᵀ from registers),
 //     dQ = dS K (dS of both through shared memory; each warpgroup half the columns).
-// Order of issue: dP; exp under it; dV; dS under it; dQ, dK and the next step's S; dQ's way out under those. The four warps of
-// the third warpgroup: copies in by the copy engine, lse and delta, and dQ's way to memory, even and odd steps.
+// Order of issue: S (under dK of the step before), dP; exp under it; dV; dS under it; dQ, dK; dQ's way out under dK. The four
+// warps of the third warpgroup: copies in by the copy engine, lse and delta, and dQ's way to memory, even and odd steps.
 //
 // dQ is summed over key tiles in `sums` (f32) by the copy engine's adds, in the order of the keys: `turns` counts the tiles that
 // have been added to a query tile, and who comes next waits for it. The first one stores, so nothing needs zeroing; the last one
@@ -249,7 +249,7 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
         const Span span = span_of(w, n.window);
         const u32 steps = (w.heads - w.head) * (span.high - span.low);
         const u32 key = w.key + half * 64 + warp * 16 + lane / 4;  // this thread's keys: key and key + 8
-        float acc_k[D / 2], acc_v[D / 2], s[32];
+        float acc_k[D / 2], acc_v[D / 2];
 #pragma unroll
         for (u32 e = 0; e < D / 2; e++) acc_k[e] = acc_v[e] = 0.0f;
 
@@ -281,24 +281,37 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
             for (u32 kk = 0; kk < 4; kk++) wgmma<T, 1>(c, a + 4 * kk, mn_major(rows + kk * 2048, ROWS * 128), 1);
             wgmma_commit();
         };
-
+        auto send = [&](const float(&c)[D / 4], u32 of) {
+            mbarrier_wait(at.dq_empty(of % 2), phase(of) ^ 1);
+#pragma unroll
+            for (u32 e = 0; e < D / 16; e++)
+                store16_f32(dq_at + at.dq(of % 2) + e * 2048, c[4 * e], c[4 * e + 1], c[4 * e + 2], c[4 * e + 3]);
+            fence_async();
+            __syncwarp();
+            if (lane == 0) mbarrier_arrive(at.dq_full(of % 2));
+        };
         u32 m = span.high - 1, head = w.head;
-        await(at.q_full(step % 2), at.q(step % 2), step, m);
-        wgmma_fence();
-        issue_s(s, k_rows, at.q(step % 2));
-        wgmma_wait<0>();
-        hold(s);
+        u32 d[16];
+#pragma unroll
+        for (u32 e = 0; e < 16; e++) d[e] = 0;
         for (u32 left = steps; left > 0; left--, step++) {
             const u32 stage = step % 2;
-            if (++head == w.heads) head = w.head;
-            const u32 next_m = head == w.head ? m - 1 : m;
-            float dp[32], dq[D / 4];
-            u32 p[16], d[16];
+            float s[32], dp[32], dq[D / 4];
+            u32 p[16];
+            // dK of the last step is under way still
+            await(at.q_full(stage), at.q(stage), step, m);
+            wgmma_fence();
+            issue_s(s, k_rows, at.q(stage));
             await(at.do_full(stage), at.d_o(stage), step, m);
             wgmma_fence();
             issue_s(dp, v_rows, at.d_o(stage));
             mbarrier_wait(at.stats_full(stage), phase(step));
             const float *stat = stats + stage * 128 + lane % 4 * 2;
+            wgmma_wait<1>();  // dK, S
+            hold(s);
+            hold(d);
+            hold(acc_k);
+            if (left != steps && lane == 0) mbarrier_arrive(at.q_empty(stage ^ 1));
             const i32 high = n.window == 0 ? 1 << 30 : i32(key + n.window) - i32(m * ROWS), low = i32(key) - i32(m * ROWS);
             if (m * ROWS < w.key + half * 64 + 63 || (n.window != 0 && (m + 1) * ROWS > w.key + half * 64 + n.window)) {
 #pragma unroll
@@ -349,23 +362,13 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
             hold(acc_v);
             hold(dq);
             if (lane == 0) mbarrier_arrive(at.do_empty(stage));
-            if (left > 1) await(at.q_full(stage ^ 1), at.q(stage ^ 1), step + 1, next_m);
-            wgmma_fence();
-            issue_s(s, k_rows, at.q(stage ^ 1));  // after the last step of whatever lies there; nobody looks
-            mbarrier_wait(at.dq_empty(stage), phase(step) ^ 1);
-#pragma unroll
-            for (u32 e = 0; e < D / 16; e++)
-                store16_f32(dq_at + at.dq(stage) + e * 2048, dq[4 * e], dq[4 * e + 1], dq[4 * e + 2], dq[4 * e + 3]);
-            fence_async();
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(at.dq_full(stage));
-            wgmma_wait<0>();  // dK, S
-            hold(s);
-            hold(d);
-            hold(acc_k);
-            if (lane == 0) mbarrier_arrive(at.q_empty(stage));
-            m = next_m;
+            send(dq, step);
+            if (++head == w.heads) head = w.head, m--;
         }
+        wgmma_wait<0>();
+        hold(d);
+        hold(acc_k);
+        if (lane == 0) mbarrier_arrive(at.q_empty((step - 1) % 2));
         if (lane == 0) mbarrier_arrive(at.kv_empty());
         const u64 stride = u64(n.kv_heads) * n.head_size;
         if (parts > 1) {

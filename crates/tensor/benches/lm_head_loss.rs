@@ -4,7 +4,7 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor,
-    ops::lm_head_loss::{self, Config},
+    ops::lm_head_loss::{self, Config, Labels},
 };
 
 fn random(arena: &Arena, seed: u64, dtype: DType, shape: [usize; 2]) -> Tensor {
@@ -21,8 +21,8 @@ fn lm_head_loss(c: &mut Criterion) {
         let arena = Arena::new(Device::Cpu);
         let (h, weight) = (random(&arena, 1, dtype, [tokens, channels]), random(&arena, 2, DType::Bf16, [vocab, channels]));
         let labels: Vec<i32> = (0..tokens as i32).map(|t| t * 7919 % vocab as i32).collect();
-        let labels = Tensor::from_slice(&arena, &labels, [tokens]).unwrap();
-        let config = Config { scale: 1.0 / tokens as f32, softcap: None };
+        let labels = Labels::new(&arena, &labels, 1.0 / tokens as f32).unwrap();
+        let config = Config { softcap: None };
         for (name, want_dh, products) in [("loss", false, 1), ("loss-and-dh", true, 2)] {
             group.throughput(Throughput::Elements((2 * products * tokens * channels * vocab) as u64));
             group.bench_function(format!("{name}/smollm2-135m/{dtype}"), |b| {

@@ -12,6 +12,14 @@ pub enum Device {
     Cuda(CudaDevice),
 }
 
+impl Device {
+    /// Runs `f` where calls of ops cost least: for the processor, on a thread of the pool that they share their work with.
+    /// From another thread each op is handed over and awaited, which takes as long as a small op.
+    pub fn run<R: Send>(self, f: impl FnOnce() -> R + Send) -> R {
+        if self == Self::Cpu { rayon::scope(|_| f()) } else { f() }
+    }
+}
+
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

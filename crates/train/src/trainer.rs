@@ -185,7 +185,8 @@ impl Trainer {
             let parts = Parts { model, params, grads, optimizer, config };
             ticket = Some(device.enqueue(parts, &batches, scale, learning_rate, dropout)?);
         } else {
-            (loss, grad_norm) = self.host_step(&batches, scale, learning_rate, dropout, &rows)?;
+            let device = self.model.arena().device();
+            (loss, grad_norm) = device.run(|| self.host_step(&batches, scale, learning_rate, dropout, &rows))?;
         }
         self.step += 1;
         let state = self.data.state();
@@ -285,6 +286,10 @@ fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
 /// # Errors
 /// [`Error::TooLong`], [`Error::NonFiniteEval`], what the model's ops return.
 pub fn evaluate(model: &Transformer, params: &ParamStore, data: &Dataset, batch_size: usize) -> Result<EvalStats> {
+    model.arena().device().run(|| evaluate_here(model, params, data, batch_size))
+}
+
+fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch_size: usize) -> Result<EvalStats> {
     check_lengths(model, data)?;
     let lengths: Vec<usize> = data.examples().iter().map(|example| example.tokens.len()).collect();
     let order: Vec<usize> = (0..lengths.len()).collect();

@@ -146,7 +146,8 @@ mod tests {
             for span in held {
                 heap.give(span);
             }
-            prop_assert!(heap.is_free(Span { offset: 0, len: heap.end() }));
+            let all = Span { offset: 0, len: heap.end() };
+            prop_assert!(heap.is_free(all));
         }
     }
 }

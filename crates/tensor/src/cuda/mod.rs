@@ -7,7 +7,7 @@
 //! an error that says what is missing.
 //!
 //! All work of a device goes to one stream in the order of the calls, so memory can be handed out again as soon as its tensor
-//! drops; a second stream carries copies to and from the host.
+//! drops.
 
 mod context;
 mod driver;

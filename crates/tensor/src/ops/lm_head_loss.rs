@@ -11,7 +11,7 @@
 //!
 //! h [T, C], weight [V, C], labels `[T]` with their scale ([`Labels`]). Nothing is saved for backward: the forward pass computes dh for a loss gradient
 //! of 1 along the way, the gradient written over the logits; the head's own gradient, where it trains, computes the logits
-//! again. Rows go in chunks of at most 128 whose logits take at most about 32 MiB.
+//! again. Rows go in chunks of at most 256 whose logits take at most about 64 MiB.
 //!
 //! Products are as in [`super::linear`]: in f32 for f32 activations, with operands rounded to the activations' type for 16-bit
 //! ones, and sums in f32; ds of f16 activations stays f32, since it would underflow. A loss that is not finite is returned
@@ -194,9 +194,9 @@ mod cpu {
     };
 
     /// Most rows of a chunk: enough that the weight, read twice a chunk, costs little beside the products.
-    const MOST_ROWS: usize = 128;
+    const MOST_ROWS: usize = 256;
     /// Bytes that the logits of a chunk may take, if that leaves a row.
-    const MOST_BYTES: usize = 32 << 20;
+    const MOST_BYTES: usize = 64 << 20;
 
     /// Memory for the rows of a chunk.
     struct Chunk<'a> {

@@ -18,7 +18,7 @@ use crate::{
 /// Keys of a tile: K's and V's rows of a tile, and what a strip of queries takes, fit the first-level cache about. A multiple
 /// of the products' rows.
 pub(super) fn tile_keys(head_size: usize) -> usize {
-    if head_size <= 64 { 48 } else { 24 }
+    if head_size <= 64 { 96 } else { 48 }
 }
 
 /// Rows of queries (tokens x heads of a group) a block holds, about: each tile of keys is widened once for so many.

@@ -1,23 +1,21 @@
 //! The blocked product: panels of `b` shared by tasks over rows, or panels of `a` shared by tasks over columns.
 
-use super::kernels::{Kernel, Left, MAX_TILE};
 use super::pack::Packer;
 use super::scratch::{self, Role};
-use super::{Output, Precision, Problem, Source, each_chunk};
+use super::tiles::{Panels, Tiles, add};
+use super::{Output, Problem, aliases, each_chunk};
 use std::ops::Range;
 
 /// Most columns of `b` packed at once (with 320 steps, 1.25 MiB: it stays in a last-level cache that others use too).
 const COLUMNS: usize = 1024;
 /// Most words of staged sums: more rows mean fewer columns at once.
 const STAGE: usize = 1 << 22;
-/// Rows of f32 this far apart share one set of a first-level cache.
-const ALIASING: usize = 1024;
 /// Most rows of a task (with 320 steps, 240 KiB: half of a second-level cache of 512 KiB).
 const TASK_ROWS: usize = 192;
 /// Most columns of a task, where tasks are over columns.
 const TASK_COLUMNS: usize = 256;
 /// Multiply-adds under which waking another thread costs more than it saves.
-const SERIAL_WORK: usize = 1 << 16;
+pub(super) const SERIAL_WORK: usize = 1 << 16;
 /// Most words of a whole packed `a`.
 const SHARED_A: usize = 1 << 24;
 
@@ -41,11 +39,6 @@ pub(super) fn gemm(problem: &Problem, mut c: Output) {
             _ => over_rows_staged(problem, &plan, &mut c, columns, threads),
         }
     }
-}
-
-/// Whether rows this far apart share sets of the caches: a column of tiles would not stay there between blocks.
-fn aliases(ld: usize) -> bool {
-    ld.is_multiple_of(ALIASING)
 }
 
 /// Some columns of the product by way of contiguous sums: for outputs of 16 bits, and of rows that share cache sets.
@@ -96,10 +89,9 @@ fn parts(len: usize, most: usize, unit: usize) -> impl Iterator<Item = Range<usi
 
 /// Some columns of the product into `c`, where they start at `column`: tasks over rows share the packed `b`.
 fn over_rows(problem: &Problem, plan: &Plan, c: &mut [f32], ldc: usize, column: usize, columns: Range<usize>, threads: usize) {
-    let kernel = problem.kernel;
     let right = Packer::right(problem);
-    let task_rows = task_size(problem.m, TASK_ROWS, kernel.mr(), threads);
-    let task_columns = task_size(columns.len(), TASK_COLUMNS, kernel.nr(), threads);
+    let task_rows = task_size(problem.m, TASK_ROWS, problem.kernel.mr(), threads);
+    let task_columns = task_size(columns.len(), TASK_COLUMNS, problem.kernel.nr(), threads);
     let parallel = threads > 1;
     scratch::with(Role::B, right.len(columns.len(), plan.block), |b| {
         for block in plan.blocks() {
@@ -113,8 +105,8 @@ fn over_rows(problem: &Problem, plan: &Plan, c: &mut [f32], ldc: usize, column: 
             let b = &*b;
             each_chunk(c, task_rows * ldc, parallel, |i, c| {
                 let rows = i * task_rows..usize::min((i + 1) * task_rows, problem.m);
-                let tile = Tiles { kernel, steps: block.len(), ldc, columns: columns.len(), add: problem.accumulate || !first };
-                row_task(problem, &tile, rows.clone(), block.clone(), b, &mut c[column..]);
+                let add_to = problem.accumulate || !first;
+                row_task(problem, rows.clone(), block.clone(), (b, columns.len()), &mut c[column..], ldc, add_to);
                 if let (true, Some(bias)) = (last, problem.bias) {
                     for row in c[column..].chunks_mut(ldc).take(rows.len()) {
                         add(&mut row[..columns.len()], &bias[columns.clone()]);
@@ -125,44 +117,24 @@ fn over_rows(problem: &Problem, plan: &Plan, c: &mut [f32], ldc: usize, column: 
     });
 }
 
-/// One task of [`over_rows`]: packs its rows of `a`, or reads them where they are.
-fn row_task(problem: &Problem, tiles: &Tiles, rows: Range<usize>, block: Range<usize>, b: &[f32], c: &mut [f32]) {
+/// One task of [`over_rows`]: packs its rows of `a`. `b` are panels of so many columns.
+fn row_task(
+    problem: &Problem,
+    rows: Range<usize>,
+    block: Range<usize>,
+    (b, columns): (&[f32], usize),
+    c: &mut [f32],
+    ldc: usize,
+    add: bool,
+) {
     let left = Packer::left(problem);
-    let mr = problem.kernel.mr();
-    let mut packed_from = rows.start;
-    if let Some((data, ld)) = unpacked_left(problem, &block) {
-        packed_from += rows.len() / mr * mr;
-        let data = &data[usize::min(rows.start * ld, data.len())..];
-        tiles.run(Slivers::Rows { data, ld }, packed_from - rows.start, b, c);
-    }
-    let rest = rows.end - packed_from;
-    if rest > 0 {
-        scratch::with(Role::A, left.len(rest, block.len()), |a| {
-            if !block.is_empty() {
-                left.pack(packed_from, block, a);
-            }
-            let c = &mut c[(packed_from - rows.start) * tiles.ldc..];
-            tiles.run(Slivers::Packed(a), rest, b, c);
-        });
-    }
-}
-
-/// Rows of `a` that the tile may read in place: for a few columns packing them would cost as much as using them.
-fn unpacked_left<'a>(problem: &Problem<'a>, block: &Range<usize>) -> Option<(&'a [f32], usize)> {
-    let [segment] = problem.segments else {
-        return None;
-    };
-    match segment.a.source {
-        Source::F32 { data, ld }
-            if !segment.a.transposed
-                && problem.n <= 4 * problem.kernel.nr()
-                && problem.precision == Precision::F32
-                && (segment.scale == 1.0 || problem.scales_b()) =>
-        {
-            Some((&data[block.start..], ld))
+    scratch::with(Role::A, left.len(rows.len(), block.len()), |a| {
+        if !block.is_empty() {
+            left.pack(rows.start, block.clone(), a);
         }
-        _ => None,
-    }
+        let panels = [Panels { steps: block.len(), a, b }];
+        Tiles { kernel: problem.kernel, panels: &panels, rows: rows.len(), columns, ldc, add }.run(c);
+    });
 }
 
 /// The whole product of a few rows: tasks over columns share the packed `a` and sum into pieces of their own.
@@ -184,14 +156,9 @@ fn over_columns(problem: &Problem, plan: &Plan, c: &mut Output, threads: usize) 
                 if !block.is_empty() {
                     right.pack(columns.start, block.clone(), b);
                 }
-                let tiles = Tiles {
-                    kernel,
-                    steps: block.len(),
-                    ldc: ld,
-                    columns: columns.len(),
-                    add: problem.accumulate || block.start > 0,
-                };
-                tiles.run(Slivers::Packed(&a[rows * block.start..]), m, b, piece);
+                let panels = [Panels { steps: block.len(), a: &a[rows * block.start..], b }];
+                let add = problem.accumulate || block.start > 0;
+                Tiles { kernel, panels: &panels, rows: m, columns: columns.len(), ldc: ld, add }.run(piece);
             }
         });
         if let Some(bias) = problem.bias {
@@ -221,67 +188,9 @@ fn over_columns(problem: &Problem, plan: &Plan, c: &mut Output, threads: usize) 
 }
 
 /// Rows or columns of a task: several tasks for each thread if there are enough, of equal size, whole tiles.
-fn task_size(len: usize, most: usize, unit: usize, threads: usize) -> usize {
+pub(super) fn task_size(len: usize, most: usize, unit: usize, threads: usize) -> usize {
     let units = len.div_ceil(unit);
     let tasks = len.div_ceil(most).next_multiple_of(threads).max(2 * threads);
     let size = if threads == 1 { usize::max(1, most / unit) } else { units.div_ceil(tasks) };
     size * unit
-}
-
-fn add(values: &mut [f32], bias: &[f32]) {
-    for (value, bias) in values.iter_mut().zip(bias) {
-        *value += bias;
-    }
-}
-
-/// The slivers of `mr` rows of `a` that a block's tiles read.
-#[derive(Clone, Copy)]
-enum Slivers<'a> {
-    Packed(&'a [f32]),
-    Rows { data: &'a [f32], ld: usize },
-}
-
-/// The tiles of one block.
-struct Tiles {
-    kernel: Kernel,
-    steps: usize,
-    ldc: usize,
-    columns: usize,
-    add: bool,
-}
-
-impl Tiles {
-    /// `c (+)= a b` for `rows` rows; a panel of `b` stays in the first-level cache while the slivers of `a` pass.
-    fn run(&self, a: Slivers, rows: usize, b: &[f32], c: &mut [f32]) {
-        let (mr, nr) = (self.kernel.mr(), self.kernel.nr());
-        for column in (0..self.columns).step_by(nr) {
-            let b = &b[column * self.steps..][..nr * self.steps];
-            for row in (0..rows).step_by(mr) {
-                let a = match a {
-                    Slivers::Packed(a) => Left::Packed(&a[row * self.steps..][..mr * self.steps]),
-                    Slivers::Rows { data, ld } => Left::Rows { data: &data[row * ld..], ld },
-                };
-                let c = &mut c[row * self.ldc + column..];
-                if row + mr <= rows && column + nr <= self.columns {
-                    self.kernel.tile(self.steps, a, b, c, self.ldc, self.add);
-                } else {
-                    self.edge(a, b, c, usize::min(mr, rows - row), usize::min(nr, self.columns - column));
-                }
-            }
-        }
-    }
-
-    /// A tile of which only some rows and columns exist.
-    fn edge(&self, a: Left, b: &[f32], c: &mut [f32], rows: usize, columns: usize) {
-        let mut tile = [0.0; MAX_TILE];
-        let nr = self.kernel.nr();
-        self.kernel.tile(self.steps, a, b, &mut tile, nr, false);
-        for (c, tile) in c.chunks_mut(self.ldc).zip(tile.chunks(nr)).take(rows) {
-            if self.add {
-                add(&mut c[..columns], tile);
-            } else {
-                c[..columns].copy_from_slice(&tile[..columns]);
-            }
-        }
-    }
 }

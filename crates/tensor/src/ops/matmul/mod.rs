@@ -7,6 +7,8 @@
 //!
 //! # Paths
 //! * [`gemv`]: up to four rows against row-major weights (generation). Every weight is read and decoded once.
+//! * [`fused`]: several products over the same rows, with adapters beside the bases: each input is packed once for all.
+//! * [`outer`]: `aᵀ b` with few columns (gradients of adapters), where `a` is read where it lies.
 //! * [`blocked`]: everything else, in the blocking of BLIS (Van Zee and van de Geijn, 2015). Operands are copied into
 //!   zero-padded panels ([`pack`]), where 4-bit and 8-bit weights are decoded, scaled and rounded, each element of
 //!   `b` once; a register tile ([`kernels`]) then runs over pairs of panels.
@@ -16,12 +18,18 @@
 //! shape and the instruction set, never on the number of threads.
 
 mod blocked;
+mod fused;
 mod gemv;
 mod kernels;
+mod outer;
 mod pack;
 mod scratch;
 #[cfg(test)]
 mod tests;
+mod tiles;
+
+pub(crate) use fused::{Input, Product, Term, gemm_rows};
+pub(crate) use outer::{Outer, add_outer};
 
 use half::{bf16, f16};
 use kernels::Kernel;
@@ -179,6 +187,24 @@ impl Output<'_> {
         }
     }
 
+    /// The same place for a while.
+    fn reborrow(&mut self) -> Output<'_> {
+        match self {
+            Self::F32(c) => Output::F32(c),
+            Self::Bf16(c) => Output::Bf16(c),
+            Self::F16(c) => Output::F16(c),
+        }
+    }
+
+    /// Read as an operand with rows of `ld`.
+    fn source(&self, ld: usize) -> Source<'_> {
+        match self {
+            Self::F32(data) => Source::F32 { data, ld },
+            Self::Bf16(data) => Source::Bf16 { data, ld },
+            Self::F16(data) => Source::F16 { data, ld },
+        }
+    }
+
     /// Calls `store` with each row, numbered, in parallel if asked to.
     fn for_each_row(&mut self, n: usize, parallel: bool, store: impl Fn(usize, Row) + Sync) {
         match self {
@@ -187,6 +213,25 @@ impl Output<'_> {
             Self::F16(c) => each_chunk(c, n, parallel, |i, row| store(i, Row::F16(row))),
         }
     }
+}
+
+impl Output<'_> {
+    /// Pieces of `len` elements, the last one shorter.
+    fn pieces(self, len: usize) -> Vec<Self> {
+        match self {
+            Self::F32(c) => c.chunks_mut(len).map(Output::F32).collect(),
+            Self::Bf16(c) => c.chunks_mut(len).map(Output::Bf16).collect(),
+            Self::F16(c) => c.chunks_mut(len).map(Output::F16).collect(),
+        }
+    }
+}
+
+/// Rows of f32 this far apart share one set of a first-level cache.
+const ALIASING: usize = 1024;
+
+/// Whether rows this far apart share sets of the caches: a column of tiles would not stay there between blocks.
+fn aliases(ld: usize) -> bool {
+    ld.is_multiple_of(ALIASING)
 }
 
 /// One row of an [`Output`].

@@ -10,6 +10,11 @@ use super::{Operand, Precision, Problem, Segment, Source};
 use half::slice::HalfFloatSliceExt;
 use std::ops::Range;
 
+/// Words of a row made at a time on their way into a panel: with 16 rows, 20 KiB.
+const RUN: usize = 320;
+/// Steps written into a panel at a time.
+const ROWS: usize = 8;
+
 /// Packs one side of a problem.
 #[derive(Clone, Copy)]
 pub(super) struct Packer<'a> {
@@ -25,12 +30,12 @@ pub(super) struct Packer<'a> {
 }
 
 /// The part of a segment that lies in a block: elements `k` of its reduction, `steps` words from word `first` on.
-struct Piece<'a> {
-    operand: Operand<'a>,
-    scale: f32,
-    k: Range<usize>,
-    first: usize,
-    steps: usize,
+pub(super) struct Piece<'a> {
+    pub(super) operand: Operand<'a>,
+    pub(super) scale: f32,
+    pub(super) k: Range<usize>,
+    pub(super) first: usize,
+    pub(super) steps: usize,
 }
 
 impl<'a> Packer<'a> {
@@ -50,6 +55,12 @@ impl<'a> Packer<'a> {
     /// The packer of `b`.
     pub(super) fn right(problem: &Problem<'a>) -> Self {
         Self { right: true, scales: problem.scales_b(), lanes: problem.n, width: problem.kernel.nr(), ..Self::left(problem) }
+    }
+
+    /// The packer of one operand that no segment holds: of `lanes` rows, or of columns for the right operand.
+    pub(super) fn of_operand(kernel: Kernel, precision: Precision, right: bool, lanes: usize) -> Self {
+        let width = if right { kernel.nr() } else { kernel.mr() };
+        Self { kernel, precision, segments: &[], right, scales: true, lanes, width }
     }
 
     /// Words that the panels of `lanes` lanes over `steps` steps take.
@@ -72,13 +83,18 @@ impl<'a> Packer<'a> {
                     first: words.start - block.start,
                     steps: words.len(),
                 };
-                if piece.operand.transposed == self.right {
-                    self.pack_along(&piece, lane, block.len(), panels);
-                } else {
-                    self.pack_across(&piece, lane, block.len(), panels);
-                }
+                self.pack_piece(&piece, lane, block.len(), panels);
             }
             start = end;
+        }
+    }
+
+    /// Fills the piece's steps of panels that have `block_steps`.
+    pub(super) fn pack_piece(&self, piece: &Piece, lane: usize, block_steps: usize, panels: &mut [f32]) {
+        if piece.operand.transposed == self.right {
+            self.pack_along(piece, lane, block_steps, panels);
+        } else {
+            self.pack_across(piece, lane, block_steps, panels);
         }
     }
 
@@ -93,13 +109,7 @@ impl<'a> Packer<'a> {
                 let rows = &data[lane * ld + piece.k.start..];
                 self.kernel.transpose(rows, ld, lanes, steps, panel, width);
             } else {
-                scratch::with(Role::Run, (width + 2) * steps, |words| {
-                    let (words, run) = words.split_at_mut(width * steps);
-                    for (l, words) in words.chunks_mut(steps).take(lanes).enumerate() {
-                        self.read_words(piece, lane + l, words, run);
-                    }
-                    self.kernel.transpose(words, steps, lanes, steps, panel, width);
-                });
+                self.transpose_words(piece, lane, lanes, panel);
             }
             if lanes < width {
                 for step in panel.chunks_mut(width) {
@@ -107,6 +117,23 @@ impl<'a> Packer<'a> {
                 }
             }
         }
+    }
+
+    /// The words of some stored rows, made a few at a time and transposed while they are in the first-level cache.
+    fn transpose_words(&self, piece: &Piece, lane: usize, lanes: usize, panel: &mut [f32]) {
+        let (width, pair) = (self.width, self.kernel.pair());
+        scratch::with(Role::Run, (width + 2) * RUN, |buffer| {
+            for (i, panel) in panel.chunks_mut(width * RUN).enumerate() {
+                let steps = panel.len() / width;
+                let start = piece.k.start + i * RUN * pair;
+                let run = Piece { k: start..piece.k.end.min(start + steps * pair), steps, ..*piece };
+                let (words, elements) = buffer.split_at_mut(width * steps);
+                for (l, words) in words.chunks_mut(steps).take(lanes).enumerate() {
+                    self.read_words(&run, lane + l, words, elements);
+                }
+                self.kernel.transpose(words, steps, lanes, steps, panel, width);
+            }
+        });
     }
 
     /// One lane's words of a piece, from a stored row. `run` is room for the row's elements.
@@ -122,36 +149,45 @@ impl<'a> Packer<'a> {
         self.kernel.narrow_bf16(run, bytemuck::cast_slice_mut(words));
     }
 
-    /// Lanes are stored columns: each stored row is a step of all panels (or half of one).
+    /// Lanes are stored columns: each stored row is a step of all panels (or half of one). A few steps at a time go into
+    /// each panel, since each panel lies on pages of its own.
     fn pack_across(&self, piece: &Piece, lane: usize, block_steps: usize, panels: &mut [f32]) {
-        let width = self.width;
         let lanes = (panels.len() / block_steps).min(self.lanes - lane);
+        let to = |first: usize| Place { width: self.width, first: piece.first + first, block_steps };
         if let Some((data, ld)) = self.plain(piece) {
-            for (s, k) in piece.k.clone().enumerate() {
-                let run = &data[k * ld + lane..][..lanes];
-                scatter(run, panels, width, piece.first + s, block_steps);
+            for start in (0..piece.steps).step_by(ROWS) {
+                let rows = &data[(piece.k.start + start) * ld + lane..];
+                scatter(rows, ld, lanes, ROWS.min(piece.steps - start), panels, to(start));
             }
             return;
         }
-        scratch::with(Role::Run, 3 * lanes, |buffer| {
-            let (low, rest) = buffer.split_at_mut(lanes);
-            let (high, words) = rest.split_at_mut(lanes);
-            for s in 0..piece.steps {
-                let k = piece.k.start + s * self.kernel.pair();
-                self.read(piece, k, lane, low);
-                if self.kernel.pair() == 1 {
-                    scatter(low, panels, width, piece.first + s, block_steps);
-                    continue;
+        scratch::with(Role::Run, (ROWS + 2) * lanes, |buffer| {
+            let (words, elements) = buffer.split_at_mut(ROWS * lanes);
+            for start in (0..piece.steps).step_by(ROWS) {
+                let steps = ROWS.min(piece.steps - start);
+                for (s, words) in words.chunks_mut(lanes).take(steps).enumerate() {
+                    self.read_step(piece, start + s, lane, words, elements);
                 }
-                if k + 1 < piece.k.end {
-                    self.read(piece, k + 1, lane, high);
-                } else {
-                    high.fill(0.0);
-                }
-                self.kernel.pair_bf16(low, high, words);
-                scatter(words, panels, width, piece.first + s, block_steps);
+                scatter(words, lanes, lanes, steps, panels, to(start));
             }
         });
+    }
+
+    /// One step's words of all lanes, from one stored row or two. `elements` is room for those.
+    fn read_step(&self, piece: &Piece, step: usize, lane: usize, words: &mut [f32], elements: &mut [f32]) {
+        let k = piece.k.start + step * self.kernel.pair();
+        if self.kernel.pair() == 1 {
+            self.read(piece, k, lane, words);
+            return;
+        }
+        let (low, high) = elements.split_at_mut(words.len());
+        self.read(piece, k, lane, low);
+        if k + 1 < piece.k.end {
+            self.read(piece, k + 1, lane, high);
+        } else {
+            high.fill(0.0);
+        }
+        self.kernel.pair_bf16(low, high, words);
     }
 
     /// The stored matrix, where its elements are the words.
@@ -215,29 +251,40 @@ pub(super) fn round(values: &mut [f32], precision: Precision, kernel: Kernel) {
     }
 }
 
-/// Writes one step of consecutive panels, the lanes past the end of `run` as zeros.
-fn scatter(run: &[f32], panels: &mut [f32], width: usize, step: usize, block_steps: usize) {
-    match width {
-        4 => scatter_width::<4>(run, panels, step, block_steps),
-        6 => scatter_width::<6>(run, panels, step, block_steps),
-        8 => scatter_width::<8>(run, panels, step, block_steps),
-        14 => scatter_width::<14>(run, panels, step, block_steps),
-        16 => scatter_width::<16>(run, panels, step, block_steps),
-        32 => scatter_width::<32>(run, panels, step, block_steps),
+/// Where steps go in each of consecutive panels.
+#[derive(Clone, Copy)]
+struct Place {
+    width: usize,
+    first: usize,
+    block_steps: usize,
+}
+
+/// Writes some steps of consecutive panels, the lanes past the end of the rows as zeros.
+fn scatter(rows: &[f32], ld: usize, lanes: usize, steps: usize, panels: &mut [f32], to: Place) {
+    match to.width {
+        4 => scatter_width::<4>(rows, ld, lanes, steps, panels, to),
+        6 => scatter_width::<6>(rows, ld, lanes, steps, panels, to),
+        8 => scatter_width::<8>(rows, ld, lanes, steps, panels, to),
+        14 => scatter_width::<14>(rows, ld, lanes, steps, panels, to),
+        16 => scatter_width::<16>(rows, ld, lanes, steps, panels, to),
+        32 => scatter_width::<32>(rows, ld, lanes, steps, panels, to),
         _ => unreachable!("a tile of another width"),
     }
 }
 
 /// [`scatter`] with a width known to the compiler: copies without calls.
-fn scatter_width<const W: usize>(run: &[f32], panels: &mut [f32], step: usize, block_steps: usize) {
-    let (whole, rest) = run.as_chunks::<W>();
-    let mut panels = panels.chunks_exact_mut(W * block_steps);
-    for (values, panel) in whole.iter().zip(&mut panels) {
-        panel[step * W..][..W].copy_from_slice(values);
-    }
-    if let (false, Some(panel)) = (rest.is_empty(), panels.next()) {
-        let out = &mut panel[step * W..][..W];
-        out[..rest.len()].copy_from_slice(rest);
-        out[rest.len()..].fill(0.0);
+fn scatter_width<const W: usize>(rows: &[f32], ld: usize, lanes: usize, steps: usize, panels: &mut [f32], to: Place) {
+    for (panel, lane) in panels.chunks_exact_mut(W * to.block_steps).zip((0..lanes).step_by(W)) {
+        let (out, _) = panel[to.first * W..][..steps * W].as_chunks_mut::<W>();
+        for (s, out) in out.iter_mut().enumerate() {
+            let row = &rows[s * ld + lane..];
+            if let (true, Some(values)) = (lane + W <= lanes, row.first_chunk::<W>()) {
+                *out = *values;
+            } else {
+                let rest = lanes - lane;
+                out[..rest].copy_from_slice(&row[..rest]);
+                out[rest..].fill(0.0);
+            }
+        }
     }
 }

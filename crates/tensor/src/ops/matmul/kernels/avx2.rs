@@ -4,17 +4,19 @@
 
 #![allow(clippy::wildcard_imports)] // the instructions
 
-use super::{Left, portable};
+use super::{Run, portable};
 use half::bf16;
 use std::arch::x86_64::*;
 
 pub(super) const MR: usize = 6;
 pub(super) const NR: usize = 16;
 
+/// The sums of a tile, kept in registers over all runs, then written.
+///
 /// # Safety
 /// AVX2 and FMA; lengths as [`super::Kernel::tile`] checks them.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn tile(steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
+pub(super) unsafe fn tile(runs: &[Run], c: &mut [f32], ldc: usize, add: bool) {
     // SAFETY: the caller checked that `mr` rows of `nr` words, `ldc` apart, lie in `c`; prefetching reads nothing.
     unsafe {
         for r in 0..MR {
@@ -22,65 +24,47 @@ pub(super) unsafe fn tile(steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: 
             _mm_prefetch::<_MM_HINT_T0>(c.as_ptr().add(r * ldc + NR - 1).cast());
         }
     }
-    // SAFETY: the caller checked that `a` has `mr` rows of `steps` words at these strides, and `b` `steps * nr` words.
-    unsafe {
-        match a {
-            Left::Packed(a) => sum::<true>(steps, a.as_ptr(), 1, b.as_ptr(), c.as_mut_ptr(), ldc, add),
-            Left::Rows { data, ld } => sum::<false>(steps, data.as_ptr(), ld, b.as_ptr(), c.as_mut_ptr(), ldc, add),
-        }
-    }
-}
-
-/// The sums of a tile, kept in registers, then written. A packed panel has rows side by side: their distances are part
-/// of the instructions. Stored rows are `ld` apart and have their steps side by side.
-///
-/// # Safety
-/// `a` has `MR` rows of `steps` words, `b` has `steps * NR` words, `c` has `MR` rows of `NR` words, `ldc` apart.
-#[target_feature(enable = "avx2,fma")]
-unsafe fn sum<const PACKED: bool>(steps: usize, a: *const f32, ld: usize, mut b: *const f32, c: *mut f32, ldc: usize, add: bool) {
     let mut sum = [[_mm256_setzero_ps(); 2]; MR];
-    let mut rows = [a; MR];
-    for (r, row) in rows.iter_mut().enumerate() {
-        *row = a.wrapping_add(r * ld);
-    }
-    macro_rules! step {
-        ($s:expr) => {{
-            // SAFETY: the caller's promise: this step of `a` and `b` exists.
-            unsafe {
-                let (b0, b1) = (_mm256_loadu_ps(b.add($s * NR)), _mm256_loadu_ps(b.add($s * NR + 8)));
-                for (r, sum) in sum.iter_mut().enumerate() {
-                    let x = if PACKED { rows[0].add($s * MR + r) } else { rows[r].add($s) };
-                    let x = _mm256_broadcast_ss(&*x);
-                    sum[0] = _mm256_fmadd_ps(x, b0, sum[0]);
-                    sum[1] = _mm256_fmadd_ps(x, b1, sum[1]);
+    for run in runs {
+        let (mut a, a_step) = (run.a.as_ptr(), run.a_step);
+        let (mut b, mut ahead) = (run.b.as_ptr(), run.ahead.as_ptr());
+        macro_rules! step {
+            ($s:expr) => {{
+                // SAFETY: the caller checked that this step of `a`, `mr` words, and of `b`, `nr` words, exists.
+                unsafe {
+                    let (b0, b1) = (_mm256_loadu_ps(b.add($s * NR)), _mm256_loadu_ps(b.add($s * NR + 8)));
+                    for (r, sum) in sum.iter_mut().enumerate() {
+                        let x = _mm256_broadcast_ss(&*a.add(r));
+                        sum[0] = _mm256_fmadd_ps(x, b0, sum[0]);
+                        sum[1] = _mm256_fmadd_ps(x, b1, sum[1]);
+                    }
                 }
-            }
-        }};
-    }
-    macro_rules! advance {
-        ($s:expr) => {
-            for row in &mut rows {
-                *row = row.wrapping_add(if PACKED { $s * MR } else { $s });
-            }
-            b = b.wrapping_add($s * NR);
-        };
-    }
-    for _ in 0..steps / 4 {
-        step!(0);
-        step!(1);
-        step!(2);
-        step!(3);
-        advance!(4);
-    }
-    for _ in 0..steps % 4 {
-        step!(0);
-        advance!(1);
+                a = a.wrapping_add(a_step);
+            }};
+        }
+        for _ in 0..run.steps / 8 {
+            _mm_prefetch::<_MM_HINT_T1>(ahead.cast()); // reads nothing, wherever it points
+            ahead = ahead.wrapping_add(16);
+            step!(0);
+            step!(1);
+            step!(2);
+            step!(3);
+            step!(4);
+            step!(5);
+            step!(6);
+            step!(7);
+            b = b.wrapping_add(8 * NR);
+        }
+        for _ in 0..run.steps % 8 {
+            step!(0);
+            b = b.wrapping_add(NR);
+        }
     }
     for (r, sum) in sum.iter().enumerate() {
         for (half, &sum) in sum.iter().enumerate() {
-            // SAFETY: row `r`, words `8 half .. 8 half + 8` of the tile, which the caller promised.
+            // SAFETY: row `r`, words `8 half .. 8 half + 8` of the tile, which the caller checked.
             unsafe {
-                let out = c.add(r * ldc + 8 * half);
+                let out = c.as_mut_ptr().add(r * ldc + 8 * half);
                 let sum = if add { _mm256_add_ps(_mm256_loadu_ps(out), sum) } else { sum };
                 _mm256_storeu_ps(out, sum);
             }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::wildcard_imports)] // the instructions
 
-use super::Left;
+use super::Run;
 use std::arch::x86_64::*;
 
 pub(super) const MR: usize = 14;
@@ -11,15 +11,15 @@ pub(super) const NR: usize = 32;
 /// # Safety
 /// AVX-512 F; lengths as [`super::Kernel::tile`] checks them.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn tile(steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
-    // SAFETY: the caller checked that `a` has `mr` rows of `steps` words at these strides, `b` `steps * nr` words, and
-    // `c` `mr` rows of `nr` words, `ldc` apart.
+pub(super) unsafe fn tile(runs: &[Run], c: &mut [f32], ldc: usize, add: bool) {
+    // SAFETY: the caller checked that `a` has `mr` words and `b` `nr` words for each step of each run, and that `c` has
+    // `mr` rows of `nr` words, `ldc` apart.
     unsafe {
         prefetch(c.as_ptr(), ldc);
-        let sum = match a {
-            Left::Packed(a) => sums(steps, a.as_ptr(), 1, MR, b.as_ptr()),
-            Left::Rows { data, ld } => sums(steps, data.as_ptr(), ld, 1, b.as_ptr()),
-        };
+        let mut sum = [[_mm512_setzero_ps(); 2]; MR];
+        for run in runs {
+            sum = add_run(sum, run);
+        }
         store(&sum, c.as_mut_ptr(), ldc, add);
     }
 }
@@ -56,31 +56,31 @@ pub(super) unsafe fn store(sum: &[[__m512; 2]; MR], c: *mut f32, ldc: usize, add
 }
 
 /// # Safety
-/// `a` has `MR` rows of `steps` words at these strides, `b` has `steps * NR` words.
+/// Each step of the run has `MR` words of `a` and `NR` words of `b`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn sums(steps: usize, mut a: *const f32, row: usize, step: usize, mut b: *const f32) -> [[__m512; 2]; MR] {
-    let mut sum = [[_mm512_setzero_ps(); 2]; MR];
+unsafe fn add_run(mut sum: [[__m512; 2]; MR], run: &Run) -> [[__m512; 2]; MR] {
+    let (mut a, mut b) = (run.a.as_ptr(), run.b.as_ptr());
     macro_rules! step {
         () => {{
             // SAFETY: the caller's promise: this step of `a` and `b` exists.
             unsafe {
                 let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
                 for (r, sum) in sum.iter_mut().enumerate() {
-                    let x = _mm512_set1_ps(*a.add(r * row));
+                    let x = _mm512_set1_ps(*a.add(r));
                     sum[0] = _mm512_fmadd_ps(x, b0, sum[0]);
                     sum[1] = _mm512_fmadd_ps(x, b1, sum[1]);
                 }
             }
-            a = a.wrapping_add(step);
+            a = a.wrapping_add(run.a_step);
             b = b.wrapping_add(NR);
         }};
     }
-    for _ in 0..steps / 2 {
+    for _ in 0..run.steps / 2 {
         step!();
         step!();
     }
-    for _ in 0..steps % 2 {
+    for _ in 0..run.steps % 2 {
         step!();
     }
     sum

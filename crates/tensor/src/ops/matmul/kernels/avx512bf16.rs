@@ -5,32 +5,32 @@
 
 #![allow(clippy::wildcard_imports)] // the instructions
 
-use super::Left;
+use super::Run;
 use super::avx512::{self, MR, NR};
 use std::arch::x86_64::*;
 
 /// # Safety
-/// AVX-512 F and BF16; `a` packed; lengths as [`super::Kernel::tile`] checks them.
+/// AVX-512 F and BF16; lengths as [`super::Kernel::tile`] checks them.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) unsafe fn tile(steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
-    let Left::Packed(a) = a else {
-        return; // refused by the caller
-    };
+pub(super) unsafe fn tile(runs: &[Run], c: &mut [f32], ldc: usize, add: bool) {
     // SAFETY: the caller checked the lengths of the panels and of the tile.
     unsafe {
         avx512::prefetch(c.as_ptr(), ldc);
-        let sum = sums(steps, a.as_ptr().cast(), b.as_ptr().cast());
+        let mut sum = [[_mm512_setzero_ps(); 2]; MR];
+        for run in runs {
+            sum = add_run(sum, run);
+        }
         avx512::store(&sum, c.as_mut_ptr(), ldc, add);
     }
 }
 
 /// # Safety
-/// `a` has `steps * MR` words, `b` has `steps * NR` words.
+/// Each step of the run has `MR` words of `a` and `NR` words of `b`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
-unsafe fn sums(steps: usize, mut a: *const i32, mut b: *const i32) -> [[__m512; 2]; MR] {
-    let mut sum = [[_mm512_setzero_ps(); 2]; MR];
-    for _ in 0..steps {
+unsafe fn add_run(mut sum: [[__m512; 2]; MR], run: &Run) -> [[__m512; 2]; MR] {
+    let (mut a, mut b) = (run.a.as_ptr().cast::<i32>(), run.b.as_ptr().cast::<i32>());
+    for _ in 0..run.steps {
         // SAFETY: the caller's promise: this step of `a` and `b` exists. Casts between vectors keep the bits, and
         // every pattern of bits is a vector of bf16.
         unsafe {
@@ -42,7 +42,7 @@ unsafe fn sums(steps: usize, mut a: *const i32, mut b: *const i32) -> [[__m512; 
                 sum[1] = _mm512_dpbf16_ps(sum[1], x, b1);
             }
         }
-        a = a.wrapping_add(MR);
+        a = a.wrapping_add(run.a_step);
         b = b.wrapping_add(NR);
     }
     sum

@@ -35,13 +35,20 @@ enum Isa {
     Avx512Bf16,
 }
 
-/// The left operand of a tile: word `(r, step)` is `data[r * row_stride + step * step_stride]`.
+/// A stretch of a tile's reduction. Tiles sum over several, so that operands are packed one by one and used in any
+/// combination.
 #[derive(Clone, Copy)]
-pub(super) enum Left<'a> {
-    /// A packed panel: rows follow each other, steps are `mr` apart.
-    Packed(&'a [f32]),
-    /// Rows of a stored f32 matrix, `ld` apart.
-    Rows { data: &'a [f32], ld: usize },
+pub(super) struct Run<'a> {
+    /// Words of the reduction.
+    pub(super) steps: usize,
+    /// The left operand: `mr` words of a step follow each other.
+    pub(super) a: &'a [f32],
+    /// Distance between steps of `a`: `mr` in a packed panel, the row's length where the columns of a stored matrix are read.
+    pub(super) a_step: usize,
+    /// A packed panel of the right operand.
+    pub(super) b: &'a [f32],
+    /// What later tiles read: brought nearer meanwhile, from its start on, a line for every eight steps.
+    pub(super) ahead: &'a [f32],
 }
 
 impl Isa {
@@ -125,29 +132,25 @@ impl Kernel {
         }
     }
 
-    /// One tile: `c (+)= a b` over `steps` words; rows of `c` are `ldc` apart and at least `nr` long.
-    pub(super) fn tile(self, steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
+    /// One tile: `c (+)= Σ a b` over the runs; rows of `c` are `ldc` apart and at least `nr` long.
+    pub(super) fn tile(self, runs: &[Run], c: &mut [f32], ldc: usize, add: bool) {
         let (mr, nr) = (self.mr(), self.nr());
-        match a {
-            Left::Packed(data) => assert!(data.len() >= steps * mr, "short panel of a"),
-            Left::Rows { data, ld } => {
-                assert!(self.pair() == 1, "rows of f32 are not pairs");
-                assert!(data.len() >= (mr - 1) * ld + steps, "short rows of a");
-            }
+        for run in runs.iter().filter(|run| run.steps > 0) {
+            assert!(run.a.len() >= (run.steps - 1) * run.a_step + mr, "short panel of a");
+            assert!(run.b.len() >= run.steps * nr, "short panel of b");
         }
-        assert!(b.len() >= steps * nr, "short panel of b");
         assert!(c.len() >= (mr - 1) * ldc + nr, "short tile of c");
         match self.0 {
-            Isa::Portable => portable::tile(steps, a, b, c, ldc, add),
+            Isa::Portable => portable::tile(runs, c, ldc, add),
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the instructions were detected when `self` was made; the lengths were checked above.
-            Isa::Avx2 => unsafe { avx2::tile(steps, a, b, c, ldc, add) },
+            Isa::Avx2 => unsafe { avx2::tile(runs, c, ldc, add) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx512 => unsafe { avx512::tile(steps, a, b, c, ldc, add) },
+            Isa::Avx512 => unsafe { avx512::tile(runs, c, ldc, add) },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above; `a` is packed, since rows of f32 are refused for pairs.
-            Isa::Avx512Bf16 => unsafe { avx512bf16::tile(steps, a, b, c, ldc, add) },
+            // SAFETY: as above.
+            Isa::Avx512Bf16 => unsafe { avx512bf16::tile(runs, c, ldc, add) },
         }
     }
 

@@ -1,23 +1,20 @@
 //! Plain Rust for every machine, and the specification of the other modules.
 
-use super::Left;
+use super::Run;
 use half::bf16;
 use std::ops::Range;
 
 pub(super) const MR: usize = 4;
 pub(super) const NR: usize = 8;
 
-pub(super) fn tile(steps: usize, a: Left, b: &[f32], c: &mut [f32], ldc: usize, add: bool) {
-    let (a, row, step) = match a {
-        Left::Packed(data) => (data, 1, MR),
-        Left::Rows { data, ld } => (data, ld, 1),
-    };
+pub(super) fn tile(runs: &[Run], c: &mut [f32], ldc: usize, add: bool) {
     let mut sum = [[0.0f32; NR]; MR];
-    for (s, b) in b.as_chunks::<NR>().0.iter().take(steps).enumerate() {
-        for (r, sum) in sum.iter_mut().enumerate() {
-            let x = a[r * row + s * step];
-            for (sum, &y) in sum.iter_mut().zip(b) {
-                *sum += x * y;
+    for run in runs {
+        for (s, b) in run.b.as_chunks::<NR>().0.iter().take(run.steps).enumerate() {
+            for (sum, &x) in sum.iter_mut().zip(&run.a[s * run.a_step..][..MR]) {
+                for (sum, &y) in sum.iter_mut().zip(b) {
+                    *sum += x * y;
+                }
             }
         }
     }
