@@ -128,9 +128,8 @@ impl CliError {
             Self::Tensor(error) => is_out_of_memory(error),
             Self::Model(error) => model(error),
             Self::Train(error) => match &**error {
-                TrainError::Tensor(error) => is_out_of_memory(error),
+                TrainError::Tensor(error) | TrainError::Optim(nibble_optim::Error::Tensor(error)) => is_out_of_memory(error),
                 TrainError::Model(error) => model(error),
-                TrainError::Optim(nibble_optim::Error::Tensor(error)) => is_out_of_memory(error),
                 _ => false,
             },
             _ => false,

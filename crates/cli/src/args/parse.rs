@@ -97,5 +97,5 @@ pub(super) fn bytes(text: &str) -> Result<usize, String> {
         _ => return Err(expected()),
     };
     let bytes = number * scale;
-    if bytes >= 1.0 && bytes < 1e18 { Ok(bytes as usize) } else { Err(expected()) }
+    if (1.0..1e18).contains(&bytes) { Ok(bytes as usize) } else { Err(expected()) }
 }
