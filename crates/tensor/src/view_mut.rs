@@ -21,7 +21,7 @@ pub(crate) enum MemoryMut<'a> {
     Device(u64, PhantomData<&'a mut ()>),
 }
 
-impl<'a> MemoryMut<'a> {
+impl MemoryMut<'_> {
     /// `len` bytes after the first `skip`, and what follows them.
     pub(crate) fn split(self, skip: usize, len: usize) -> (Self, Self) {
         match self {

@@ -26,8 +26,10 @@ use nibble_train::{TrainConfig, Trainer};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// kind, hidden, intermediate, layers, heads, key/value heads, vocabulary, theta, positions, eps, tied.
-const SHAPES: [(&str, &str, [usize; 6], f64, usize, f64, bool); 5] = [
+/// Name and kind; hidden, intermediate, layers, heads, key/value heads, vocabulary; theta, positions, eps, tied.
+type Named = (&'static str, &'static str, [usize; 6], f64, usize, f64, bool);
+
+const SHAPES: [Named; 5] = [
     ("llama3-8b", "Llama", [4096, 14336, 32, 32, 8, 128_256], 500_000.0, 131_072, 1e-5, false),
     ("qwen2.5-1.5b", "Qwen2", [1536, 8960, 28, 12, 2, 151_936], 1_000_000.0, 32_768, 1e-6, true),
     ("smollm2-135m", "Llama", [576, 1536, 30, 9, 3, 49_152], 100_000.0, 8192, 1e-5, true),

@@ -391,12 +391,11 @@ fn info(ordinal: usize) -> Result<(sys::CUdevice, DeviceInfo)> {
     let mut driver = 0;
     // SAFETY: `driver` outlives the call.
     check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&raw mut driver) })?;
-    use sys::CUdevice_attribute as Attribute;
     let capability = ComputeCapability {
-        major: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as _,
-        minor: attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as _,
+        major: attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? as _,
+        minor: attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as _,
     };
-    let multiprocessors = attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+    let multiprocessors = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
     let name = cudarc::driver::result::device::get_name(device).map_err(failed)?;
     Ok((device, DeviceInfo { ordinal, name, capability, memory, multiprocessors, driver }))
 }

@@ -202,12 +202,15 @@ impl Blas {
         let description = lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
             .map_err(|error| failed("cublasLtMatmulDescCreate", error))?;
         let transpose = |transposed| i32::from(transposed);
-        use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transpose(gemm.b.transposed))?;
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, &transpose(gemm.a.transposed))?;
+        set(description, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA, &transpose(gemm.b.transposed))?;
+        set(description, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSB, &transpose(gemm.a.transposed))?;
         if let Some(bias) = gemm.bias {
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS)?;
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
+            set(
+                description,
+                sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_EPILOGUE,
+                &sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS,
+            )?;
+            set(description, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)?;
         }
         let stored = |transposed, rows, cols| if transposed { (rows, cols) } else { (cols, rows) };
         let (a_rows, a_cols) = stored(gemm.a.transposed, gemm.m, gemm.k);
@@ -227,7 +230,7 @@ impl Blas {
         // Small products take as long as their launch; one that adds to its result cannot be repeated on it.
         let work = 2.0 * gemm.m as f64 * gemm.n as f64 * gemm.k as f64;
         if work > WORTH_TIMING && !gemm.accumulate && !device.is_capturing() {
-            plan.algorithm = self.fastest(device, gemm, plan, &candidates)?;
+            plan.algorithm = self.fastest(device, gemm, plan, &candidates);
         }
         Ok(plan)
     }
@@ -239,7 +242,7 @@ impl Blas {
         gemm: &Gemm,
         plan: Plan,
         candidates: &[sys::cublasLtMatmulAlgo_t],
-    ) -> Result<sys::cublasLtMatmulAlgo_t> {
+    ) -> sys::cublasLtMatmulAlgo_t {
         let mut times = Vec::with_capacity(candidates.len());
         for &algorithm in candidates {
             let plan = Plan { algorithm, ..plan };
@@ -252,7 +255,7 @@ impl Blas {
             times.push(first.and(time).unwrap_or(f64::INFINITY));
         }
         let best = (0..times.len()).min_by(|&i, &j| times[i].total_cmp(&times[j])).unwrap_or(0);
-        Ok(candidates[if times[best] < 0.98 * times[0] { best } else { 0 }])
+        candidates[if times[best] < 0.98 * times[0] { best } else { 0 }]
     }
 
     /// The library's choices, the one it thinks best first.
@@ -262,18 +265,17 @@ impl Blas {
         [a, b, c]: [sys::cublasLtMatrixLayout_t; 3],
         aligned: bool,
     ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
-        use sys::cublasLtMatmulPreferenceAttributes_t as Attribute;
         let preference = lt::create_matmul_pref().map_err(|error| failed("cublasLtMatmulPreferenceCreate", error))?;
         let (most, alignment): (usize, u32) = (WORKSPACE, if aligned { 16 } else { 2 });
         let attributes = [
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            Attribute::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
         ];
         // SAFETY: the preference was just made; the values outlive the calls, which copy them.
         let found = unsafe {
-            let workspace = Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let workspace = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(preference, workspace, (&raw const most).cast(), 8).and_then(|()| {
                 attributes.into_iter().try_for_each(|attribute| {
                     lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)

@@ -124,7 +124,7 @@ pub(super) fn delta(device: CudaDevice, o: &Tensor, d_o: &Tensor, documents: &Do
         Arg::size(heads.head_size),
     ];
     let rows = documents.tokens() * heads.heads;
-    device.launch(&format!("attention_delta_{}", suffix(OP, o.dtype())?), Grid::over(rows, 4, 128), &args)?;
+    device.launch(&format!("attention_delta_{}", suffix(OP, o.dtype())?), Grid::over(rows, 8, 128), &args)?;
     Ok(delta)
 }
 

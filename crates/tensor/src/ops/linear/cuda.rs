@@ -34,15 +34,14 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<
     let mut ys = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
         let mut y = Tensor::empty(x.arena(), x.dtype(), [call.tokens, part.outputs()])?;
-        match &beside {
-            Some(beside) => call.product_beside(beside, i, &y)?,
-            None => {
-                call.base_product(part, &mut y)?;
-                if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &call.pairs[i]) {
-                    let sizes = [call.tokens, part.outputs(), b.shape().last()];
-                    let h = columns(rows(h)?, call.offsets[i], x.dtype());
-                    call.gemm(sizes, h, transposed(rows(b)?), rows(&y)?, adapter.scale, true)?;
-                }
+        if let Some(beside) = &beside {
+            call.product_beside(beside, i, &y)?;
+        } else {
+            call.base_product(part, &mut y)?;
+            if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &call.pairs[i]) {
+                let sizes = [call.tokens, part.outputs(), b.shape().last()];
+                let h = columns(rows(h)?, call.offsets[i], x.dtype());
+                call.gemm(sizes, h, transposed(rows(b)?), rows(&y)?, adapter.scale, true)?;
             }
         }
         ys.push(y);
@@ -273,7 +272,7 @@ impl Call<'_, '_> {
             self.gemm(sizes, t, rows(a)?, rows(&through)?, 1.0, false)?;
             let name = format!("add_dropped_{}", suffix(OP, self.dtype)?);
             let args = [Arg::write(&mut dx)?, Arg::read(&through)?];
-            self.mask(&name, args, dx.numel(), dropout)?;
+            self.mask(&name, &args, dx.numel(), dropout)?;
         }
         Ok(dx)
     }

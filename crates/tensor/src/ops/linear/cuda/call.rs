@@ -140,11 +140,11 @@ impl<'x, 'p> Call<'x, 'p> {
         let mut out = Tensor::empty(&self.arena, self.dtype, self.shape)?;
         let name = format!("dropout_{}", suffix(OP, self.dtype)?);
         let args = [Arg::write(&mut out)?, Arg::read(x)?];
-        self.mask(&name, args, x.numel(), dropout)?;
+        self.mask(&name, &args, x.numel(), dropout)?;
         Ok(Some(out))
     }
 
-    pub(super) fn mask(&self, name: &str, tensors: [Arg; 2], n: usize, dropout: Dropout) -> Result<()> {
+    pub(super) fn mask(&self, name: &str, tensors: &[Arg; 2], n: usize, dropout: Dropout) -> Result<()> {
         let (root, path, depth) = dropout.rng.parts();
         let key = Arg::Pointer(self.device.dropout_root(root)?);
         let rest = [key, Arg::U64(path), Arg::U32(depth), Arg::F32(dropout.p), Arg::U64(n as u64)];
