@@ -8,7 +8,7 @@ use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor,
-    ops::{attention, glu, rms_norm, rope::RopeTable},
+    ops::{self, attention, glu, rms_norm, rope::RopeTable},
 };
 
 use crate::{
@@ -166,6 +166,14 @@ impl Loader<'_> {
                 return Ok(Weight::random(self.arena, [shape[0], shape[1]], quant, RANDOM_STD, *rng)?);
             }
         };
+        if self.arena.device() != Device::Cpu {
+            // The device quantises faster than the host, to the same bits.
+            let tensor = self.dense(name)?;
+            return ops::quantize::forward(&tensor, quant).map_err(|error| match error {
+                nibble_tensor::Error::Quantization(source) => crate::Error::Quantize { name: name.to_owned(), source },
+                other => other.into(),
+            });
+        }
         let info = checkpoint.info(name)?;
         let numel: usize = info.shape.iter().product();
         let blocks = if info.dtype == StoredType::BF16 {

@@ -17,6 +17,7 @@ pub mod linear;
 pub mod lm_head_loss;
 pub(crate) mod matmul;
 pub(crate) mod operand;
+pub mod quantize;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;

@@ -1,0 +1,133 @@
+//! A matrix on a device into a 4-bit format: codes and scales bit for bit those of [`nibble_nf4::quantize`].
+//!
+//! absmax\[b\] = max |x| over block b, code = the level nearest to x / absmax; with double quantisation the scales become 8-bit codes
+//! of absmax − mean in blocks of 256. On the CPU, [`nibble_nf4`] does it on slices.
+
+use nibble_nf4 as nf4;
+
+use crate::{Device, Error, Result, Tensor, Weight};
+
+/// `x` [N, K] in the format of `config`, on x's device.
+///
+/// # Errors
+/// [`Error::Quantization`] for a value that is not finite (with its position) or a block size that the format does not have,
+/// [`Error::Argument`] when `x` is not a matrix, [`Error::OutOfMemory`].
+pub fn forward(x: &Tensor, config: &nf4::QuantConfig) -> Result<Weight> {
+    if x.dims().len() != 2 {
+        return Err(Error::Argument { op: "quantize", argument: "rank", expected: "2, for [N, K]", found: x.dims().len() });
+    }
+    config.check()?;
+    match x.device() {
+        Device::Cpu => {
+            let blocks = nf4::quantize(&x.to_f32_vec()?, config)?;
+            Weight::from_blocks(x.arena(), &blocks, x.shape())
+        }
+        Device::Cuda(device) => cuda::forward(device, x, config),
+    }
+}
+
+mod cuda {
+    use nibble_nf4 as nf4;
+
+    use crate::{
+        Absmax, BlockWeight, DType, Result, Tensor, Weight,
+        cuda::{Arg, CudaDevice, Grid, suffix},
+    };
+
+    const OP: &str = "quantize";
+    /// Blocks up to which one block of threads sums in the CPU's order.
+    const IN_ORDER: usize = 130_560;
+
+    pub(super) fn forward(device: CudaDevice, x: &Tensor, config: &nf4::QuantConfig) -> Result<Weight> {
+        let (n, arena) = (x.numel(), x.arena());
+        let blocks = n.div_ceil(config.block_size);
+        let mut packed = Tensor::empty(arena, DType::U8, [n.div_ceil(2)])?;
+        let mut absmax = Tensor::empty(arena, DType::F32, [blocks])?;
+        let mut bad = Tensor::from_slice(arena, &[u32::MAX; 2], [2])?;
+        let format = match config.format {
+            nf4::Format::Nf4 => 0,
+            nf4::Format::Fp4 => 1,
+        };
+        let args = [
+            Arg::write(&mut packed)?,
+            Arg::write(&mut absmax)?,
+            Arg::write(&mut bad)?,
+            Arg::read(x)?,
+            Arg::U64(n as u64),
+            Arg::size(config.block_size),
+            Arg::U32(format),
+        ];
+        let grid = Grid::new(n.div_ceil(4096).min(8 * device.info().multiprocessors), 256);
+        device.launch(&format!("quantize_{}", suffix(OP, x.dtype())?), grid, &args)?;
+        expect_finite(x, &bad)?;
+        let absmax = if config.double_quant { nested(device, &absmax)? } else { Absmax::Plain(absmax) };
+        let weight = BlockWeight { shape: x.shape(), config: *config, packed, absmax };
+        Ok(match config.format {
+            nf4::Format::Nf4 => Weight::Nf4(weight),
+            nf4::Format::Fp4 => Weight::Fp4(weight),
+        })
+    }
+
+    /// Refuses a value that is not finite, with its position, as the CPU does.
+    fn expect_finite(x: &Tensor, bad: &Tensor) -> Result<()> {
+        let words = bad.to_vec::<u32>()?;
+        let index = u64::from(words[0]) | u64::from(words[1]) << 32;
+        if index == u64::MAX {
+            return Ok(());
+        }
+        let value = x.view(index as usize, [1])?.to_f32_vec()?[0];
+        Err(nf4::Error::NonFinite { op: OP, index: index as usize, value }.into())
+    }
+
+    /// The scales' own quantisation.
+    fn nested(device: CudaDevice, absmax: &Tensor) -> Result<Absmax> {
+        let (blocks, arena) = (absmax.numel(), absmax.arena());
+        let count = Arg::U64(blocks as u64);
+        let mut offset = Tensor::empty(arena, DType::F32, [1])?;
+        if blocks <= IN_ORDER {
+            let args = [Arg::write(&mut offset)?, Arg::read(absmax)?, count];
+            device.launch("quantize_absmax_mean", Grid::new(1, 512), &args)?;
+        } else {
+            let parts = blocks.div_ceil(2048).min(1024);
+            // f64 sums: two words each.
+            let mut partials = Tensor::empty(arena, DType::U32, [2 * parts])?;
+            let args = [Arg::write(&mut partials)?, Arg::read(absmax)?, count];
+            device.launch("quantize_absmax_sums", Grid::new(parts, 256), &args)?;
+            let args = [Arg::write(&mut offset)?, Arg::read(&partials)?, Arg::size(parts), count];
+            device.launch("quantize_absmax_mean_of", Grid::new(1, 512), &args)?;
+        }
+        let map = Tensor::from_slice(arena, nf4::dynamic_map_signed(), [256])?;
+        let mut codes = Tensor::empty(arena, DType::U8, [blocks])?;
+        let mut absmax2 = Tensor::empty(arena, DType::F32, [blocks.div_ceil(256)])?;
+        let args = [
+            Arg::write(&mut codes)?,
+            Arg::write(&mut absmax2)?,
+            Arg::read(absmax)?,
+            Arg::read(&offset)?,
+            Arg::read(&map)?,
+            count,
+        ];
+        device.launch("quantize_absmax", Grid::over(blocks, 2048, 256), &args)?;
+        let offset = offset.to_f32_vec()?[0];
+        Ok(Absmax::Nested { codes, absmax: absmax2, offset, map })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Arena;
+
+    #[test]
+    fn the_weight_is_that_of_the_quantizer() {
+        let arena = Arena::new(Device::Cpu);
+        let values: Vec<f32> = (0..32 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
+        let x = Tensor::from_slice(&arena, &values, [32, 64]).unwrap();
+        let config = nf4::QuantConfig::default();
+        let weight = forward(&x, &config).unwrap();
+        let mut expected = vec![0.0f32; values.len()];
+        nf4::dequantize(&nf4::quantize(&values, &config).unwrap(), &mut expected).unwrap();
+        assert_eq!(weight.to_f32_vec().unwrap(), expected);
+        assert!(forward(&x.reshape([32 * 64]).unwrap(), &config).is_err());
+    }
+}
