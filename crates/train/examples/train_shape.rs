@@ -2,7 +2,7 @@
 //! light, peak memory.
 //!
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
-//! [--checkpointing none|selective|full] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1]`
+//! [--checkpointing none|selective|full] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
@@ -13,7 +13,7 @@ use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, TargetModules};
-use nibble_model::{Checkpointing, LoadOptions, Transformer, config::ModelConfig};
+use nibble_model::{Checkpointing, GenerateOptions, LoadOptions, Session, Transformer, config::ModelConfig};
 use nibble_nf4::{Format, QuantConfig};
 use nibble_tensor::{
     Arena, DType, Device, Rng,
@@ -155,6 +155,10 @@ fn main() -> Result<()> {
         trainer.step()?;
         print_profile(&device.end_profile()?);
     }
+    let new: usize = options.get("generate", 0)?;
+    if new > 0 {
+        generate(&trainer, new.min(length / 2))?;
+    }
     rates.sort_by(f64::total_cmp);
     let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
     let light = options.get("flops", 790e12)? / flops;
@@ -164,6 +168,23 @@ fn main() -> Result<()> {
         arena.stats().peak as f64 / 1e9,
         arena.device_bytes().unwrap_or_default() as f64 / 1e9
     );
+    Ok(())
+}
+
+/// Greedy tokens after a prompt of as many, one at a time.
+fn generate(trainer: &Trainer, new: usize) -> Result<()> {
+    let mut session = Session::new(trainer.model(), trainer.params(), 2 * new + 1)?;
+    let prompt: Vec<u32> = (0..new as u32).collect();
+    let mut times = Vec::new();
+    let options = GenerateOptions { max_new_tokens: new, ..GenerateOptions::default() };
+    session.generate(&prompt, &options, |_| {
+        times.push(Instant::now());
+        true
+    })?;
+    if let [first, .., last] = times[..] {
+        let rate = (times.len() - 1) as f64 / (last - first).as_secs_f64();
+        println!("generation after {new} tokens: {rate:.0} tokens/s");
+    }
     Ok(())
 }
 
