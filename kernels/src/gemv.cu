@@ -2,18 +2,22 @@
 //
 // W is decoded to f32 and rounded to T, as dequantize.cu does; products are summed in f32.
 //
-// bf16 and f16 from sm_80 on, k a multiple of 32 (dense: of 8), pointers aligned to 16 bytes: tensor cores do the sums, rows of x
-// beyond m being zero. A block takes tiles of 16 rows of W (dense: 8) in turn. Its 16 warps share the columns of a tile in chunks
-// of 128, and at the tile's end one of them, each in turn, adds up what they have, in the order of the warps. Codes are decoded in
-// twos: entry b of a table is the pair of levels of byte b, and lies in shared memory 16 times, so that lanes never want the same
-// bank. A warp's next chunk is copied to shared memory while it works, and the next tiles to the second-level cache before that.
-// Dense: the next two chunks are in registers, and x too while k <= 4096.
+// bf16 and f16, k a multiple of 32 (dense: of 8), pointers aligned to 16 bytes: tensor cores do the sums, W being the left matrix
+// and x the right one (its rows beyond m are zero). A block takes tiles of 16 rows of W in turn. Its 16 warps share the columns of
+// a tile in chunks, and at the tile's end one of them, each in turn, adds up what they have, in the order of the warps. A lane
+// keeps its part of x in registers while k is small enough. Loads of W run ahead by two chunks in registers and by some tiles
+// into the second-level cache. Codes are decoded in twos: entry b of a table is the pair of levels of byte b, and lies in shared
+// memory 16 times, so that lanes never want the same bank.
 // Else: a warp takes a row of W, and a lane 8 elements of 256 at a time, or one of 32.
 //
-// Launch: block 512. gemv_plain_T, gemv_nested_T: grid min(ceil(n / 16), 2 · multiprocessors) in x, 90112 bytes of dynamic shared
-// memory (f32, and all on sm_75: none). gemv_dense_T: grid min(ceil(n / 8), multiprocessors), none. Other grids are right too.
+// Launch: block 512, grid min(ceil(n / 16), multiprocessors) in x (any other is right too), no dynamic shared memory.
 //
 // Bytes: W read once; x comes from the caches.
+//
+// spills: gemv_plain_f16 32 x and two steps of W in 128 registers, on sm_120a
+// spills: gemv_plain_bf16 32 as gemv_plain_f16
+// spills: gemv_nested_f16 32 as gemv_plain_f16, and 16 on sm_75 to sm_90a
+// spills: gemv_nested_bf16 32 as gemv_nested_f16
 
 #include "common/blocks.cuh"
 #include "common/mma.cuh"
@@ -22,11 +26,11 @@
 
 constexpr u32 THREADS = 512;
 constexpr u32 WARPS = THREADS / 32;
-// Rows of x at most.
+// Rows of x at most, and rows of W in a tile.
 constexpr u32 MOST = 8;
-// Columns of a warp's step, and of all warps together.
-constexpr u32 CHUNK = 128;
-constexpr u32 STRIDE = WARPS * CHUNK;
+constexpr u32 TILE = 16;
+// Bytes of W that are on their way to the second-level cache.
+constexpr u32 AHEAD_BYTES = 64 << 10;
 
 struct __align__(16) Words {
     u32 v[4];
@@ -37,67 +41,79 @@ __device__ __forceinline__ Words load_words(const void *p) {
     return {w.x, w.y, w.z, w.w};
 }
 
-// A step of a warp: a tile, and which of the warp's chunks.
-struct Step {
-    u32 tile, part;
-
-    __device__ __forceinline__ void next(u32 parts) {
-        if (++part == parts) part = 0, tile += gridDim.x;
-    }
-};
-
-// Adds up N values of each lane over the warps, which call it together; true for the one warp that has the sums. `turn` counts
-// the calls.
-template <int N>
-struct Sums {
-    float v[2][WARPS - 1][N][32];
-
-    __device__ __forceinline__ bool add(float (&mine)[N], u32 turn) {
-        const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, adder = turn % WARPS;
-        float(*others)[N][32] = v[turn & 1];
-        if (warp != adder) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) others[warp - (warp > adder)][i][lane] = mine[i];
-        }
-        __syncthreads();
-        if (warp != adder) return false;
-        float sum[N] = {};
-#pragma unroll 4
-        for (u32 w = 0; w < WARPS; ++w) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) sum[i] += w == adder ? mine[i] : others[w - (w > adder)][i][lane];
-        }
-#pragma unroll
-        for (int i = 0; i < N; ++i) mine[i] = sum[i];
-        return true;
-    }
-};
-
-template <typename T>
-__device__ __forceinline__ void put(T *y, const T *bias, u32 row_of_x, u32 row, float sum, u32 m, u32 n) {
-    if (row_of_x < m && row < n) y[u64(row_of_x) * n + row] = from_f32<T>(sum + (bias ? to_f32(bias[row]) : 0.0f));
+// Bytes first .. last of an array to the second-level cache, by all threads of the block.
+__device__ __forceinline__ void prefetch(const void *array, u64 first, u64 last) {
+    const char *bytes = reinterpret_cast<const char *>(array);
+    for (u64 at = first + threadIdx.x * 32; at < last; at += THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes + at));
 }
 
-// Four times 8 elements of x for a lane, zero beyond m and k; the first of each are at column(lane, part) of the chunk.
-template <typename W, typename T>
-__device__ __forceinline__ void load_x(Words (&held)[4], const T *x, u32 m, u32 k, u32 chunk, u32 lane) {
-#pragma unroll
-    for (u32 p = 0; p < 4; ++p) {
-        const u32 column = chunk + W::column(lane, p);
-        held[p] = lane / 4 < m && column < k ? load_words(x + u64(lane / 4) * k + column) : Words{};
-    }
+__device__ __forceinline__ void prefetch_scales(const PlainScales &scales, u64 first, u64 last) {
+    prefetch(scales.absmax, first * 4, last * 4);
 }
 
+__device__ __forceinline__ void prefetch_scales(const NestedScales &scales, u64 first, u64 last) {
+    prefetch(scales.codes, first, last);
+}
+
+// The two kinds of W. In a step a lane has PARTS times 8 elements of rows lane / 4 and lane / 4 + 8 of a tile, which begin at
+// column(lane, part) of the warp's chunk, and the same of x. `fetch` loads them, `words` gives a part as pairs of T. `get` is for
+// the plain path.
 template <typename T, typename S>
 struct BlockMatrix {
+    static constexpr u32 PARTS = 4, MULTIPLE = 32;
+
     const u8 *packed;
     S scales;
+    const float *code;
     u32 shift;
-    const float *levels;
+    // Levels of codes, and of pairs of codes.
+    float *levels;
+    float2 (*pairs)[16];
+
+    struct Fetched {
+        Words codes[2];
+        typename S::Loaded scales[2];
+    };
 
     static __device__ __forceinline__ u32 column(u32 lane, u32 part) { return lane % 4 * 32 + part * 8; }
     __device__ __forceinline__ bool aligned() const { return aligned16(packed); }
 
+    __device__ __forceinline__ void prepare() const {
+        constexpr u32 EACH = 256 * 16 / THREADS;
+        float high[EACH];
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) high[i] = code[i * (16 / EACH) + threadIdx.x / 256];
+        const float low = code[threadIdx.x / 16 % 16];
+#pragma unroll
+        for (u32 i = 0; i < EACH; ++i) pairs[i * (256 / EACH) + threadIdx.x / 16][threadIdx.x % 16] = {high[i], low};
+        if (threadIdx.x < 16) levels[threadIdx.x] = code[threadIdx.x];
+    }
+    // Elements first .. last.
+    __device__ __forceinline__ void prefetch_elements(u64 first, u64 last) const {
+        prefetch(packed, first / 2, last / 2);
+        prefetch_scales(scales, first >> shift, (last + (1u << shift) - 1) >> shift);
+    }
+    __device__ __forceinline__ void fetch(Fetched &to, const u64 (&rows)[2], u32 k, u32 chunk, u32 lane) const {
+        const u32 first = chunk + lane % 4 * 32, column = first < k ? first : 0;
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) {
+            const u64 at = rows[r] + column;
+            to.codes[r] = load_words(packed + at / 2);
+            to.scales[r] = scales.load(at >> shift);
+        }
+    }
+    __device__ __forceinline__ float scale(const Fetched &from, u32 r) const { return scales.value(from.scales[r]); }
+    // `copy` is the lane's place in an entry.
+    __device__ __forceinline__ void words(u32 (&w)[4], const Fetched &from, u32 r, float scale, u32 part, u32 copy) const {
+        const char *mine = reinterpret_cast<const char *>(pairs);
+        const u32 codes = from.codes[r].v[part];
+#pragma unroll
+        for (u32 b = 0; b < 4; ++b) {
+            const u32 entry = (b == 0 ? codes << 7 : codes >> (b * 8 - 7)) & 0x7f80;
+            const float2 pair = *reinterpret_cast<const float2 *>(mine + (entry | copy));
+            w[b] = pack2<T>(pair.x * scale, pair.y * scale);
+        }
+    }
     template <int N>
     __device__ __forceinline__ void get(u64 at, float (&w)[N]) const {
         const float scale = scales.get(at >> shift);
@@ -113,214 +129,143 @@ struct BlockMatrix {
 
 template <typename T>
 struct DenseMatrix {
+    static constexpr u32 PARTS = 2, MULTIPLE = 8;
+
     const T *w;
+
+    struct Fetched {
+        Words parts[2][PARTS];
+    };
 
     static __device__ __forceinline__ u32 column(u32 lane, u32 part) { return part * 32 + lane % 4 * 8; }
     __device__ __forceinline__ bool aligned() const { return aligned16(w); }
 
+    __device__ __forceinline__ void prepare() const {}
+    __device__ __forceinline__ void prefetch_elements(u64 first, u64 last) const { prefetch(w, first * sizeof(T), last * sizeof(T)); }
+    __device__ __forceinline__ void fetch(Fetched &to, const u64 (&rows)[2], u32 k, u32 chunk, u32 lane) const {
+#pragma unroll
+        for (u32 p = 0; p < PARTS; ++p) {
+            const u32 first = chunk + column(lane, p), at = first < k ? first : 0;
+#pragma unroll
+            for (u32 r = 0; r < 2; ++r) to.parts[r][p] = load_words(w + rows[r] + at);
+        }
+    }
+    __device__ __forceinline__ float scale(const Fetched &, u32) const { return 1.0f; }
+    __device__ __forceinline__ void words(u32 (&v)[4], const Fetched &from, u32 r, float, u32 part, u32) const {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) v[i] = from.parts[r][part].v[i];
+    }
     template <int N>
     __device__ __forceinline__ void get(u64 at, float (&v)[N]) const {
         load_f32(w + at, v);
     }
 };
 
-// Bytes first .. last of an array to the second-level cache, by all threads of the block.
-__device__ __forceinline__ void prefetch(const void *array, u64 first, u64 last) {
-    const char *bytes = reinterpret_cast<const char *>(array);
-    for (u64 at = first + threadIdx.x * 32; at < last; at += THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(bytes + at));
+// A lane's part of a chunk of x: zero beyond m and k.
+template <typename W, typename T>
+__device__ __forceinline__ void load_x(Words (&held)[W::PARTS], const T *x, u32 m, u32 k, u32 chunk, u32 lane) {
+#pragma unroll
+    for (u32 p = 0; p < W::PARTS; ++p) {
+        const u32 column = chunk + W::column(lane, p);
+        held[p] = lane / 4 < m && column < k ? load_words(x + u64(lane / 4) * k + column) : Words{};
+    }
 }
 
-// How a lane's scale gets to its place in shared memory (4 bytes there) and from it.
-struct PlainCopy {
-    PlainScales scales;
+// A step of a warp: a tile, and which of the warp's chunks.
+struct Step {
+    u32 tile, chunk;
 
-    __device__ __forceinline__ void start(u32 to, u64 block) { copy4(to, scales.absmax + block, true); }
-    __device__ __forceinline__ float value(const u32 *from, const float *) const { return __uint_as_float(*from); }
-    __device__ __forceinline__ void prefetch_blocks(u64 first, u64 last) const { prefetch(scales.absmax, first * 4, last * 4); }
-};
-
-struct NestedCopy {
-    NestedScales scales;
-    u32 byte;
-    float absmax;
-
-    // The four codes that the block's is among.
-    __device__ __forceinline__ void start(u32 to, u64 block) {
-        copy4(to, scales.codes + (block & ~u64(3)), true);
-        byte = u32(block) & 3;
-        absmax = scales.absmax[block >> 8];
+    __device__ __forceinline__ void next(u32 chunks) {
+        if (++chunk == chunks) chunk = 0, tile += gridDim.x;
     }
-    __device__ __forceinline__ float value(const u32 *from, const float *map) const {
-        return __fadd_rn(__fmul_rn(map[*from >> byte * 8 & 255], absmax), scales.offset);
-    }
-    __device__ __forceinline__ void prefetch_blocks(u64 first, u64 last) const { prefetch(scales.codes, first, last); }
 };
 
-__device__ __forceinline__ PlainCopy copy_of(const PlainScales &scales) { return {scales}; }
-__device__ __forceinline__ NestedCopy copy_of(const NestedScales &scales) { return {scales, 0, 0}; }
-__device__ __forceinline__ const float *map_of(const PlainScales &) { return nullptr; }
-__device__ __forceinline__ const float *map_of(const NestedScales &scales) { return scales.map; }
+// Sums of warps but the one that adds them up, for two tiles in turn.
+using Sums = float4[2][WARPS - 1][32];
 
-// Dynamic shared memory of the kernels of 4-bit blocks.
-struct __align__(128) Shared {
-    float2 pairs[256][16];
-    float map[256];
-    Sums<4> sums;
-    // Two steps: a lane's codes and scales of its two rows.
-    Words codes[2][WARPS][2][32];
-    u32 scales[2][WARPS][2][32];
-};
-static_assert(sizeof(Shared) == 90112, "as said above");
-
-// A lane has 32 elements of rows lane / 4 and lane / 4 + 8 of a tile in each step.
-template <typename T, typename S>
-__device__ __forceinline__ void block_tiles(T *y, const T *x, const BlockMatrix<T, S> &matrix, const float *code, const T *bias,
-                                            u32 m, u32 n, u32 k) {
-    // Bytes of W that are on their way to the second-level cache for a block.
-    constexpr u32 AHEAD = 32 << 10, TILE = 16;
-    extern __shared__ __align__(128) char dynamic[];
-    Shared &shared = *reinterpret_cast<Shared *>(dynamic);
+// HELD: the most chunks of a tile that a warp has, whose x stay in registers; 0: any number, x comes from memory.
+template <int HELD, typename T, typename W>
+__device__ __forceinline__ void tile_products(T *y, const T *x, const W &matrix, const T *bias, Sums &sums, u32 m, u32 n, u32 k) {
+    constexpr u32 CHUNK = W::PARTS * 32, STRIDE = WARPS * CHUNK;
+    constexpr int AHEAD = 2, TURNS = HELD > AHEAD ? HELD : AHEAD;
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 tiles = (n + TILE - 1) / TILE, parts = (k + STRIDE - 1) / STRIDE;
+    const u32 tiles = (n + TILE - 1) / TILE, chunks = HELD ? HELD : (k + STRIDE - 1) / STRIDE;
     const u64 tile_size = u64(TILE) * k, size = u64(n) * k;
     Step now = {blockIdx.x, 0}, ahead = now;
-    auto upper = copy_of(matrix.scales), lower = upper;
-    const auto fetch = [&](u32 slot) {
-        // What lies beyond W is read elsewhere in it and not used.
-        const u32 first = ahead.part * STRIDE + warp * CHUNK + lane % 4 * 32, column = first < k ? first : 0;
-#pragma unroll
-        for (u32 r = 0; r < 2; ++r) {
-            const u64 row = u64(ahead.tile) * TILE + lane / 4 + r * 8;
-            const u64 at = (row < n ? row : 0) * k + column;
-            copy16(shared_address(&shared.codes[slot][warp][r][lane]), matrix.packed + at / 2, true);
-            (r == 0 ? upper : lower).start(shared_address(&shared.scales[slot][warp][r][lane]), at >> matrix.shift);
-        }
-        copy_commit();
-        ahead.next(parts);
+    typename W::Fetched ring[AHEAD];
+    const auto fetch = [&](typename W::Fetched &to) {
+        // Without a condition, so that nothing waits for the load: what lies beyond W is read elsewhere in it and not used.
+        const u64 first = u64(ahead.tile) * TILE + lane / 4, second = first + 8;
+        const u64 rows[2] = {(first < n ? first : 0) * k, (second < n ? second : 0) * k};
+        matrix.fetch(to, rows, k, ahead.chunk * STRIDE + warp * CHUNK, lane);
+        ahead.next(chunks);
     };
     const auto prefetch_tile = [&](u64 tile) {
-        const u64 first = tile * tile_size, last = first + tile_size < size ? first + tile_size : size;
-        if (first >= size) return;
-        prefetch(matrix.packed, first / 2, last / 2);
-        upper.prefetch_blocks(first >> matrix.shift, (last + (1u << matrix.shift) - 1) >> matrix.shift);
+        const u64 first = tile * tile_size, last = first + tile_size;
+        if (first < size) matrix.prefetch_elements(first, last < size ? last : size);
     };
-    fetch(0);
-    const u32 distance = 1 + u32(AHEAD / (tile_size / 2));
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) fetch(ring[i]);
+    const u32 distance = 1 + u32(AHEAD_BYTES / (tile_size * (W::PARTS == 4 ? 1 : 4) / 2));
     for (u32 i = 0; i < distance; ++i) prefetch_tile(blockIdx.x + u64(i) * gridDim.x);
-    // The table: a thread's entries differ in the high nibble alone.
-    constexpr u32 EACH = 256 * 16 / THREADS;
-    float high[EACH];
+    Words held[HELD ? HELD : 1][W::PARTS];
+    if constexpr (HELD != 0) {
 #pragma unroll
-    for (u32 i = 0; i < EACH; ++i) high[i] = code[i * (16 / EACH) + threadIdx.x / 256];
-    const float low = code[threadIdx.x / 16 % 16];
-#pragma unroll
-    for (u32 i = 0; i < EACH; ++i) shared.pairs[i * (256 / EACH) + threadIdx.x / 16][threadIdx.x % 16] = {high[i], low};
-    if (map_of(matrix.scales) && threadIdx.x < 256) shared.map[threadIdx.x] = map_of(matrix.scales)[threadIdx.x];
+        for (int i = 0; i < HELD; ++i) load_x<W>(held[i], x, m, k, i * STRIDE + warp * CHUNK, lane);
+    }
+    matrix.prepare();
     __syncthreads();
-    const char *pairs = reinterpret_cast<const char *>(shared.pairs);
     u32 copy = threadIdx.x % 16 * 8, turn = 0;
     asm volatile("" : "+r"(copy));
     float c[2][4] = {};
-    for (u32 slot = 0; now.tile < tiles; slot ^= 1) {
-        if (now.part == 0) prefetch_tile(now.tile + u64(distance) * gridDim.x);
-        copy_wait<0>();
-        const Words codes[2] = {shared.codes[slot][warp][0][lane], shared.codes[slot][warp][1][lane]};
-        const float scale[2] = {upper.value(&shared.scales[slot][warp][0][lane], shared.map),
-                                lower.value(&shared.scales[slot][warp][1][lane], shared.map)};
-        fetch(slot ^ 1);
-        const u32 chunk = now.part * STRIDE + warp * CHUNK;
-        if (chunk < k) {
-            Words xs[4];
-            load_x<BlockMatrix<T, S>>(xs, x, m, k, chunk, lane);
-#pragma unroll
-            for (u32 p = 0; p < 4; ++p) {
-                u32 w[4][2];
-#pragma unroll
-                for (u32 b = 0; b < 4; ++b) {
-#pragma unroll
-                    for (u32 r = 0; r < 2; ++r) {
-                        const u32 four = codes[r].v[p], entry = (b == 0 ? four << 7 : four >> (b * 8 - 7)) & 0x7f80;
-                        const float2 pair = *reinterpret_cast<const float2 *>(pairs + (entry | copy));
-                        w[b][r] = pack2<T>(pair.x * scale[r], pair.y * scale[r]);
-                    }
-                }
-                const u32 first[4] = {w[0][0], w[0][1], w[1][0], w[1][1]}, second[4] = {w[2][0], w[2][1], w[3][0], w[3][1]};
-                mma<T>(c[0], first, xs[p].v[0], xs[p].v[1]);
-                mma<T>(c[1], second, xs[p].v[2], xs[p].v[3]);
-            }
-        }
-        if (now.part + 1 == parts) {
-            // Rows lane / 4 and lane / 4 + 8 of the tile, for rows 2t and 2t + 1 of x.
-            float v[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[i] = c[0][i] + c[1][i], c[0][i] = c[1][i] = 0;
-            if (shared.sums.add(v, turn++)) {
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) put(y, bias, lane % 4 * 2 + i % 2, now.tile * TILE + lane / 4 + i / 2 * 8, v[i], m, n);
-            }
-        }
-        now.next(parts);
-    }
-    copy_wait<0>();
-}
-
-// A lane has 32 elements of row lane / 4 of a tile in each step; x is the left matrix. HELD: the most chunks of a tile that a
-// warp has, whose x stay in registers; 0: any number, x comes from memory.
-template <int HELD, typename T>
-__device__ __forceinline__ void dense_tiles(T *y, const T *x, const T *w, const T *bias, Sums<2> &sums, u32 m, u32 n, u32 k) {
-    constexpr u32 TILE = 8, AHEAD = 2;
-    using Matrix = DenseMatrix<T>;
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const u32 tiles = (n + TILE - 1) / TILE, parts = HELD ? HELD : (k + STRIDE - 1) / STRIDE;
-    Step now = {blockIdx.x, 0}, ahead = now;
-    Words ring[AHEAD][4];
-    const auto fetch = [&](Words(&to)[4]) {
-        // Without a condition, so that nothing waits for the load: what lies beyond W is read elsewhere in it and not used.
-        const u64 row = u64(ahead.tile) * TILE + lane / 4;
-        const T *from = w + (row < n ? row : n - 1) * k;
-#pragma unroll
-        for (u32 p = 0; p < 4; ++p) {
-            const u32 first = ahead.part * STRIDE + warp * CHUNK + Matrix::column(lane, p);
-            to[p] = load_words(from + (first < k ? first : 0));
-        }
-        ahead.next(parts);
-    };
-#pragma unroll
-    for (u32 i = 0; i < AHEAD; ++i) fetch(ring[i]);
-    Words held[HELD ? HELD : 1][4];
-    if constexpr (HELD != 0) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i) load_x<Matrix>(held[i], x, m, k, i * STRIDE + warp * CHUNK, lane);
-    }
-    float c[2][4] = {};
-    u32 turn = 0;
     while (now.tile < tiles) {
 #pragma unroll
-        for (u32 j = 0; j < AHEAD; ++j) {
+        for (int j = 0; j < TURNS; ++j) {
             if (now.tile >= tiles) break;
-            const u32 chunk = now.part * STRIDE + warp * CHUNK;
-            Words(&xs)[4] = held[HELD ? j % (HELD ? HELD : 1) : 0];
+            if (now.chunk == 0) prefetch_tile(now.tile + u64(distance) * gridDim.x);
+            const u32 chunk = now.chunk * STRIDE + warp * CHUNK;
+            Words(&xs)[W::PARTS] = held[HELD ? j % HELD : 0];
             if (chunk < k) {
-                if constexpr (HELD == 0) load_x<Matrix>(xs, x, m, k, chunk, lane);
+                if constexpr (HELD == 0) load_x<W>(xs, x, m, k, chunk, lane);
+                const typename W::Fetched &from = ring[j % AHEAD];
+                const float upper = matrix.scale(from, 0), lower = matrix.scale(from, 1);
 #pragma unroll
-                for (u32 p = 0; p < 4; ++p) {
-                    const u32 first[4] = {xs[p].v[0], 0, xs[p].v[1], 0}, second[4] = {xs[p].v[2], 0, xs[p].v[3], 0};
-                    mma<T>(c[0], first, ring[j][p].v[0], ring[j][p].v[1]);
-                    mma<T>(c[1], second, ring[j][p].v[2], ring[j][p].v[3]);
+                for (u32 p = 0; p < W::PARTS; ++p) {
+                    u32 a[4], b[4];
+                    matrix.words(a, from, 0, upper, p, copy);
+                    matrix.words(b, from, 1, lower, p, copy);
+                    const u32 first[4] = {a[0], b[0], a[1], b[1]}, second[4] = {a[2], b[2], a[3], b[3]};
+                    mma<T>(c[0], first, xs[p].v[0], xs[p].v[1]);
+                    mma<T>(c[1], second, xs[p].v[2], xs[p].v[3]);
                 }
             }
-            fetch(ring[j]);
-            if (now.part + 1 == parts) {
-                // Rows 2t and 2t + 1 of the tile, for row lane / 4 of x.
-                float v[2] = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
+            fetch(ring[j % AHEAD]);
+            if (now.chunk + 1 == chunks) {
+                // Rows lane / 4 (x and y) and lane / 4 + 8 (z and w) of the tile, for rows 2t and 2t + 1 of x.
+                float v[4];
 #pragma unroll
-                for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = 0;
-                if (sums.add(v, turn++)) {
+                for (int i = 0; i < 4; ++i) v[i] = c[0][i] + c[1][i], c[0][i] = c[1][i] = 0;
+                const u32 adder = turn % WARPS;
+                if (warp != adder) sums[turn & 1][warp - (warp > adder)][lane] = {v[0], v[1], v[2], v[3]};
+                __syncthreads();
+                if (warp == adder) {
+                    float4 sum = {0, 0, 0, 0};
+#pragma unroll 2
+                    for (u32 i = 0; i < WARPS; ++i) {
+                        float4 other = {v[0], v[1], v[2], v[3]};
+                        if (i != adder) other = sums[turn & 1][i - (i > adder)][lane];
+                        sum.x += other.x, sum.y += other.y, sum.z += other.z, sum.w += other.w;
+                    }
+                    const float all[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-                    for (u32 i = 0; i < 2; ++i) put(y, bias, lane / 4, now.tile * TILE + lane % 4 * 2 + i, v[i], m, n);
+                    for (u32 i = 0; i < 4; ++i) {
+                        const u32 row = now.tile * TILE + lane / 4 + i / 2 * 8, of_x = lane % 4 * 2 + i % 2;
+                        if (row < n && of_x < m) y[u64(of_x) * n + row] = from_f32<T>(all[i] + (bias ? to_f32(bias[row]) : 0.0f));
+                    }
                 }
+                ++turn;
             }
-            now.next(parts);
+            now.next(chunks);
         }
     }
 }
@@ -352,8 +297,21 @@ __device__ __forceinline__ void row_products(T *y, const T *x, const W &matrix, 
 }
 
 template <typename T, typename W>
-__device__ __forceinline__ void rows(T *y, const T *x, const W &matrix, const T *bias, u32 m, u32 n, u32 k) {
-    if (k % 8 == 0 && aligned16(x) && matrix.aligned()) row_products<8>(y, x, matrix, bias, m, n, k);
+__device__ __forceinline__ void gemv(T *y, const T *x, const W &matrix, const T *bias, u32 m, u32 n, u32 k) {
+    const bool aligned = aligned16(x) && matrix.aligned();
+    if constexpr (sizeof(T) == 2) {
+        __shared__ Sums sums;
+        constexpr u32 STRIDE = WARPS * W::PARTS * 32, SMALL = 8 / W::PARTS, LARGE = 4;
+        if (aligned && k % W::MULTIPLE == 0) {
+            if (k <= SMALL * STRIDE) tile_products<SMALL>(y, x, matrix, bias, sums, m, n, k);
+            else if (W::PARTS == 4 && k <= LARGE * STRIDE) tile_products<LARGE>(y, x, matrix, bias, sums, m, n, k);
+            else tile_products<0>(y, x, matrix, bias, sums, m, n, k);
+            return;
+        }
+    }
+    matrix.prepare();
+    __syncthreads();
+    if (aligned && k % 8 == 0) row_products<8>(y, x, matrix, bias, m, n, k);
     else row_products<1>(y, x, matrix, bias, m, n, k);
 }
 
@@ -361,34 +319,8 @@ template <typename T, typename S>
 __device__ __forceinline__ void gemv_blocks(T *y, const T *x, const u8 *packed, const S &scales, const float *code, const T *bias,
                                             u32 m, u32 n, u32 k, u32 block_size) {
     __shared__ float levels[16];
-    const BlockMatrix<T, S> matrix = {packed, scales, log2_of(block_size), levels};
-#if HAS_BF16
-    if constexpr (sizeof(T) == 2) {
-        if (k % 32 == 0 && aligned16(x) && aligned16(packed) && scales.aligned()) {
-            block_tiles(y, x, matrix, code, bias, m, n, k);
-            return;
-        }
-    }
-#endif
-    if (threadIdx.x < 16) levels[threadIdx.x] = code[threadIdx.x];
-    __syncthreads();
-    rows(y, x, matrix, bias, m, n, k);
-}
-
-template <typename T>
-__device__ __forceinline__ void gemv_dense(T *y, const T *x, const T *w, const T *bias, u32 m, u32 n, u32 k) {
-#if HAS_BF16
-    if constexpr (sizeof(T) == 2) {
-        __shared__ Sums<2> sums;
-        if (k % 8 == 0 && aligned16(x) && aligned16(w)) {
-            if (k <= STRIDE) dense_tiles<1>(y, x, w, bias, sums, m, n, k);
-            else if (k <= 2 * STRIDE) dense_tiles<2>(y, x, w, bias, sums, m, n, k);
-            else dense_tiles<0>(y, x, w, bias, sums, m, n, k);
-            return;
-        }
-    }
-#endif
-    rows(y, x, DenseMatrix<T>{w}, bias, m, n, k);
+    __shared__ __align__(128) float2 pairs[256][16];
+    gemv(y, x, BlockMatrix<T, S>{packed, scales, code, log2_of(block_size), levels, pairs}, bias, m, n, k);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 2)
@@ -405,16 +337,16 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 
 extern "C" __global__ void __launch_bounds__(512, 2)
     gemv_dense_f32(float *y, const float *x, const float *w, const float *bias, u32 m, u32 n, u32 k) {
-    gemv_dense(y, x, w, bias, m, n, k);
+    gemv(y, x, DenseMatrix<float>{w}, bias, m, n, k);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512)
     gemv_plain_f16(f16 *y, const f16 *x, const u8 *packed, const float *absmax, const float *code, const f16 *bias, u32 m,
                    u32 n, u32 k, u32 block_size) {
     gemv_blocks(y, x, packed, PlainScales{absmax}, code, bias, m, n, k, block_size);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512)
     gemv_nested_f16(f16 *y, const f16 *x, const u8 *packed, const u8 *absmax_codes, const float *absmax2, const float *map,
                     const float *code, const f16 *bias, float offset, u32 m, u32 n, u32 k, u32 block_size) {
     gemv_blocks(y, x, packed, NestedScales{absmax_codes, absmax2, map, offset}, code, bias, m, n, k, block_size);
@@ -422,17 +354,17 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 
 extern "C" __global__ void __launch_bounds__(512)
     gemv_dense_f16(f16 *y, const f16 *x, const f16 *w, const f16 *bias, u32 m, u32 n, u32 k) {
-    gemv_dense(y, x, w, bias, m, n, k);
+    gemv(y, x, DenseMatrix<f16>{w}, bias, m, n, k);
 }
 
 #if HAS_BF16
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512)
     gemv_plain_bf16(bf16 *y, const bf16 *x, const u8 *packed, const float *absmax, const float *code, const bf16 *bias, u32 m,
                    u32 n, u32 k, u32 block_size) {
     gemv_blocks(y, x, packed, PlainScales{absmax}, code, bias, m, n, k, block_size);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 2)
+extern "C" __global__ void __launch_bounds__(512)
     gemv_nested_bf16(bf16 *y, const bf16 *x, const u8 *packed, const u8 *absmax_codes, const float *absmax2, const float *map,
                     const float *code, const bf16 *bias, float offset, u32 m, u32 n, u32 k, u32 block_size) {
     gemv_blocks(y, x, packed, NestedScales{absmax_codes, absmax2, map, offset}, code, bias, m, n, k, block_size);
@@ -440,6 +372,6 @@ extern "C" __global__ void __launch_bounds__(512, 2)
 
 extern "C" __global__ void __launch_bounds__(512)
     gemv_dense_bf16(bf16 *y, const bf16 *x, const bf16 *w, const bf16 *bias, u32 m, u32 n, u32 k) {
-    gemv_dense(y, x, w, bias, m, n, k);
+    gemv(y, x, DenseMatrix<bf16>{w}, bias, m, n, k);
 }
 #endif

@@ -21,6 +21,9 @@
 //   quantize_absmax: block 256, a warp a nested block: grid ceil(blocks / 2048), or fewer.
 // quantize_absmax_mean takes any number of blocks, with f64 sums beyond 130560; one multiprocessor reads slowly.
 //
+// spills: _Z10rare_codesILi1E3f16EjjPyPKT0_yyf 40 a function that is called for rare blocks alone keeps its caller's registers
+// spills: _Z10rare_codesILi1E4bf16EjjPyPKT0_yyf 40 as above
+//
 // None has dynamic shared memory. Bytes: x read, n / 2 and 4 n / block_size written; absmax read twice, a byte each written.
 
 #include "common/blocks.cuh"

@@ -12,7 +12,6 @@ struct PlainScales {
     __device__ __forceinline__ Loaded load(u64 block) const { return absmax[block]; }
     __device__ __forceinline__ float value(Loaded x) const { return x; }
     __device__ __forceinline__ float get(u64 block) const { return absmax[block]; }
-    __device__ __forceinline__ bool aligned() const { return true; }
 };
 
 // Doubly quantised. The product is rounded before the offset is added, as on the CPU: no fused multiply-add.
@@ -29,8 +28,6 @@ struct NestedScales {
     __device__ __forceinline__ Loaded load(u64 block) const { return {codes[block], absmax[block >> 8]}; }
     __device__ __forceinline__ float value(Loaded x) const { return __fadd_rn(__fmul_rn(map[x.code], x.absmax), offset); }
     __device__ __forceinline__ float get(u64 block) const { return value(load(block)); }
-    // Whether codes may be read four at a time.
-    __device__ __forceinline__ bool aligned() const { return reinterpret_cast<u64>(codes) % 4 == 0; }
 };
 
 __device__ __forceinline__ u32 log2_of(u32 power) { return 31 - __clz(power); }
