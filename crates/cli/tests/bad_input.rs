@@ -385,3 +385,13 @@ fn merge_flags_that_would_change_nothing() {
         world.refuses_line(&line, &[flag, "has no effect", "--quant none"]);
     }
 }
+
+#[test]
+fn a_memory_limit_below_what_the_model_takes() {
+    let world = World::new();
+    let before = world.entries();
+    let ended = world.run("train --model model --data rows.jsonl --output out --device cpu --memory-limit 2KiB");
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    assert!(ended.stderr.contains("error: out of memory on cpu") && ended.stderr.contains("hint: "), "{}", ended.stderr);
+    assert_eq!(world.entries(), before, "something was left behind");
+}

@@ -53,6 +53,9 @@ fn shape(name: &str) -> Result<ModelConfig> {
     Ok(ModelConfig::from_json(&config.to_string(), name)?)
 }
 
+const OPTIONS: [&str; 11] =
+    ["batch", "length", "steps", "rank", "checkpointing", "dtype", "quant", "device", "flops", "profile", "generate"];
+
 struct Options(HashMap<String, String>);
 
 impl Options {
@@ -70,6 +73,9 @@ fn options() -> Result<(String, Options)> {
     let mut options = HashMap::new();
     while let Some(flag) = args.next() {
         let key = flag.strip_prefix("--").ok_or_else(|| format!("`{flag}` is no option"))?.to_owned();
+        if !OPTIONS.contains(&&key[..]) {
+            return Err(format!("unknown option `{flag}`: one of --{}", OPTIONS.join(", --")).into());
+        }
         options.insert(key, args.next().ok_or_else(|| format!("`{flag}` needs a value"))?);
     }
     Ok((name, Options(options)))
@@ -107,17 +113,20 @@ fn main() -> Result<()> {
     let compute_dtype = match &options.get::<String>("dtype", "bf16".into())?[..] {
         "f32" => DType::F32,
         "f16" => DType::F16,
-        _ => DType::Bf16,
+        "bf16" => DType::Bf16,
+        other => return Err(format!("unknown `--dtype {other}`: bf16, f16 or f32").into()),
     };
     let checkpointing = match &options.get::<String>("checkpointing", "selective".into())?[..] {
         "none" => Checkpointing::None,
         "full" => Checkpointing::Full,
-        _ => Checkpointing::Selective,
+        "selective" => Checkpointing::Selective,
+        other => return Err(format!("unknown `--checkpointing {other}`: none, selective or full").into()),
     };
     let quant = match &options.get::<String>("quant", "nf4".into())?[..] {
         "none" => None,
         "fp4" => Some(QuantConfig { format: Format::Fp4, ..QuantConfig::default() }),
-        _ => Some(QuantConfig::default()),
+        "nf4" => Some(QuantConfig::default()),
+        other => return Err(format!("unknown `--quant {other}`: nf4, fp4 or none").into()),
     };
     let config = shape(&name)?;
     let flops = flops_per_token(&config, length);

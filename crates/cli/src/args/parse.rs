@@ -99,3 +99,18 @@ pub(super) fn bytes(text: &str) -> Result<usize, String> {
     let bytes = number * scale;
     if (1.0..1e18).contains(&bytes) { Ok(bytes as usize) } else { Err(expected()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn sizes_are_binary_unless_they_say_otherwise() {
+        assert_eq!(bytes("8GiB"), Ok(8 << 30));
+        assert_eq!(bytes("1.5 g"), Ok(3 << 29));
+        assert_eq!(bytes("500MB"), Ok(500_000_000));
+        for bad in ["", "GiB", "-1GB", "8 parsecs", "0", "1e30GB"] {
+            assert!(bytes(bad).unwrap_err().contains("expected a size"), "{bad}");
+        }
+    }
+}

@@ -37,6 +37,8 @@ pub struct Config {
 #[derive(Clone, Debug)]
 pub struct Labels {
     trained: Arc<[Trained]>,
+    /// A negative label that is not [`IGNORE`], and its position: refused where the vocabulary is known.
+    negative: Option<(usize, i32)>,
     tokens: usize,
     scale: f32,
     device: Option<cuda::Labels>,
@@ -47,21 +49,21 @@ impl Labels {
     /// all its micro-batches.
     ///
     /// # Errors
-    /// [`Error::TokenOutOfRange`] for a negative label that is not [`IGNORE`], [`Error::OutOfMemory`].
+    /// [`Error::OutOfMemory`]. Labels outside the vocabulary are refused by [`forward`], which knows it.
     pub fn new(arena: &Arena, labels: &[i32], scale: f32) -> Result<Self> {
-        let mut trained = Vec::new();
+        let (mut trained, mut negative) = (Vec::new(), None);
         for (position, &label) in labels.iter().enumerate() {
             match usize::try_from(label) {
                 Ok(label) => trained.push((position, label)),
                 _ if label == IGNORE => {}
-                _ => return Err(Error::TokenOutOfRange { op: OP, position, id: label.into(), vocab_size: 0 }),
+                _ => negative = negative.or(Some((position, label))),
             }
         }
         let device = match arena.device() {
             Device::Cpu => None,
             Device::Cuda(_) => Some(cuda::Labels::new(arena, &trained, labels.len(), scale)?),
         };
-        Ok(Self { trained: trained.into(), tokens: labels.len(), scale, device })
+        Ok(Self { trained: trained.into(), negative, tokens: labels.len(), scale, device })
     }
 
     /// Whether `other` differs in its values alone, so that a captured step serves both.
@@ -82,7 +84,7 @@ impl Labels {
         if let (Some(device), Some(other)) = (&mut self.device, &other.device) {
             device.update(other)?;
         }
-        (self.trained, self.scale) = (Arc::clone(&other.trained), other.scale);
+        (self.trained, self.negative, self.scale) = (Arc::clone(&other.trained), other.negative, other.scale);
         Ok(())
     }
 
@@ -170,6 +172,9 @@ fn check_labels(h: &Tensor, weight: &Tensor, labels: &Labels) -> Result<()> {
         return Err(Error::Shape { op: OP, operand: "labels", expected, found });
     }
     let vocab_size = weight.dims()[0];
+    if let Some((position, id)) = labels.negative {
+        return Err(Error::TokenOutOfRange { op: OP, position, id: id.into(), vocab_size });
+    }
     match labels.trained.iter().find(|(_, label)| *label >= vocab_size) {
         Some(&(position, id)) => Err(Error::TokenOutOfRange { op: OP, position, id: id as i64, vocab_size }),
         None => Ok(()),

@@ -3,10 +3,15 @@
 //! Shapes: x, a, r any, all equal, of one type. [`super::rms_norm::residual_forward`] makes the same r and its norm in one pass;
 //! this is for where r is kept and the norm is not.
 
+use rayon::prelude::*;
+
 use super::typed;
 use crate::{Device, Float, Result, Tensor, dtype::with_float};
 
 const OP: &str = "residual";
+
+/// Elements of a task.
+const TASK: usize = 16_384;
 
 /// r, written over `a` if that is its only handle.
 ///
@@ -18,9 +23,11 @@ pub fn forward(x: &Tensor, a: Tensor) -> Result<Tensor> {
     let mut r = typed::writable(OP, "a", a)?;
     match x.device() {
         Device::Cpu => with_float!(x.dtype(), OP, "x", E => {
-            for (r, x) in r.as_mut_slice::<E>()?.iter_mut().zip(x.as_slice::<E>()?) {
-                *r = E::from_f32(Float::to_f32(*x) + Float::to_f32(*r));
-            }
+            r.as_mut_slice::<E>()?.par_chunks_mut(TASK).zip(x.as_slice::<E>()?.par_chunks(TASK)).for_each(|(r, x)| {
+                for (r, x) in r.iter_mut().zip(x) {
+                    *r = E::from_f32(Float::to_f32(*x) + Float::to_f32(*r));
+                }
+            });
             Ok(())
         })?,
         Device::Cuda(device) => cuda::forward(device, x, &mut r)?,

@@ -266,7 +266,10 @@ fn labels_outside_the_vocabulary_are_refused() {
     for bad in [5, -1, -99, i32::MIN] {
         case.labels = Tensor::from_slice(case.h.arena(), &[1, bad, 2], [3]).unwrap();
         let error = forward(&case.h, &case.w, &case.labels, config(1.0, None), false).unwrap_err();
-        assert!(matches!(error, Error::TokenOutOfRange { position: 1, id, .. } if id == i64::from(bad)), "{error}");
+        assert!(
+            matches!(error, Error::TokenOutOfRange { position: 1, id, vocab_size: 5, .. } if id == i64::from(bad)),
+            "{error}"
+        );
     }
 }
 
