@@ -5,7 +5,7 @@ use std::sync::Arc;
 use nibble_autograd::{ParamStore, Tape};
 use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
-use nibble_model::{Checkpointing, LoadOptions, LossOptions, Stream, Transformer, files::Checkpoint};
+use nibble_model::{Checkpointing, LoadOptions, LossOptions, Mix, Stream, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{DType, Rng, ops::lm_head_loss::Labels};
 use nibble_tests::{golden, relative_error};
@@ -104,7 +104,10 @@ fn checkpointed_step_is_bitwise_equal() {
     for dtype in [DType::F32, DType::Bf16] {
         for dropout in [0.0, 0.3] {
             let plain = gradients(Checkpointing::None, dropout, dtype);
-            for checkpointing in [Checkpointing::Selective, Checkpointing::Full] {
+            let mix = Mix { everything: 1, products: 0, products_on_host: 1, inputs_on_host: true };
+            for checkpointing in
+                [Checkpointing::Selective, Checkpointing::Full, Checkpointing::Offload, Checkpointing::Mixed(mix)]
+            {
                 assert_eq!(plain, gradients(checkpointing, dropout, dtype), "{checkpointing:?} {dtype} {dropout}");
             }
         }

@@ -15,10 +15,12 @@
 
 #![forbid(unsafe_code)]
 
+mod offload;
 pub mod ops;
 mod params;
 mod tape;
 
 pub use nibble_tensor::{Error, Result};
+pub use offload::{Kept, Offload};
 pub use params::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder};
 pub use tape::{Saved, Tape, Var, VarId};

@@ -11,7 +11,7 @@ use nibble_tensor::{
     },
 };
 
-use crate::{Leaf, ParamGrads, Tape, Var};
+use crate::{Kept, Leaf, ParamGrads, Tape, Var};
 
 /// Rows of `table` [V, C] for `tokens` U32 `[T]`, times `scale`, in `dtype`: [T, C].
 ///
@@ -38,8 +38,10 @@ pub fn rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) 
     let (x, id) = x.into_parts();
     let (y, inv_rms) = rms_norm::forward(&x, &w, config)?;
     let param = weight.param().cloned();
+    let kept = tape.keep(&x, id.is_some() || param.is_some())?;
+    drop(x);
     let [y] = tape.record([id], [y], param.is_some(), move |[dy], grads| {
-        Ok([Some(rms_norm::backward(&dy, &x, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?)])
+        Ok([Some(rms_norm::backward(&dy, &kept.get()?, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?)])
     });
     Ok(y)
 }
@@ -52,22 +54,23 @@ pub fn fork_rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormCon
     let w = tape.params().value(weight)?;
     let (x, id) = x.into_parts();
     let (h, inv_rms) = rms_norm::forward(&x, &w, config)?;
-    let (param, saved) = (weight.param().cloned(), x.clone());
-    let again = tape.is_recomputing().then(|| norm_again(&x, &w, config));
+    let param = weight.param().cloned();
+    let kept = tape.keep(&x, id.is_some() || param.is_some())?;
+    let again = tape.is_recomputing().then(|| norm_again(&kept, &w, config));
     let [x, h] = tape.record([id], [x, h], param.is_some(), move |[dx, dh], grads| {
-        let dx = rms_norm::residual_backward(dx, &dh, &saved, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
+        let dx = rms_norm::residual_backward(dx, &dh, &kept.get()?, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
         Ok([Some(dx)])
     });
     Ok([x, with(h, again)])
 }
 
 /// The norm of a kept residual stream, made again.
-fn norm_again(r: &Tensor, w: &Tensor, config: NormConfig) -> impl Fn() -> Result<Tensor> + 'static {
+fn norm_again(r: &Kept, w: &Tensor, config: NormConfig) -> impl FnOnce() -> Result<Tensor> + 'static {
     let (r, w) = (r.clone(), w.clone());
-    move || Ok(rms_norm::forward(&r, &w, config)?.0)
+    move || Ok(rms_norm::forward(&r.get()?, &w, config)?.0)
 }
 
-fn with(var: Var, recipe: Option<impl Fn() -> Result<Tensor> + 'static>) -> Var {
+fn with(var: Var, recipe: Option<impl FnOnce() -> Result<Tensor> + 'static>) -> Var {
     match recipe {
         Some(recipe) => var.made_by(recipe),
         None => var,
@@ -83,10 +86,11 @@ pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, con
     let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
     let (r, h, inv_rms) = rms_norm::residual_forward(&x, a, &w, config)?;
     drop(x);
-    let (param, saved) = (weight.param().cloned(), r.clone());
-    let again = tape.is_recomputing().then(|| norm_again(&r, &w, config));
+    let param = weight.param().cloned();
+    let kept = tape.keep(&r, x_id.is_some() || a_id.is_some() || param.is_some())?;
+    let again = tape.is_recomputing().then(|| norm_again(&kept, &w, config));
     let [r, h] = tape.record([x_id, a_id], [r, h], param.is_some(), move |[dr, dh], grads| {
-        let dx = rms_norm::residual_backward(dr, &dh, &saved, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
+        let dx = rms_norm::residual_backward(dr, &dh, &kept.get()?, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
         Ok([Some(dx.clone()), Some(dx)])
     });
     Ok([r, with(h, again)])
@@ -140,9 +144,13 @@ pub fn rope<'m>(tape: &mut Tape<'m>, x: Var, documents: &Documents, table: &'m R
 pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents, config: attention::Config) -> Result<Var> {
     let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
     let (o, lse) = attention::forward(&q, &k, &v, documents, config)?;
-    let (documents, saved) = (documents.clone(), o.clone());
+    let recorded = [q_id, k_id, v_id].iter().any(Option::is_some);
+    let documents = documents.clone();
+    let [q, k, v, saved] =
+        [tape.keep(&q, recorded)?, tape.keep(&k, recorded)?, tape.keep(&v, recorded)?, tape.keep(&o, recorded)?];
     let [o] = tape.record([q_id, k_id, v_id], [o], false, move |[d_o], _| {
-        let (dq, dk, dv) = attention::backward(&d_o, &q, &k, &v, &saved, &lse, &documents, config)?;
+        let (o, v, k, q) = (saved.get()?, v.get()?, k.get()?, q.get()?);
+        let (dq, dk, dv) = attention::backward(&d_o, &q, &k, &v, &o, &lse, &documents, config)?;
         Ok([Some(dq), Some(dk), Some(dv)])
     });
     Ok(o)
@@ -155,11 +163,17 @@ pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents
 pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation) -> Result<Var> {
     let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
     let y = glu::forward(&gate, &up, activation)?;
+    let recorded = gate_id.is_some() || up_id.is_some();
+    let (gate, up) = (tape.keep(&gate, recorded)?, tape.keep(&up, recorded)?);
     let again = tape.is_recomputing().then(|| {
         let (gate, up) = (gate.clone(), up.clone());
-        move || glu::forward(&gate, &up, activation)
+        move || {
+            let (up, gate) = (up.get()?, gate.get()?);
+            glu::forward(&gate, &up, activation)
+        }
     });
     let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], _| {
+        let (up, gate) = (up.get()?, gate.get()?);
         let (dgate, dup) = glu::backward(&dy, gate, up, activation)?;
         Ok([Some(dgate), Some(dup)])
     });

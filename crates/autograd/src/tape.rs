@@ -2,7 +2,7 @@
 
 use nibble_tensor::{DType, Result, Shape, Tensor};
 
-use crate::{ParamGrads, ParamStore};
+use crate::{Kept, Offload, ParamGrads, ParamStore};
 
 /// The place of an activation's gradient on its tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,13 +16,13 @@ pub struct Var {
 }
 
 /// Makes a value again from what was saved anyway.
-type Recipe = Box<dyn Fn() -> Result<Tensor>>;
+type Recipe = Box<dyn FnOnce() -> Result<Tensor>>;
 
 /// An op's input kept for its backward, or how to make it again.
-pub struct Saved(Kept);
+pub struct Saved(How);
 
-enum Kept {
-    Value(Tensor),
+enum How {
+    Kept(Kept),
     Recipe(Recipe),
 }
 
@@ -33,8 +33,8 @@ impl Saved {
     /// What making it again returns.
     pub fn get(self) -> Result<Tensor> {
         match self.0 {
-            Kept::Value(tensor) => Ok(tensor),
-            Kept::Recipe(recipe) => recipe(),
+            How::Kept(kept) => kept.get(),
+            How::Recipe(recipe) => recipe(),
         }
     }
 }
@@ -47,7 +47,7 @@ impl std::fmt::Debug for Var {
 
 impl std::fmt::Debug for Saved {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if matches!(self.0, Kept::Value(_)) { "Saved::Value" } else { "Saved::Recipe" })
+        f.write_str(if matches!(self.0, How::Kept(_)) { "Saved::Kept" } else { "Saved::Recipe" })
     }
 }
 
@@ -76,18 +76,8 @@ impl Var {
         (self.tensor, self.id)
     }
 
-    /// Value, what to keep of it for a backward, and place: for an op that can do with a value made again.
-    #[must_use]
-    pub fn into_saved(self) -> (Tensor, Saved, Option<VarId>) {
-        let kept = match self.again {
-            Some(recipe) => Kept::Recipe(recipe),
-            None => Kept::Value(self.tensor.clone()),
-        };
-        (self.tensor, Saved(kept), self.id)
-    }
-
     /// The same variable, with how to make its value again.
-    pub(crate) fn made_by(self, recipe: impl Fn() -> Result<Tensor> + 'static) -> Self {
+    pub(crate) fn made_by(self, recipe: impl FnOnce() -> Result<Tensor> + 'static) -> Self {
         Self { again: Some(Box::new(recipe)), ..self }
     }
 }
@@ -115,6 +105,9 @@ pub struct Tape<'m> {
     variables: usize,
     recording: bool,
     recomputing: bool,
+    /// Whether this is a checkpointed function's second run.
+    replaying: bool,
+    offload: Option<Offload>,
 }
 
 impl std::fmt::Debug for Tape<'_> {
@@ -127,7 +120,7 @@ impl<'m> Tape<'m> {
     /// A tape that records, for training.
     #[must_use]
     pub fn new(params: &'m ParamStore) -> Self {
-        Self { params, nodes: Vec::new(), variables: 0, recording: true, recomputing: false }
+        Self { params, nodes: Vec::new(), variables: 0, recording: true, recomputing: false, replaying: false, offload: None }
     }
 
     /// A tape that records nothing, for inference.
@@ -145,6 +138,44 @@ impl<'m> Tape<'m> {
     #[must_use]
     pub fn is_recomputing(&self) -> bool {
         self.recording && self.recomputing
+    }
+
+    /// Where ops recorded from here on keep what their backwards need: on the host, or on the device.
+    pub fn set_offload(&mut self, offload: Option<Offload>) {
+        self.offload = offload;
+    }
+
+    /// Whether a checkpointed function runs here for the second time: nobody reads the values of its outputs.
+    #[must_use]
+    pub fn is_replaying(&self) -> bool {
+        self.replaying
+    }
+
+    /// Keeps a value for the backward of an op; `recorded` says whether that op will be.
+    ///
+    /// # Errors
+    /// What sending it to the host returns.
+    pub fn keep(&self, tensor: &Tensor, recorded: bool) -> Result<Kept> {
+        Kept::by(self.offload.as_ref().filter(|_| self.recording && recorded), tensor)
+    }
+
+    /// A variable's value, what to keep of it for a backward, and its place: for an op that can do with a value made again.
+    ///
+    /// # Errors
+    /// As [`Tape::keep`].
+    pub fn save(&self, var: Var, recorded: bool) -> Result<(Tensor, Saved, Option<VarId>)> {
+        let how = match var.again {
+            Some(recipe) => How::Recipe(recipe),
+            None => How::Kept(self.keep(&var.tensor, recorded || var.id.is_some())?),
+        };
+        Ok((var.tensor, Saved(how), var.id))
+    }
+
+    /// As [`Tape::save`], with the value itself kept though it could be made again: for a backward that comes next.
+    #[must_use]
+    pub fn save_value(var: Var) -> (Tensor, Saved, Option<VarId>) {
+        let kept = How::Kept(Kept::here(&var.tensor));
+        (var.tensor, Saved(kept), var.id)
     }
 
     /// The trained values that ops on this tape read.
@@ -226,16 +257,20 @@ impl<'m> Tape<'m> {
             return f(self, inputs);
         }
         let ids: [Option<VarId>; N] = std::array::from_fn(|i| inputs[i].id);
-        let saved = inputs.map(Var::into_tensor);
-        let outputs = f(&mut Tape::inference(params), saved.clone().map(Var::from))?.map(Var::into_tensor);
+        let recorded = trains || ids.iter().any(Option::is_some);
+        let kept = inputs.iter().map(|input| self.keep(&input.tensor, recorded)).collect::<Result<Vec<_>>>()?;
+        let values = inputs.map(|input| Var::from(input.tensor));
+        let outputs = f(&mut Tape::inference(params), values)?.map(Var::into_tensor);
         Ok(self.record(ids, outputs, trains, move |gradients, grads| {
-            let mut scratch = Tape::new(params);
-            let mut index = 0;
-            let inputs = saved.map(|tensor| {
-                let wanted = ids[index].is_some();
-                index += 1;
-                if wanted { scratch.input(tensor) } else { Var::from(tensor) }
-            });
+            let mut scratch = Self { replaying: true, ..Tape::new(params) };
+            let mut inputs = Vec::with_capacity(N);
+            for (kept, id) in kept.into_iter().zip(ids) {
+                let tensor = kept.get()?;
+                inputs.push(if id.is_some() { scratch.input(tensor) } else { Var::from(tensor) });
+            }
+            let mut inputs = inputs.into_iter();
+            // invariant: one was kept for each of the N inputs
+            let inputs: [Var; N] = std::array::from_fn(|_| inputs.next().expect("N inputs"));
             let inner: [Option<VarId>; N] = std::array::from_fn(|i| inputs[i].id);
             let outputs = f(&mut scratch, inputs)?;
             scratch.backward(outputs, gradients, inner, grads)

@@ -1,6 +1,6 @@
 //! A linear layer: frozen base, optional adapter.
 
-use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Tape, Var};
+use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId};
 use nibble_tensor::{
     DType, Result, Rng, Tensor, Weight,
     ops::linear::{self, Dropout, Part, PartGrads},
@@ -102,6 +102,21 @@ impl Linear {
         Ok(y)
     }
 
+    /// As [`Linear::forward`] where nobody reads y: only what the backward pass needs is made, and y has no elements.
+    ///
+    /// # Errors
+    /// As [`linear::forward`].
+    pub fn forward_unread<'m>(&'m self, tape: &mut Tape<'m>, x: Var, dropout: Option<Rng>) -> Result<Var> {
+        let parts = vec![self.part(tape.params(), x.tensor().dtype(), dropout.map(|rng| rng.stream(0)))?];
+        // Its backward comes next: x itself is kept.
+        let (x, input, id) = Tape::save_value(x);
+        let saved = linear::forward_unread(&x, &parts)?;
+        let y = Tensor::empty(x.arena(), x.dtype(), [0])?;
+        drop(x);
+        let [y] = record(tape, [self], [y], input, id, parts, saved);
+        Ok(y)
+    }
+
     fn part(&self, params: &ParamStore, dtype: DType, dropout: Option<Rng>) -> Result<Part> {
         let operand = |param: &Param| params.operand(&Leaf::Param(param.clone()), dtype);
         let weight = match &self.base {
@@ -156,17 +171,30 @@ pub fn forward_fused<'m, const N: usize>(
     for (i, layer) in layers.iter().enumerate() {
         parts.push(layer.part(params, x.tensor().dtype(), dropout.map(|rng| rng.stream(i as u64)))?);
     }
-    let (x, input, id) = x.into_saved();
+    let trains = layers.iter().any(|layer| layer.trains());
+    let (x, input, id) = tape.save(x, trains)?;
     let (ys, saved) = linear::forward(&x, &parts)?;
     let mut ys = ys.into_iter();
     drop(x);
     // invariant: the op gives one output a part, and there are N parts
     let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
+    Ok(record(tape, layers, outputs, input, id, parts, saved))
+}
+
+fn record<'m, const N: usize>(
+    tape: &mut Tape<'m>,
+    layers: [&'m Linear; N],
+    outputs: [Tensor; N],
+    input: Saved,
+    id: Option<VarId>,
+    parts: Vec<Part>,
+    saved: linear::Saved,
+) -> [Var; N] {
     let trains = layers.iter().any(|layer| layer.trains());
-    Ok(tape.record([id], outputs, trains, move |dys, grads| {
+    tape.record([id], outputs, trains, move |dys, grads| {
         let (grads, x) = (part_grads(&layers, grads)?, input.get()?);
         Ok([linear::backward(&dys, x, &saved, &parts, grads, id.is_some())?])
-    }))
+    })
 }
 
 /// Hands each part the gradients of its trained values.

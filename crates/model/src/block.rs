@@ -82,7 +82,12 @@ impl Block {
         let [x, h] = ops::residual_rms_norm(tape, x, a, &self.post_attention_norm, shared.norm)?;
         let [gate, up] = forward_fused(tape, [&self.gate_proj, &self.up_proj], h, rng(2))?;
         let m = ops::glu(tape, gate, up, shared.activation)?;
-        Ok([x, self.down_proj.forward(tape, m, rng(3))?])
+        let a = if tape.is_replaying() {
+            self.down_proj.forward_unread(tape, m, rng(3))?
+        } else {
+            self.down_proj.forward(tape, m, rng(3))?
+        };
+        Ok([x, a])
     }
 
     /// q, k, v as [T, channels] to the attention's output as [T, H D].

@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 mod block;
+mod checkpointing;
 pub mod config;
 pub mod error;
 pub mod files;
@@ -23,7 +24,8 @@ mod generate;
 mod load;
 mod transformer;
 
+pub use checkpointing::{Checkpointing, Mix};
 pub use error::{Error, Result};
 pub use generate::{GenerateOptions, Session};
 pub use load::LoadOptions;
-pub use transformer::{Checkpointing, LossOptions, Stream, Transformer};
+pub use transformer::{LossOptions, Stream, Transformer};

@@ -7,7 +7,7 @@ use nibble_autograd::Leaf;
 use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
-    Arena, DType, Device, Rng, Tensor,
+    Arena, DType, Device, HostPool, Rng, Tensor,
     ops::{self, attention, glu, rms_norm, rope::RopeTable},
 };
 
@@ -79,7 +79,9 @@ impl Transformer {
             rope: RopeTable::new(arena, &config.rope.inv_freq(), 1.0, options.max_positions.min(config.max_position_embeddings))?,
             head_dim: config.head_dim,
         };
-        Ok(Self { config, arena: arena.clone(), dtype: options.compute_dtype, embed_tokens, blocks, shared, norm, lm_head })
+        let host = HostPool::new(arena.device());
+        let dtype = options.compute_dtype;
+        Ok(Self { config, arena: arena.clone(), host, dtype, embed_tokens, blocks, shared, norm, lm_head })
     }
 }
 

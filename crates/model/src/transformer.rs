@@ -1,9 +1,9 @@
 //! The model: embedding, blocks, last norm, head.
 
-use nibble_autograd::{Leaf, ParamStore, ParamStoreBuilder, Tape, Var, ops};
+use nibble_autograd::{Leaf, Offload, ParamStore, ParamStoreBuilder, Tape, Var, ops};
 use nibble_lora::{AdapterConfig, AdapterFile, Init, Linear};
 use nibble_tensor::{
-    Arena, DType, Rng, Tensor,
+    Arena, DType, HostPool, Rng, Tensor,
     ops::{
         Documents,
         lm_head_loss::{self, Labels},
@@ -11,8 +11,9 @@ use nibble_tensor::{
 };
 
 use crate::{
-    Error, Result,
+    Checkpointing, Error, Result,
     block::{Block, Keys, Shared},
+    checkpointing::Keep,
     config::ModelConfig,
 };
 
@@ -77,18 +78,6 @@ fn highest(ids: &[u32]) -> (u32, usize) {
     ids.iter().copied().zip(0..).max_by_key(|&(id, at)| (id, std::cmp::Reverse(at))).unwrap_or_default()
 }
 
-/// What is kept of the forward pass for the backward pass.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Checkpointing {
-    /// Everything an op saves.
-    #[default]
-    None,
-    /// Outputs of matrix products and attention; norms and the gated activation are made again.
-    Selective,
-    /// The inputs of each block: a second forward pass in exchange for the memory.
-    Full,
-}
-
 /// How a loss is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct LossOptions {
@@ -103,6 +92,8 @@ pub struct LossOptions {
 pub struct Transformer {
     pub(crate) config: ModelConfig,
     pub(crate) arena: Arena,
+    /// Where activations wait that are not kept on the device.
+    pub(crate) host: HostPool,
     pub(crate) dtype: DType,
     pub(crate) embed_tokens: Leaf,
     pub(crate) blocks: Vec<Block>,
@@ -117,6 +108,12 @@ impl Transformer {
     #[must_use]
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// The host memory that activations wait in, with `offload`.
+    #[must_use]
+    pub fn host(&self) -> &HostPool {
+        &self.host
     }
 
     /// The memory that activations are taken from.
@@ -181,16 +178,20 @@ impl Transformer {
         dropout: Option<Rng>,
     ) -> Result<Var> {
         stream.expect_within(self.config.vocab_size, self.max_positions())?;
-        tape.set_recomputing(checkpointing == Checkpointing::Selective);
+        let mix = checkpointing.mix(self.blocks.len());
+        let offload = mix.uses_host().then(|| Offload::new(&self.host, &self.arena, 0));
         let mut x = self.embed(tape, &stream.tokens)?;
         let mut a = None;
         for (i, block) in self.blocks.iter().enumerate() {
             let rng = dropout.map(|rng| rng.stream(i as u64));
-            let [next, added] = match checkpointing {
-                Checkpointing::None | Checkpointing::Selective => {
+            let plan = mix.of_block(i, self.blocks.len());
+            tape.set_offload(offload.clone().filter(|_| plan.on_host));
+            tape.set_recomputing(plan.keep == Keep::Products);
+            let [next, added] = match plan.keep {
+                Keep::Everything | Keep::Products => {
                     block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?
                 }
-                Checkpointing::Full => {
+                Keep::Input => {
                     let x = match a {
                         Some(a) => ops::residual(tape, x, a)?,
                         None => x,
@@ -200,6 +201,7 @@ impl Transformer {
             };
             (x, a) = (next, Some(added));
         }
+        tape.set_offload(None);
         self.last_norm(tape, x, a)
     }
 

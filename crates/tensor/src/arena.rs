@@ -101,6 +101,19 @@ impl Arena {
         self.pool().stats
     }
 
+    /// Bytes that tensors can take beside those that live: within the limit and what the device has free. Nothing without
+    /// either, on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn room(&self) -> Result<Option<usize>> {
+        let live = self.stats().live;
+        let limit = (self.0.limit != usize::MAX).then(|| self.0.limit.saturating_sub(live));
+        let (Device::Cuda(device), Some(heap)) = (self.0.device, &self.0.heap) else { return Ok(limit) };
+        let free = device.free_memory()? + heap.backed().saturating_sub(live);
+        Ok(Some(limit.map_or(free, |limit| limit.min(free))))
+    }
+
     /// Starts the peak afresh from what is live now.
     pub fn reset_peak(&self) {
         let mut pool = self.pool();

@@ -205,6 +205,12 @@ impl Tensor {
         self.view(start * row, dims)
     }
 
+    /// Whether the other tensor is the same elements in the same memory, in any shape.
+    #[must_use]
+    pub fn is_same_memory(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.block, &other.block) && self.byte_range() == other.byte_range()
+    }
+
     /// Whether this is the only handle to the memory, so that an op may write its result over it.
     #[must_use]
     pub fn is_unique(&self) -> bool {
@@ -372,8 +378,14 @@ impl Tensor {
         self.offset * size..(self.offset + self.numel()) * size
     }
 
-    fn host_bytes(&self, op: &'static str) -> Result<&[u8]> {
+    pub(crate) fn host_bytes(&self, op: &'static str) -> Result<&[u8]> {
         Ok(&self.block.bytes(op)?[self.byte_range()])
+    }
+
+    /// Copies host bytes over the elements of a tensor of the CPU.
+    pub(crate) fn write_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.bytes_mut("write")?.copy_from_slice(bytes);
+        Ok(())
     }
 
     fn bytes_mut(&mut self, op: &'static str) -> Result<&mut [u8]> {

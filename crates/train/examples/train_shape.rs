@@ -2,11 +2,11 @@
 //! light, peak memory.
 //!
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
-//! [--checkpointing none|selective|full] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
+//! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
-//! rate given by `--flops`.
+//! rate given by `--flops`. `--memory`: GB that the arena may hold.
 #![allow(clippy::print_stdout)]
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
@@ -53,8 +53,8 @@ fn shape(name: &str) -> Result<ModelConfig> {
     Ok(ModelConfig::from_json(&config.to_string(), name)?)
 }
 
-const OPTIONS: [&str; 11] =
-    ["batch", "length", "steps", "rank", "checkpointing", "dtype", "quant", "device", "flops", "profile", "generate"];
+const OPTIONS: [&str; 12] =
+    ["memory", "batch", "length", "steps", "rank", "checkpointing", "dtype", "quant", "device", "flops", "profile", "generate"];
 
 struct Options(HashMap<String, String>);
 
@@ -81,14 +81,15 @@ fn options() -> Result<(String, Options)> {
     Ok((name, Options(options)))
 }
 
-fn arena(device: &str) -> Result<Arena> {
+/// An arena of at most `limit` bytes.
+fn arena(device: &str, limit: usize) -> Result<Arena> {
     if device == "cpu" {
-        return Ok(Arena::new(Device::Cpu));
+        return Ok(Arena::with_limit(Device::Cpu, limit));
     }
     let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
     let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
     let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None })?;
-    Ok(Arena::on(Device::Cuda(device), usize::MAX)?)
+    Ok(Arena::on(Device::Cuda(device), limit)?)
 }
 
 /// Floating-point operations that a token needs: forward and input gradients of the linears and the head, attention's products
@@ -120,7 +121,9 @@ fn main() -> Result<()> {
         "none" => Checkpointing::None,
         "full" => Checkpointing::Full,
         "selective" => Checkpointing::Selective,
-        other => return Err(format!("unknown `--checkpointing {other}`: none, selective or full").into()),
+        "offload" => Checkpointing::Offload,
+        "auto" => Checkpointing::Auto,
+        other => return Err(format!("unknown `--checkpointing {other}`: none, selective, full, offload or auto").into()),
     };
     let quant = match &options.get::<String>("quant", "nf4".into())?[..] {
         "none" => None,
@@ -131,7 +134,8 @@ fn main() -> Result<()> {
     let config = shape(&name)?;
     let flops = flops_per_token(&config, length);
     let vocab = config.vocab_size;
-    let arena = arena(&device)?;
+    let limit: f64 = options.get("memory", f64::INFINITY)?;
+    let arena = arena(&device, (limit * 1e9) as usize)?;
     let begin = Instant::now();
     let load = LoadOptions { quant, compute_dtype, max_positions: length };
     let mut model = Transformer::random(config, &arena, &load, 0)?;
@@ -172,10 +176,11 @@ fn main() -> Result<()> {
     let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
     let light = options.get("flops", 790e12)? / flops;
     println!(
-        "RESULT {name} {batch} x {length} {checkpointing:?}: {median:.0} tokens/s, {:.0} % of the speed of light, {:.2} GB live, {:.2} GB taken",
+        "RESULT {name} {batch} x {length} {checkpointing:?}: {median:.0} tokens/s, {:.0} % of the speed of light, {:.2} GB live, {:.2} GB taken, {:.2} GB of the host",
         100.0 * median / light,
         arena.stats().peak as f64 / 1e9,
-        arena.device_bytes().unwrap_or_default() as f64 / 1e9
+        arena.device_bytes().unwrap_or_default() as f64 / 1e9,
+        trainer.model().host().bytes() as f64 / 1e9
     );
     Ok(())
 }

@@ -6,7 +6,7 @@
 
 use nibble_autograd::{ParamGrads, ParamStore, Tape};
 use nibble_data::Batch;
-use nibble_model::{LossOptions, Stream, Transformer};
+use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::Optimizer;
 use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor,
@@ -14,7 +14,7 @@ use nibble_tensor::{
     ops::{lm_head_loss::Labels, step},
 };
 
-use crate::{Result, TrainConfig};
+use crate::{Result, TrainConfig, trainer::resolve};
 
 /// Shapes whose inputs and graphs are kept.
 const MOST_SHAPES: usize = 16;
@@ -43,6 +43,8 @@ pub(crate) struct DeviceSteps {
 #[derive(Debug)]
 struct Shape {
     batches: Vec<(Stream, Labels)>,
+    /// Of each micro-batch; chosen once, so that a captured step repeats it.
+    checkpointing: Vec<Checkpointing>,
     /// F32 `[micro-batches]`.
     losses: Tensor,
     graph: Option<Graph>,
@@ -81,7 +83,7 @@ impl DeviceSteps {
         lr: f64,
         dropout: Rng,
     ) -> Result<Ticket> {
-        let index = self.shape(parts.model.arena(), batches, scale)?;
+        let index = self.shape(parts.model, parts.config.checkpointing, batches, scale)?;
         parts.optimizer.begin(lr)?;
         dropout.announce(self.device)?;
         let shape = &mut self.shapes[index];
@@ -124,7 +126,8 @@ impl DeviceSteps {
     }
 
     /// The inputs of these batches, in the memory of their shape.
-    fn shape(&mut self, arena: &Arena, batches: &[Batch], scale: f32) -> Result<usize> {
+    fn shape(&mut self, model: &Transformer, checkpointing: Checkpointing, batches: &[Batch], scale: f32) -> Result<usize> {
+        let arena = model.arena();
         let labels = batches.iter().map(|batch| Labels::new(arena, &batch.labels, scale)).collect::<Result<Vec<_>, _>>()?;
         if let Some(index) = self.shapes.iter().position(|shape| shape.fits(batches, &labels)) {
             let shape = &mut self.shapes[index];
@@ -137,13 +140,15 @@ impl DeviceSteps {
         if self.shapes.len() == MOST_SHAPES {
             self.shapes.remove(0);
         }
+        let lengths = batches.iter().map(Batch::len);
+        let checkpointing = lengths.map(|tokens| resolve(model, checkpointing, tokens)).collect::<Result<_>>()?;
         let batches = batches
             .iter()
             .zip(labels)
             .map(|(batch, labels)| Ok((Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?, labels)))
             .collect::<Result<Vec<_>>>()?;
         let losses = Tensor::zeros(arena, DType::F32, [batches.len()])?;
-        self.shapes.push(Shape { batches, losses, graph: None, steps: 0 });
+        self.shapes.push(Shape { batches, checkpointing, losses, graph: None, steps: 0 });
         Ok(self.shapes.len() - 1)
     }
 }
@@ -161,8 +166,8 @@ impl Shape {
     /// The work of a step, in order.
     fn run(&mut self, parts: &mut Parts<'_>, dropout: Rng) -> Result<()> {
         parts.grads.zero()?;
-        for (i, (stream, labels)) in self.batches.iter().enumerate() {
-            let options = LossOptions { checkpointing: parts.config.checkpointing, dropout: Some(dropout.stream(i as u64)) };
+        for (i, ((stream, labels), &checkpointing)) in self.batches.iter().zip(&self.checkpointing).enumerate() {
+            let options = LossOptions { checkpointing, dropout: Some(dropout.stream(i as u64)) };
             let mut tape = Tape::new(parts.params);
             let loss = parts.model.loss(&mut tape, &stream.for_step(), labels, options)?;
             self.losses.copy_rows(i, loss.tensor())?;

@@ -246,7 +246,7 @@ impl Trainer {
         let arena = self.model.arena();
         let stream = Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?;
         let labels = Labels::new(arena, &batch.labels, scale)?;
-        let options = LossOptions { checkpointing: self.config.checkpointing, dropout };
+        let options = LossOptions { checkpointing: resolve(&self.model, self.config.checkpointing, batch.len())?, dropout };
         let mut tape = Tape::new(&self.params);
         let loss = self.model.loss(&mut tape, &stream, &labels, options)?;
         let value = loss.value()?;
@@ -264,6 +264,15 @@ impl Trainer {
     pub fn evaluate(&self, data: &Dataset) -> Result<EvalStats> {
         evaluate(&self.model, &self.params, data, self.config.eval_batch_size)
     }
+}
+
+/// `Auto` as the mix for a micro-batch of `tokens` tokens.
+pub(crate) fn resolve(model: &Transformer, checkpointing: Checkpointing, tokens: usize) -> Result<Checkpointing> {
+    if checkpointing != Checkpointing::Auto {
+        return Ok(checkpointing);
+    }
+    // A processor's memory is not known to be anybody's: without a limit the cheap values are made again.
+    Ok(model.arena().room()?.map_or(Checkpointing::Selective, |room| Checkpointing::Mixed(model.fastest_mix(tokens, room))))
 }
 
 fn expect_finite(step: usize, quantity: &'static str, value: f64, rows: &[usize]) -> Result<()> {

@@ -180,4 +180,8 @@ pub(crate) enum GradientCheckpointing {
     Selective,
     /// Keep the inputs of each block
     Full,
+    /// Keep the inputs of each block in host memory
+    Offload,
+    /// The fastest mix that fits the GPU's free memory (or `--memory-limit`)
+    Auto,
 }

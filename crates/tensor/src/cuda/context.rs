@@ -11,6 +11,7 @@ use cudarc::driver::sys;
 use nibble_kernels::ComputeCapability;
 
 use super::{
+    copy::{Copies, new_event},
     driver::{attribute, check, describe},
     launch::Function,
     libraries::Libraries,
@@ -57,6 +58,8 @@ pub(super) struct Gpu {
     options: OpenOptions,
     context: sys::CUcontext,
     pub(super) stream: sys::CUstream,
+    /// Copies between host and device that run beside the kernels.
+    pub(super) copies: Copies,
     pub(super) functions: Mutex<HashMap<String, Function>>,
     pub(super) modules: Mutex<HashMap<&'static str, Module>>,
     pub(super) blas: Mutex<Option<Blas>>,
@@ -342,6 +345,7 @@ impl Gpu {
             options,
             context,
             stream: new_stream()?,
+            copies: Copies { stream: new_stream()?, fork: new_event()? },
             functions: Mutex::default(),
             modules: Mutex::default(),
             blas: Mutex::default(),

@@ -6,10 +6,12 @@
 //! signature. Nothing is linked: the driver, cuBLASLt and NVRTC are opened at run time, and without them everything here is
 //! an error that says what is missing.
 //!
-//! All work of a device goes to one stream in the order of the calls, so memory can be handed out again as soon as its tensor
-//! drops.
+//! All kernels of a device go to one stream in the order of the calls, so memory can be handed out again as soon as its tensor
+//! drops. Copies of [`Pinned`] memory may run beside them on a second stream, which waits for what the first has been given so far;
+//! the first waits for such a copy before anything that depends on it ([`Pinned::join`]).
 
 mod context;
+mod copy;
 mod driver;
 mod graph;
 mod heap;
@@ -19,6 +21,7 @@ mod matmul;
 mod memory;
 mod pinned;
 mod profile;
+mod rates;
 
 pub use context::{CudaDevice, DeviceInfo, OpenOptions};
 pub use graph::Graph;

@@ -2,17 +2,17 @@
 
 use cudarc::driver::sys;
 
-use super::{context::CudaDevice, driver::check};
+use super::{context::CudaDevice, copy::new_event, driver::check};
 use crate::{Result, Tensor};
 
 /// Page-locked host memory of one device.
 #[derive(Debug)]
 pub struct Pinned {
-    device: CudaDevice,
-    address: *mut u8,
+    pub(super) device: CudaDevice,
+    pub(super) address: *mut u8,
     len: usize,
     /// Recorded after the last copy, to wait for it alone.
-    event: sys::CUevent,
+    pub(super) event: sys::CUevent,
 }
 
 // SAFETY: plain memory that this value owns.
@@ -28,11 +28,7 @@ impl Pinned {
         let mut address = std::ptr::null_mut();
         // SAFETY: `address` outlives the call.
         check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut address, len.max(1), 0) })?;
-        let mut event = std::ptr::null_mut();
-        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: as above.
-        check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut event, flags) })?;
-        let mut pinned = Self { device, address: address.cast(), len, event };
+        let mut pinned = Self { device, address: address.cast(), len, event: new_event()? };
         pinned.bytes_mut().fill(0);
         Ok(pinned)
     }
@@ -90,7 +86,7 @@ impl Pinned {
         unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
     }
 
-    fn expect_len(&self, found: usize) -> Result<()> {
+    pub(super) fn expect_len(&self, found: usize) -> Result<()> {
         if found <= self.len {
             return Ok(());
         }
@@ -100,7 +96,8 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        if self.device.bind().is_ok() && self.wait().is_ok() {
+        // The event cannot be waited for when its last copy was captured: both streams are.
+        if self.device.bind().is_ok() && self.device.synchronize().is_ok() && self.device.synchronize_copies().is_ok() {
             // SAFETY: no copy is in flight, and both were made in `new`.
             unsafe {
                 let _ = sys::cuMemFreeHost(self.address.cast());

@@ -89,6 +89,21 @@ pub fn forward(x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
     }
 }
 
+/// What [`forward`] keeps for [`backward`], without y: where the forward pass runs again and nobody reads its result.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_unread(x: &Tensor, parts: &[Part]) -> Result<Saved> {
+    let inputs = x.shape().last();
+    for part in parts {
+        check(inputs, part)?;
+    }
+    match x.device() {
+        Device::Cpu => Ok(Saved(cpu::adapter_inputs(x, parts)?)),
+        Device::Cuda(device) => cuda::forward_unread(device, x, parts),
+    }
+}
+
 /// Adds to the gradients of what trains, and returns dx when it is wanted. `saved` is what the forward pass kept;
 /// `x` is let go where it is not needed any more.
 ///

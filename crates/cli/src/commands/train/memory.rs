@@ -40,7 +40,7 @@ impl Memory {
             adapter: 4 * trained,
             gradients: 4 * trained,
             optimizer: 4 * states * trained,
-            activations: tokens * activation_bytes(model, checkpointing),
+            activations: model.activation_bytes(checkpointing, tokens),
         }
     }
 
@@ -60,23 +60,6 @@ impl std::fmt::Display for Memory {
             "about {total}: frozen linears {linears}, embedding and norms {rest}, trained {adapter}, gradients {gradients}, \
              optimizer {optimizer}, activations up to {activations}"
         )
-    }
-}
-
-/// Bytes a token. A block keeps its input, both norms' outputs and sums, q, k, v, the attention's output, and gate, up and
-/// their product; selectively no norms' outputs and no product, in full only the two parts of its input. One block is whole
-/// at a time.
-fn activation_bytes(model: &Transformer, checkpointing: Checkpointing) -> usize {
-    let config = model.config();
-    let (c, f) = (config.hidden_size, config.intermediate_size);
-    let (q, kv) = (config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let size = model.compute_dtype().size();
-    let block = size * (4 * c + 3 * q + 3 * kv + 3 * f);
-    // The backward pass of a block holds about as much again in gradients.
-    match checkpointing {
-        Checkpointing::None => (config.num_hidden_layers + 1) * block,
-        Checkpointing::Selective => config.num_hidden_layers * size * (2 * c + 2 * q + 2 * kv + 2 * f) + block,
-        Checkpointing::Full => config.num_hidden_layers * size * 2 * c + 2 * block,
     }
 }
 

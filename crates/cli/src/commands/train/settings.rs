@@ -157,6 +157,8 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
             GradientCheckpointing::None => Checkpointing::None,
             GradientCheckpointing::Selective => Checkpointing::Selective,
             GradientCheckpointing::Full => Checkpointing::Full,
+            GradientCheckpointing::Offload => Checkpointing::Offload,
+            GradientCheckpointing::Auto => Checkpointing::Auto,
         },
         seed: args.seed,
         logging_steps: args.logging_steps,

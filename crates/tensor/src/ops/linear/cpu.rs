@@ -17,12 +17,24 @@ const CHUNK: usize = 1 << 14;
 
 /// Runs all parts as one pass over the rows of x: `h` of each adapter, and from x and `h` each y. Gives (y, h) of each part.
 pub(super) fn forward(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<Tensor>)>> {
+    let (ys, hs) = run(x, parts, true)?;
+    Ok(ys.into_iter().zip(hs).collect())
+}
+
+/// `h` of each part that has an adapter, without y.
+pub(super) fn adapter_inputs(x: &Tensor, parts: &[Part]) -> Result<Vec<Option<Tensor>>> {
+    Ok(run(x, parts, false)?.1)
+}
+
+/// (y of each part where wanted, h of each part with an adapter).
+fn run(x: &Tensor, parts: &[Part], want_y: bool) -> Result<(Vec<Tensor>, Vec<Option<Tensor>>)> {
     let (rows, inputs) = (x.shape().rows(), x.shape().last());
     let dropped = parts.iter().map(|part| dropped_input(x, part)).collect::<Result<Vec<_>>>()?;
     let biases = parts.iter().map(|part| part.bias.as_ref().map(Tensor::to_f32_vec).transpose()).collect::<Result<Vec<_>>>()?;
     let empty = |n: usize| Tensor::empty(x.arena(), x.dtype(), [rows, n]);
     let mut hs = adapters(parts).map(|(_, adapter)| empty(adapter.a.shape().rows())).collect::<Result<Vec<_>>>()?;
-    let mut ys = parts.iter().map(|part| empty(part.outputs())).collect::<Result<Vec<_>>>()?;
+    let wanted = if want_y { parts } else { &[] };
+    let mut ys = wanted.iter().map(|part| empty(part.outputs())).collect::<Result<Vec<_>>>()?;
     // Inputs of the products: x, what dropout left of it, then the results h.
     let mut read = vec![Input::Stored { source: dense(x)?, k: inputs }];
     let mut products = Vec::with_capacity(hs.len() + ys.len());
@@ -34,7 +46,7 @@ pub(super) fn forward(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
         let term = Term { input, b: Operand::transpose(dense(&adapter.a)?), scale: 1.0 };
         products.push(Product { n: adapter.a.shape().rows(), c: output(h)?, terms: vec![term], bias: None });
     }
-    for ((part, bias), y) in parts.iter().zip(&biases).zip(&mut ys) {
+    for ((part, bias), y) in wanted.iter().zip(&biases).zip(&mut ys) {
         let mut terms = vec![Term { input: 0, b: Operand::transpose(weight(&part.weight)?), scale: 1.0 }];
         if let Some(adapter) = &part.adapter {
             let results = read.iter().filter(|input| matches!(input, Input::Result(_))).count();
@@ -45,7 +57,7 @@ pub(super) fn forward(x: &Tensor, parts: &[Part]) -> Result<Vec<(Tensor, Option<
     }
     gemm_rows(rows, &read, products, precision(x.dtype()));
     let mut hs = hs.into_iter();
-    Ok(parts.iter().zip(ys).map(|(part, y)| (y, part.adapter.as_ref().and_then(|_| hs.next()))).collect())
+    Ok((ys, parts.iter().map(|part| part.adapter.as_ref().and_then(|_| hs.next())).collect()))
 }
 
 /// The parts with adapters, numbered among all.

@@ -49,6 +49,17 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<
     Ok((ys, Saved(h.into_iter().map(Some).collect())))
 }
 
+/// h alone.
+pub(super) fn forward_unread(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<Saved> {
+    let call = Call::new(device, x, parts)?;
+    if call.ranks == 0 {
+        return Ok(Saved(Vec::new()));
+    }
+    let h = Tensor::empty(x.arena(), x.dtype(), [call.tokens, call.ranks])?;
+    call.adapter_inputs(rows(&h)?)?;
+    Ok(Saved(vec![Some(h)]))
+}
+
 pub(super) fn backward(
     device: CudaDevice,
     dys: &[Tensor],
