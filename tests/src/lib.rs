@@ -14,6 +14,7 @@ use nibble_tensor::{
         libraries::{self, SearchPaths},
     },
 };
+use nibble_testkit::gpu_library_folders;
 use safetensors::{Dtype, SafeTensors};
 
 /// A folder of reference results: the project's own copy when it has one, else the folder beside the project. A copy of the
@@ -49,17 +50,13 @@ pub fn real_model() -> Option<PathBuf> {
     found
 }
 
-/// Memory of the device that the tests run on: the CPU, or with `NIBBLE_TEST_DEVICE=cuda` the first GPU (whose libraries are
-/// looked for in `LD_LIBRARY_PATH` and where systems keep them).
+/// Memory of the device that the tests run on: the CPU, or with `NIBBLE_TEST_DEVICE=cuda` the first GPU.
 ///
 /// # Panics
 /// When a GPU is asked for and cannot be used.
 #[must_use]
 pub fn arena() -> Arena {
-    if std::env::var_os("NIBBLE_TEST_DEVICE").is_none_or(|device| device != "cuda") {
-        return Arena::new(Device::Cpu);
-    }
-    let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
+    let Some(folders) = gpu_library_folders() else { return Arena::new(Device::Cpu) };
     let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
     let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None }).expect("a GPU");
     Arena::on(Device::Cuda(device), usize::MAX).expect("its memory")

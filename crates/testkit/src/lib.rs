@@ -5,10 +5,12 @@
 #![forbid(unsafe_code)]
 
 mod compare;
+mod device;
 mod gradient;
 pub mod reference;
 mod strategy;
 
 pub use compare::{UNIT_BF16, UNIT_F16, UNIT_F32, assert_within, relative_error, widen};
+pub use device::gpu_library_folders;
 pub use gradient::{central_difference, weighted_sum};
-pub use strategy::{normals, size, sizes};
+pub use strategy::{cases, normals, size, sizes};

@@ -2,6 +2,13 @@
 
 use proptest::prelude::*;
 
+/// `most` cases, or as many as `PROPTEST_CASES` says where those are fewer: for properties whose cases are long.
+#[must_use]
+pub fn cases(most: u32) -> ProptestConfig {
+    let config = ProptestConfig::default();
+    ProptestConfig { cases: config.cases.min(most), ..config }
+}
+
 /// A size from 1 to `max`, with 1, odd numbers and the neighbours of multiples of 16 and 64 more often than by chance.
 pub fn size(max: usize) -> impl Strategy<Value = usize> {
     let max = max.max(1);

@@ -142,17 +142,17 @@ fn positions(cu_seqlens: &[u32]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Device;
+    use crate::ops::samples::arena;
 
     #[test]
     fn positions_restart_with_each_document() {
-        let documents = Documents::new(&Arena::new(Device::Cpu), &[0, 3, 5]).unwrap();
-        assert_eq!(documents.positions().as_slice::<u32>().unwrap(), &[0, 1, 2, 0, 1]);
+        let documents = Documents::new(&arena(), &[0, 3, 5]).unwrap();
+        assert_eq!(documents.positions().to_vec::<u32>().unwrap(), [0, 1, 2, 0, 1]);
     }
 
     #[test]
     fn offsets_must_begin_with_zero_and_increase() {
-        let arena = Arena::new(Device::Cpu);
+        let arena = arena();
         for bad in [&[][..], &[0], &[1, 2], &[0, 2, 2], &[0, 3, 1]] {
             assert!(Documents::new(&arena, bad).is_err(), "{bad:?}");
         }

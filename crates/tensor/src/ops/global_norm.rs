@@ -91,21 +91,23 @@ mod cpu {
 
 #[cfg(test)]
 mod tests {
-    use nibble_testkit::size;
+    use nibble_testkit::{UNIT_F32, size};
     use proptest::prelude::*;
 
     use super::*;
     use crate::{
-        Arena, DType,
-        ops::samples::{normal, wide},
+        DType,
+        ops::samples::{arena, normal, on_cpu, wide},
     };
 
     proptest! {
         #[test]
-        fn the_norm_is_right_to_f64(n in size(400), seed in 0..1000u64) {
+        fn the_norm_is_right_to_its_last_place(n in size(400), seed in 0..1000u64) {
             let x = normal(seed, DType::F32, [n]);
             let want = wide(&x).iter().map(|x| x * x).sum::<f64>().sqrt();
-            prop_assert!((forward(&x).unwrap() - want).abs() <= want * 1e-13);
+            // A GPU keeps it where its kernels read it, in f32.
+            let bound = if on_cpu() { 1e-13 } else { UNIT_F32 + 1e-13 };
+            prop_assert!((forward(&x).unwrap() - want).abs() <= want * bound);
         }
     }
 
@@ -119,8 +121,7 @@ mod tests {
 
     #[test]
     fn squares_beyond_f32_do_not_overflow_and_nan_is_seen() {
-        let of =
-            |values: &[f32]| forward(&Tensor::from_slice(&Arena::new(Device::Cpu), values, [values.len()]).unwrap()).unwrap();
+        let of = |values: &[f32]| forward(&Tensor::from_slice(&arena(), values, [values.len()]).unwrap()).unwrap();
         assert!((of(&[3e30, 4e30]) / 5e30 - 1.0).abs() < 1e-6);
         assert!(of(&[1.0, f32::NAN]).is_nan());
         assert_eq!(of(&[1.0, f32::INFINITY]), f64::INFINITY);

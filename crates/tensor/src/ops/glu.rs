@@ -224,8 +224,8 @@ mod tests {
 
     use super::*;
     use crate::{
-        Arena, DType,
-        ops::samples::{float, normal, rounding, wide},
+        DType,
+        ops::samples::{arena, float, normal, rounding, wide},
     };
 
     const ALL: [Activation; 3] = [Activation::Silu, Activation::GeluTanh, Activation::Gelu];
@@ -275,7 +275,7 @@ mod tests {
     #[test]
     fn activations_hold_over_the_whole_range() {
         let x: Vec<f32> = (-1300..=1300).map(|i| i as f32 * 0.01).collect();
-        let gate = Tensor::from_slice(&Arena::new(Device::Cpu), &x, [x.len()]).unwrap();
+        let gate = Tensor::from_slice(&arena(), &x, [x.len()]).unwrap();
         let one = Tensor::from_slice(gate.arena(), &vec![1.0f32; x.len()], [x.len()]).unwrap();
         for activation in ALL {
             let want: Vec<f64> = x.iter().map(|&x| act(activation, f64::from(x))).collect();
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn large_gates_saturate_without_nan() {
-        let gate = Tensor::from_slice(&Arena::new(Device::Cpu), &[-1e4f32, -200.0, 200.0, 1e4], [4]).unwrap();
+        let gate = Tensor::from_slice(&arena(), &[-1e4f32, -200.0, 200.0, 1e4], [4]).unwrap();
         for activation in ALL {
             let y = forward(&gate, &gate, activation).unwrap();
             assert_eq!(y.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");

@@ -116,11 +116,11 @@ mod cuda {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Arena;
+    use crate::ops::samples::arena;
 
     #[test]
     fn the_weight_is_that_of_the_quantizer() {
-        let arena = Arena::new(Device::Cpu);
+        let arena = arena();
         let values: Vec<f32> = (0..32 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
         let x = Tensor::from_slice(&arena, &values, [32, 64]).unwrap();
         let config = nf4::QuantConfig::default();

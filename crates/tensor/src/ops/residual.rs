@@ -52,11 +52,11 @@ mod cuda {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Arena, DType};
+    use crate::{DType, ops::samples::arena};
 
     #[test]
     fn the_sum_is_that_of_the_fused_norm() {
-        let arena = Arena::new(Device::Cpu);
+        let arena = arena();
         for dtype in [DType::F32, DType::Bf16] {
             let make = |from: f32| {
                 let values: Vec<f32> = (0..64).map(|i| from + 0.37 * i as f32).collect();

@@ -1,15 +1,49 @@
-//! Tensors of random numbers for the tests of ops.
+//! Tensors of random numbers for the tests of ops, on the device that the tests run on.
 
-use nibble_testkit::{UNIT_BF16, UNIT_F16, UNIT_F32, normals, widen};
+use std::sync::OnceLock;
+
+use nibble_testkit::{UNIT_BF16, UNIT_F16, UNIT_F32, gpu_library_folders, normals, widen};
 use proptest::prelude::*;
 
-use crate::{Arena, DType, Device, Shape, Tensor};
+use crate::{
+    Arena, DType, Device, Shape, Tensor,
+    cuda::{
+        CudaDevice, OpenOptions,
+        libraries::{self, SearchPaths},
+    },
+};
+
+/// The GPU's memory, opened once a process; nothing where tests run on the CPU.
+fn gpu() -> Option<&'static Arena> {
+    static ARENA: OnceLock<Option<Arena>> = OnceLock::new();
+    let open = |folders| {
+        let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
+        let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None }).expect("a GPU");
+        Arena::on(Device::Cuda(device), usize::MAX).expect("its memory")
+    };
+    ARENA.get_or_init(|| gpu_library_folders().map(open)).as_ref()
+}
+
+/// Memory of the device that tests run on: the CPU, or with `NIBBLE_TEST_DEVICE=cuda` the first GPU.
+pub(crate) fn arena() -> Arena {
+    gpu().cloned().unwrap_or_else(|| Arena::new(Device::Cpu))
+}
+
+/// Whether tests run on the CPU: for laws that a GPU keeps in another form.
+pub(crate) fn on_cpu() -> bool {
+    gpu().is_none()
+}
+
+/// Where the first element lies.
+pub(super) fn place(tensor: &Tensor) -> u64 {
+    if on_cpu() { tensor.as_slice::<f32>().unwrap().as_ptr() as u64 } else { tensor.address().unwrap() }
+}
 
 /// Numbers of the standard normal distribution, rounded to `dtype`.
 pub(super) fn normal(seed: u64, dtype: DType, shape: impl Into<Shape>) -> Tensor {
     let shape = shape.into();
     let values = normals(seed, shape.numel());
-    Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape).unwrap().to_dtype(dtype).unwrap()
+    Tensor::from_slice(&arena(), &values, shape).unwrap().to_dtype(dtype).unwrap()
 }
 
 /// The exact values.
@@ -19,7 +53,7 @@ pub(super) fn wide(tensor: &Tensor) -> Vec<f64> {
 
 /// Token ids or positions.
 pub(super) fn ids(values: &[u32]) -> Tensor {
-    Tensor::from_slice(&Arena::new(Device::Cpu), values, [values.len()]).unwrap()
+    Tensor::from_slice(&arena(), values, [values.len()]).unwrap()
 }
 
 /// Half the relative spacing of `dtype`'s numbers.

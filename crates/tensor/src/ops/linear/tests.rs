@@ -1,12 +1,12 @@
 //! The formulas of the parent module's head against f64, for every weight format, with what is added, and its signs.
 
 use nibble_nf4::{Format, QuantConfig, int8::quantize_rows, quantize};
-use nibble_testkit::UNIT_F32;
+use nibble_testkit::{UNIT_F32, relative_error};
 
 use super::*;
 use crate::{
-    Arena, DType, Int8Weight,
-    ops::samples::{normal, wide},
+    DType, Int8Weight,
+    ops::samples::{arena, normal, on_cpu, unit, wide},
 };
 
 const ROWS: usize = 13;
@@ -27,7 +27,7 @@ enum Kind {
 const KINDS: [Kind; 5] = [Kind::Nf4, Kind::Fp4, Kind::Int8, Kind::F32, Kind::Bf16];
 
 fn weight(kind: Kind, outputs: usize, seed: u64) -> Weight {
-    let arena = Arena::new(Device::Cpu);
+    let arena = arena();
     let shape = [outputs, INPUTS];
     let values = normal(seed, DType::F32, shape).to_f32_vec().unwrap();
     let blocks = |format| {
@@ -76,8 +76,13 @@ impl Matrix {
 
     fn times(&self, other: &Self) -> Self {
         let n = other.1;
-        let cell = |row: &[f64], j: usize| row.iter().enumerate().map(|(k, x)| x * other.0[k * n + j]).sum();
-        Self(self.0.chunks(self.1).flat_map(|row| (0..n).map(move |j| cell(row, j))).collect(), n)
+        let mut product = vec![0.0; self.0.len() / self.1 * n];
+        for (sums, row) in product.chunks_mut(n).zip(self.0.chunks(self.1)) {
+            for (x, other) in row.iter().zip(other.0.chunks(n)) {
+                sums.iter_mut().zip(other).for_each(|(sum, y)| *sum += x * y);
+            }
+        }
+        Self(product, n)
     }
 
     fn plus(&self, other: &Self, factor: f64) -> Self {
@@ -129,23 +134,23 @@ fn forward_is_the_formula_for_every_weight_format() {
             part.bias = part.bias.filter(|_| bias);
             part.adapter = part.adapter.filter(|_| adapter);
             let (ys, saved) = forward(&x, std::slice::from_ref(&part)).unwrap();
-            assert_eq!(saved.0[0].is_some(), adapter);
+            assert_eq!(saved.0.iter().any(Option::is_some), adapter);
             assert_close(&wide(&ys[0]), &expected_y(&Matrix::of(&x), &part), INPUTS + RANK);
         }
     }
 }
 
 /// What backward gives, in f64: dx, then dW, dbias, dA and dB of each part, added to `START`.
-struct Found {
-    dx: Vec<f64>,
-    parts: Vec<[Vec<f64>; 4]>,
+struct Gradients<M> {
+    dx: M,
+    parts: Vec<[M; 4]>,
 }
 
 /// What the gradients hold before.
 const START: f32 = 0.5;
 
-fn run_backward(dys: &[Tensor], x: &Tensor, parts: &[Part]) -> Found {
-    let arena = Arena::new(Device::Cpu);
+fn run_backward(dys: &[Tensor], x: &Tensor, parts: &[Part]) -> Gradients<Vec<f64>> {
+    let arena = arena();
     let (_, saved) = forward(x, parts).unwrap();
     let start = |shape: Shape| Tensor::from_slice(&arena, &vec![START; shape.numel()], shape).unwrap();
     let mut sums: Vec<[Tensor; 4]> = parts
@@ -164,35 +169,43 @@ fn run_backward(dys: &[Tensor], x: &Tensor, parts: &[Part]) -> Found {
         })
         .collect();
     let dx = backward(dys, x.clone(), &saved, parts, grads, true).unwrap().unwrap();
-    Found { dx: wide(&dx), parts: sums.iter().map(|sums| sums.each_ref().map(wide)).collect() }
+    Gradients { dx: wide(&dx), parts: sums.iter().map(|sums| sums.each_ref().map(wide)).collect() }
 }
 
-fn check_backward(kind: Kind, dropout: Option<Dropout>) {
-    let x = normal(2, DType::F32, [ROWS, INPUTS]);
-    let parts = [part(kind, 22, 20, dropout), part(kind, 9, 30, dropout)];
-    let dys = [normal(40, DType::F32, [ROWS, 22]), normal(41, DType::F32, [ROWS, 9])];
-    let found = run_backward(&dys, &x, &parts);
-    let x = Matrix::of(&x);
-    let mut dx = Matrix(vec![0.0; ROWS * INPUTS], INPUTS);
-    for ((part, dy), found) in parts.iter().zip(&dys).zip(&found.parts) {
+fn expected_backward(dys: &[Tensor], x: &Tensor, parts: &[Part]) -> Gradients<Matrix> {
+    let x = Matrix::of(x);
+    let rows = x.0.len() / INPUTS;
+    let (mut dx, mut sums) = (Matrix(vec![0.0; rows * INPUTS], INPUTS), Vec::new());
+    for (part, dy) in parts.iter().zip(dys) {
         let (dy, adapter) = (Matrix::of(dy), part.adapter.as_ref().unwrap());
         let (a, b, s) = (Matrix::of(&adapter.a), Matrix::of(&adapter.b), f64::from(adapter.scale));
-        let dropped = x.dropped(dropout);
+        let dropped = x.dropped(adapter.dropout);
         let (h, t) = (dropped.times(&a.transposed()), dy.times(&b));
-        dx = dx.plus(&dy.times(&base(part)), 1.0).plus(&t.times(&a).dropped(dropout), s);
-        let ones = Matrix(vec![1.0; ROWS], ROWS);
+        dx = dx.plus(&dy.times(&base(part)), 1.0).plus(&t.times(&a).dropped(adapter.dropout), s);
+        let ones = Matrix(vec![1.0; rows], rows);
         let gradients = [
             (dy.transposed().times(&x), 1.0),
             (ones.times(&dy), 1.0),
             (t.transposed().times(&dropped), s),
             (dy.transposed().times(&h), s),
         ];
-        for (found, (gradient, s)) in found.iter().zip(&gradients) {
+        sums.push(gradients.map(|(gradient, s)| {
             let start = Matrix(vec![f64::from(START); gradient.0.len()], gradient.1);
-            assert_close(found, &start.plus(gradient, *s), ROWS + INPUTS + 22);
-        }
+            start.plus(&gradient, s)
+        }));
     }
-    assert_close(&found.dx, &dx, 2 * (22 + RANK) + INPUTS);
+    Gradients { dx, parts: sums }
+}
+
+fn check_backward(kind: Kind, dropout: Option<Dropout>) {
+    let x = normal(2, DType::F32, [ROWS, INPUTS]);
+    let parts = [part(kind, 22, 20, dropout), part(kind, 9, 30, dropout)];
+    let dys = [normal(40, DType::F32, [ROWS, 22]), normal(41, DType::F32, [ROWS, 9])];
+    let (found, expected) = (run_backward(&dys, &x, &parts), expected_backward(&dys, &x, &parts));
+    for (found, expected) in found.parts.iter().flatten().zip(expected.parts.iter().flatten()) {
+        assert_close(found, expected, ROWS + INPUTS + 22);
+    }
+    assert_close(&found.dx, &expected.dx, 2 * (22 + RANK) + INPUTS);
 }
 
 #[test]
@@ -206,6 +219,48 @@ fn backward_adds_the_formula_for_every_weight_format() {
 fn backward_with_dropout_uses_the_mask_of_forward() {
     for kind in KINDS {
         check_backward(kind, Some(DROPOUT));
+    }
+}
+
+/// `rows` of 16-bit x, and the gradients of a wide and a narrow part, whose A lie side by side.
+fn check_rounded(dtype: DType, rows: usize, outputs: usize, dropout: Option<Dropout>) {
+    let x = normal(5, dtype, [rows, INPUTS]);
+    let a = normal(6, dtype, [2 * RANK, INPUTS]);
+    let parts = [(Kind::Nf4, outputs, 100), (Kind::Int8, 48, 110)].map(|(kind, outputs, seed)| {
+        let mut part = part(kind, outputs, seed, dropout);
+        let (first, b) = (if seed == 100 { 0 } else { RANK }, normal(seed + 2, dtype, [outputs, RANK]));
+        part.adapter = Some(Adapter { a: a.rows(first, RANK).unwrap(), b, scale: SCALE, dropout });
+        part
+    });
+    let dys = [normal(7, dtype, [rows, outputs]), normal(8, dtype, [rows, 48])];
+    // The weight, h or t, their factor and the result are each rounded once.
+    let assert_rounded = |what: &str, found: &[f64], expected: &Matrix| {
+        let error = relative_error(found, &expected.0);
+        assert!(error <= 3.0 * unit(dtype), "{what} of {rows} x {outputs} in {dtype}: {error:e}");
+    };
+    for (y, part) in forward(&x, &parts).unwrap().0.iter().zip(&parts) {
+        assert_rounded("y", &wide(y), &expected_y(&Matrix::of(&x), part));
+    }
+    let (found, expected) = (run_backward(&dys, &x, &parts), expected_backward(&dys, &x, &parts));
+    assert_rounded("dx", &found.dx, &expected.dx);
+    for (found, expected) in found.parts.iter().zip(&expected.parts) {
+        for (i, name) in ["dW", "dbias", "dA", "dB"].into_iter().enumerate() {
+            assert_rounded(name, &found[i], &expected[i]);
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_activations_are_within_their_rounding() {
+    for dtype in [DType::Bf16, DType::F16] {
+        for dropout in [None, Some(DROPOUT)] {
+            check_rounded(dtype, 70, 40, dropout);
+        }
+    }
+    if !on_cpu() {
+        // So many that columns ride beside x and dy, and t and dB come from one pass.
+        check_rounded(DType::Bf16, 300, 96, None);
+        check_rounded(DType::Bf16, 1100, 4096, None);
     }
 }
 
@@ -238,7 +293,7 @@ fn a_flipped_sign_of_lora_b_flips_its_share_alone() {
     let plus = part(Kind::Nf4, 22, 80, None);
     let mut minus = plus.clone();
     let flipped: Vec<f32> = plus.adapter.as_ref().unwrap().b.to_f32_vec().unwrap().iter().map(|b| -b).collect();
-    minus.adapter.as_mut().unwrap().b = Tensor::from_slice(&Arena::new(Device::Cpu), &flipped, [22, RANK]).unwrap();
+    minus.adapter.as_mut().unwrap().b = Tensor::from_slice(&arena(), &flipped, [22, RANK]).unwrap();
     let alone = Part { adapter: None, ..plus.clone() };
     let y = |part: &Part| Matrix(wide(&forward(&x, std::slice::from_ref(part)).unwrap().0[0]), 22);
     let (plus, minus, alone) = (y(&plus), y(&minus), y(&alone));

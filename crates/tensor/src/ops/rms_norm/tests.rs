@@ -2,10 +2,7 @@ use nibble_testkit::{UNIT_F32, assert_within, central_difference, reference, rel
 use proptest::prelude::*;
 
 use super::*;
-use crate::{
-    Arena,
-    ops::samples::{float, normal, rounding, wide},
-};
+use crate::ops::samples::{arena, float, normal, place, rounding, wide};
 
 const LLAMA: Config = Config { eps: 1e-5, offset: 0.0 };
 const GEMMA: Config = Config { eps: 1e-6, offset: 1.0 };
@@ -62,7 +59,7 @@ proptest! {
             reference[i].abs() * inv_error(c) + 2.1 * rounding(x_type, reference[i]) + rounding(x_type, 0.0) * wide(&w)[i % c].abs()
         });
         let one = expected(&wide(&x), &vec![1.0 - f64::from(config.offset); c], config);
-        for (row, inv) in inv.as_slice::<f32>().unwrap().iter().enumerate() {
+        for (row, inv) in inv.to_f32_vec().unwrap().iter().enumerate() {
             let at = row * c;
             prop_assert!((wide(&x)[at] * f64::from(*inv) - one[at]).abs() <= one[at].abs() * inv_error(c));
         }
@@ -72,7 +69,7 @@ proptest! {
     fn backward_is_the_formula([t, c] in sizes([70, 130]), dtype in float(), config in config(), seed in 0..1000u64) {
         let (x, dy, w) = (normal(seed, dtype, [t, c]), normal(seed + 1, dtype, [t, c]), normal(seed + 2, DType::F32, [c]));
         let (_, inv) = forward(&x, &w, config).unwrap();
-        let mut dw = Tensor::from_slice(&Arena::new(Device::Cpu), &vec![2.0f32; c], [c]).unwrap();
+        let mut dw = Tensor::from_slice(&arena(), &vec![2.0f32; c], [c]).unwrap();
         let dx = backward(&dy, &x, &w, &inv, config, Some(dw.view_mut().unwrap())).unwrap();
         let want = gradients(&wide(&dy), &wide(&x), &wide(&w), config);
         assert_within("dx", &dx.to_f32_vec().unwrap(), &want.dx, |i| {
@@ -164,12 +161,12 @@ fn results_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn memory_is_reused_only_when_nobody_else_holds_it() {
     let (x, a, w) = (normal(1, DType::F32, [2, 4]), normal(2, DType::F32, [2, 4]), normal(3, DType::F32, [4]));
-    let (held, before, address) = (a.clone(), a.to_f32_vec().unwrap(), a.as_slice::<f32>().unwrap().as_ptr());
+    let (held, before, address) = (a.clone(), a.to_f32_vec().unwrap(), place(&a));
     let (r, ..) = residual_forward(&x, a, &w, LLAMA).unwrap();
-    assert_ne!(r.as_slice::<f32>().unwrap().as_ptr(), address);
+    assert_ne!(place(&r), address);
     assert_eq!(held.to_f32_vec().unwrap(), before);
     let (again, ..) = residual_forward(&x, held, &w, LLAMA).unwrap();
-    assert_eq!(again.as_slice::<f32>().unwrap().as_ptr(), address);
+    assert_eq!(place(&again), address);
     assert_eq!(again.to_f32_vec().unwrap(), r.to_f32_vec().unwrap());
 }
 
