@@ -9,6 +9,7 @@
 //! All work of a device goes to one stream in the order of the calls, so memory can be handed out again as soon as its tensor
 //! drops.
 
+mod charges;
 mod context;
 mod driver;
 mod graph;
