@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nibble_tensor::{Arena, DType, Device, Result, Shape, Tensor, TensorMut};
+use nibble_tensor::{Arena, DType, Device, Owner, Result, Shape, Tensor, TensorMut};
 
 /// A trained tensor: its place in the flat buffer of a [`ParamStore`].
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +81,7 @@ impl ParamStoreBuilder {
     /// # Errors
     /// [`nibble_tensor::Error::OutOfMemory`].
     pub fn build(self, arena: &Arena) -> Result<ParamStore> {
+        let _scope = arena.scope(Owner::Trained);
         let data = Tensor::from_slice(arena, &self.data, [self.data.len()])?;
         Ok(ParamStore { data, copy: None, params: self.params })
     }
@@ -130,6 +131,7 @@ impl ParamStore {
         match &mut self.copy {
             Some(copy) if copy.dtype() == dtype => self.data.convert_into(copy),
             _ => {
+                let _scope = self.data.arena().scope(Owner::Trained);
                 self.copy = Some(self.data.to_dtype(dtype)?);
                 Ok(())
             }
@@ -171,6 +173,7 @@ impl ParamStore {
     /// # Errors
     /// [`nibble_tensor::Error::OutOfMemory`].
     pub fn zero_grads(&self) -> Result<ParamGrads> {
+        let _scope = self.data.arena().scope(Owner::Gradients);
         Ok(ParamGrads { flat: Tensor::zeros(self.data.arena(), DType::F32, [self.data.numel()])? })
     }
 }

@@ -1,7 +1,7 @@
 //! Generation with cached keys and values.
 
 use nibble_autograd::{ParamStore, Tape};
-use nibble_tensor::{Rng, Tensor, ops::Documents};
+use nibble_tensor::{Owner, Rng, Tensor, ops::Documents};
 
 use crate::{
     Error, Result, Transformer,
@@ -55,6 +55,7 @@ impl<'m> Session<'m> {
         }
         let config = &model.config;
         let shape = [capacity, config.num_key_value_heads, config.head_dim];
+        let _scope = model.arena.scope(Owner::KvCache);
         let layers = (0..config.num_hidden_layers)
             .map(|_| {
                 let cache = || Tensor::empty(&model.arena, model.dtype, shape);

@@ -7,7 +7,7 @@ use nibble_autograd::Leaf;
 use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
-    Arena, DType, Device, HostPool, Rng, Tensor,
+    Arena, DType, Device, HostPool, Owner, Rng, Tensor,
     ops::{self, attention, glu, rms_norm, rope::RopeTable},
 };
 
@@ -133,6 +133,7 @@ impl Loader<'_> {
 
     /// A frozen tensor as stored (rounded to bf16 where stored in a block format).
     fn leaf(&mut self, name: &str) -> Result<Leaf> {
+        let _scope = self.arena.scope(Owner::Embeddings);
         let mut tensor = self.dense(name)?;
         if tensor.dims().len() == 1 {
             // Norms compute with f32 weights: widened once, not in each step.
@@ -143,6 +144,7 @@ impl Loader<'_> {
     }
 
     fn linear(&mut self, path: String, has_bias: bool) -> Result<Linear> {
+        let _scope = self.arena.scope(Owner::BaseWeights);
         let name = format!("{path}.weight");
         let weight = match self.options.quant {
             None => Weight::Dense(self.dense(&name)?),

@@ -2,7 +2,7 @@
 
 use std::{ops::Range, str::FromStr};
 
-use nibble_tensor::{Arena, DType, Tensor};
+use nibble_tensor::{Arena, DType, Owner, Tensor};
 
 use crate::{AdamW, AdamWConfig, DecayOrder, Error, Result, Sgd, SgdConfig, StateMismatch, captured::StepMemory, names};
 
@@ -93,6 +93,7 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Option`], [`Error::NoDecayRange`], or out of memory.
     pub fn new(arena: &Arena, len: usize, config: OptimizerConfig, no_decay: &[Range<usize>]) -> Result<Self> {
+        let _scope = arena.scope(Owner::Optimizer);
         Ok(match config {
             OptimizerConfig::AdamW(config) => Self::AdamW(AdamW::new(arena, len, config, no_decay)?),
             OptimizerConfig::Sgd(config) => Self::Sgd(Sgd::new(arena, len, config, no_decay)?),

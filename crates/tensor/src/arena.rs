@@ -2,12 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    panic::Location,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use crate::{
-    Device, Error, Result,
+    Device, Error, Owner, OwnerStats, Result,
     cuda::{DeviceHeap, Span},
+    owner::Owners,
 };
 
 /// One cache line: the unit blocks are made of, so that every tensor starts on 64 bytes.
@@ -45,6 +47,7 @@ struct Inner {
 struct Pool {
     free: BTreeMap<usize, Vec<Vec<Line>>>,
     stats: ArenaStats,
+    owners: Owners,
 }
 
 /// An account of an arena, in bytes.
@@ -118,6 +121,34 @@ impl Arena {
     pub fn reset_peak(&self) {
         let mut pool = self.pool();
         pool.stats.peak = pool.stats.live;
+        pool.owners.reset_peak();
+    }
+
+    /// The account by owner: blocks belong to the innermost [`Arena::scope`] they were taken in, else to the op that took them.
+    #[must_use]
+    pub fn owners(&self) -> Vec<OwnerStats> {
+        self.pool().owners.stats()
+    }
+
+    /// Who held how much of the device when this arena held the most, in bytes: its owners, and on a GPU the gaps between their
+    /// blocks and what is held outside arenas. Together they are what the driver says is in use.
+    #[must_use]
+    pub fn at_peak(&self) -> Vec<(Owner, usize)> {
+        let owners = self.owners().into_iter().filter(|stats| stats.at_peak > 0);
+        let mut all: Vec<(Owner, usize)> = owners.map(|stats| (stats.owner, stats.at_peak)).collect();
+        if let Device::Cuda(device) = self.0.device {
+            all.extend(device.outside());
+            let gaps = self.device_bytes().unwrap_or_default().saturating_sub(self.stats().peak);
+            all.push((Owner::Gaps, gaps));
+        }
+        all
+    }
+
+    /// Makes `owner` the owner of all blocks that are taken while the scope lives.
+    #[must_use = "it ends when it drops"]
+    pub fn scope(&self, owner: Owner) -> OwnerScope {
+        let before = self.pool().owners.enter(owner);
+        OwnerScope { arena: self.clone(), before }
     }
 
     /// Gives the blocks kept for reuse back to the system.
@@ -143,7 +174,7 @@ impl Arena {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`] when the limit would be passed or the system has no more.
-    pub(crate) fn take(&self, bytes: usize) -> Result<Block> {
+    pub(crate) fn take(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
         let lines = class(bytes.div_ceil(64));
         let mut pool = self.pool();
         let out_of_memory =
@@ -159,10 +190,9 @@ impl Arena {
         let Some(memory) = memory else {
             return out_of_memory(pool.stats.live, pool.stats.live);
         };
-        pool.stats.live += memory.len();
-        pool.stats.peak = pool.stats.peak.max(pool.stats.live);
+        let owner = pool.count(memory.len(), place);
         drop(pool);
-        Ok(Block { memory, arena: self.clone() })
+        Ok(Block { memory, owner, arena: self.clone() })
     }
 }
 
@@ -183,9 +213,30 @@ impl Pool {
         bytemuck::allocation::try_zeroed_vec(lines).ok()
     }
 
+    /// Counts a block taken; gives the index of its owner.
+    fn count(&mut self, bytes: usize, place: &'static Location<'static>) -> usize {
+        self.stats.live += bytes;
+        let rises = self.stats.live > self.stats.peak;
+        self.stats.peak = self.stats.peak.max(self.stats.live);
+        self.owners.take(place, bytes, rises)
+    }
+
     fn release(&mut self) {
         self.free.clear();
         self.stats.free = 0;
+    }
+}
+
+/// While it lives, blocks of its arena are taken for one owner.
+#[derive(Debug)]
+pub struct OwnerScope {
+    arena: Arena,
+    before: Option<usize>,
+}
+
+impl Drop for OwnerScope {
+    fn drop(&mut self) {
+        self.arena.pool().owners.leave(self.before);
     }
 }
 
@@ -193,6 +244,8 @@ impl Pool {
 #[derive(Debug)]
 pub(crate) struct Block {
     memory: Memory,
+    /// Index in the arena's account.
+    owner: usize,
     arena: Arena,
 }
 
@@ -254,6 +307,7 @@ impl Drop for Block {
         let memory = std::mem::replace(&mut self.memory, Memory::Host(Vec::new()));
         let mut pool = self.arena.pool();
         pool.stats.live -= memory.len();
+        pool.owners.give(self.owner, memory.len());
         match memory {
             Memory::Host(lines) => {
                 pool.stats.free += lines.len() * 64;
@@ -282,10 +336,10 @@ mod tests {
     fn a_second_step_asks_the_system_for_nothing() {
         let arena = Arena::new(Device::Cpu);
         let step = || {
-            let a = arena.take(1000).unwrap();
-            let b = arena.take(50_000).unwrap();
+            let a = arena.take(1000, Location::caller()).unwrap();
+            let b = arena.take(50_000, Location::caller()).unwrap();
             drop(a);
-            let c = arena.take(960).unwrap();
+            let c = arena.take(960, Location::caller()).unwrap();
             (b.bytes("test").unwrap().len(), c.bytes("test").unwrap().len())
         };
         step();
@@ -299,7 +353,7 @@ mod tests {
     fn changing_lengths_never_hold_much_more_than_the_peak() {
         let arena = Arena::new(Device::Cpu);
         for size in 1..2000 {
-            drop(arena.take(size * 100_000).unwrap());
+            drop(arena.take(size * 100_000, Location::caller()).unwrap());
             let stats = arena.stats();
             assert!(stats.live + stats.free <= stats.peak + stats.peak / 4 + SLACK_BYTES, "{stats:?}");
         }
@@ -316,8 +370,8 @@ mod tests {
     #[test]
     fn the_limit_is_an_error_with_the_facts() {
         let arena = Arena::with_limit(Device::Cpu, 1024);
-        let _held = arena.take(512).unwrap();
-        let error = arena.take(1024).unwrap_err();
+        let _held = arena.take(512, Location::caller()).unwrap();
+        let error = arena.take(1024, Location::caller()).unwrap_err();
         assert!(matches!(error, Error::OutOfMemory { requested: 1024, live: 512, limit: 1024, .. }), "{error}");
     }
 }

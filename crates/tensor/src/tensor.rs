@@ -1,6 +1,6 @@
 //! Contiguous memory with a shape and an element type.
 
-use std::{marker::PhantomData, sync::Arc};
+use std::{marker::PhantomData, panic::Location, sync::Arc};
 
 use crate::{
     Arena, DType, Device, Element, Error, Float, Result, Shape, TensorMut,
@@ -28,9 +28,10 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
+    #[track_caller]
     pub fn empty(arena: &Arena, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        let block = Arc::new(arena.take(shape.numel() * dtype.size())?);
+        let block = Arc::new(arena.take(shape.numel() * dtype.size(), Location::caller())?);
         Ok(Self { block, dtype, shape, offset: 0 })
     }
 
@@ -38,6 +39,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
+    #[track_caller]
     pub fn zeros(arena: &Arena, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let mut tensor = Self::empty(arena, dtype, shape)?;
         tensor.set_zero()?;
@@ -60,6 +62,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Shape`] when the lengths differ, [`Error::OutOfMemory`].
+    #[track_caller]
     pub fn from_slice<E: Element>(arena: &Arena, values: &[E], shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         if shape.numel() != values.len() {
@@ -90,6 +93,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::Argument`] for an empty pattern, [`Error::OutOfMemory`].
+    #[track_caller]
     pub fn tiled<E: Element>(arena: &Arena, pattern: &[E], shape: impl Into<Shape>) -> Result<Self> {
         if pattern.is_empty() {
             return Err(Error::Argument { op: "tiled", argument: "pattern", expected: "at least one element", found: 0 });
@@ -121,6 +125,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
+    #[track_caller]
     pub fn to_arena(&self, arena: &Arena) -> Result<Self> {
         let mut out = Self::empty(arena, self.dtype, self.shape)?;
         match (self.device(), arena.device()) {
@@ -294,6 +299,7 @@ impl Tensor {
     ///
     /// # Errors
     /// [`Error::DType`] for integer types, [`Error::OutOfMemory`].
+    #[track_caller]
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         if dtype == self.dtype {
             return Ok(self.clone());

@@ -172,6 +172,7 @@ fn main() -> Result<()> {
     if new > 0 {
         generate(&trainer, new.min(length / 2))?;
     }
+    print_memory(&arena)?;
     rates.sort_by(f64::total_cmp);
     let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
     let light = options.get("flops", 790e12)? / flops;
@@ -182,6 +183,19 @@ fn main() -> Result<()> {
         arena.device_bytes().unwrap_or_default() as f64 / 1e9,
         trainer.model().host().bytes() as f64 / 1e9
     );
+    Ok(())
+}
+
+/// Who held how much when tensors held the most, and how much of what the driver says that is.
+fn print_memory(arena: &Arena) -> Result<()> {
+    let owners = arena.at_peak();
+    for (owner, bytes) in &owners {
+        println!("MEMORY {owner}: {:.4} GB", *bytes as f64 / 1e9);
+    }
+    let sum: usize = owners.iter().map(|(_, bytes)| bytes).sum();
+    let used = if let Device::Cuda(device) = arena.device() { device.used_memory()? } else { arena.stats().peak };
+    let share = 100.0 * sum as f64 / used as f64;
+    println!("MEMORY all owners: {:.4} GB, {share:.2} % of {:.4} GB in use", sum as f64 / 1e9, used as f64 / 1e9);
     Ok(())
 }
 

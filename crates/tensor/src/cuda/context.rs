@@ -11,6 +11,7 @@ use cudarc::driver::sys;
 use nibble_kernels::ComputeCapability;
 
 use super::{
+    charges::Charges,
     copy::{Copies, new_event},
     driver::{attribute, check, describe},
     launch::Function,
@@ -18,7 +19,7 @@ use super::{
     matmul::Blas,
     profile::Timed,
 };
-use crate::{Error, Result};
+use crate::{Error, Owner, Result};
 
 /// The oldest driver that runs the embedded images: CUDA 12.0 (525).
 const OLDEST_DRIVER: i32 = 12_000;
@@ -72,6 +73,8 @@ pub(super) struct Gpu {
     zeros: Mutex<HashMap<&'static str, (u64, usize)>>,
     /// Kernels timed so far, while a profile is made.
     pub(super) profile: Mutex<Option<Vec<Timed>>>,
+    /// Memory taken outside arenas.
+    pub(super) charges: Charges,
 }
 
 /// A loaded module of kernels.
@@ -109,9 +112,10 @@ impl CudaDevice {
         if let Some(gpu) = opened.iter().find(|gpu| gpu.info.ordinal == ordinal) {
             return Ok(Self(gpu));
         }
-        let gpu: &'static Gpu = Box::leak(Box::new(Gpu::open(ordinal, options.clone())?));
-        opened.push(gpu);
-        Ok(Self(gpu))
+        let device = Self(Box::leak(Box::new(Gpu::open(ordinal, options.clone())?)));
+        device.0.charges.add(Owner::Context, device.used_memory()? as isize);
+        opened.push(device.0);
+        Ok(device)
     }
 
     /// What it is, without opening it for work.
@@ -134,11 +138,16 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`].
     pub fn free_memory(self) -> Result<usize> {
+        Ok(self.memory()?.0)
+    }
+
+    /// Bytes that nobody uses, and bytes in all.
+    pub(super) fn memory(self) -> Result<(usize, usize)> {
         self.bind()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: both outlive the call; the context is bound.
         check("cuMemGetInfo", unsafe { sys::cuMemGetInfo_v2(&raw mut free, &raw mut total) })?;
-        Ok(free)
+        Ok((free, total))
     }
 
     /// Waits until all work handed to it is done.
@@ -271,12 +280,14 @@ impl CudaDevice {
         Ok(address)
     }
 
-    /// Memory for as long as the process lives.
+    /// Memory for as long as the process lives, for kernels.
     fn allocate(self, bytes: usize) -> Result<u64> {
         self.bind()?;
         let mut address = 0;
-        // SAFETY: a context is bound; `address` outlives the call.
-        check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })?;
+        self.charge(Owner::Kernels, || {
+            // SAFETY: a context is bound; `address` outlives the call.
+            check("cuMemAlloc", unsafe { sys::cuMemAlloc_v2(&raw mut address, bytes) })
+        })?;
         Ok(address)
     }
 
@@ -354,6 +365,7 @@ impl Gpu {
             tables: Mutex::default(),
             zeros: Mutex::default(),
             profile: Mutex::default(),
+            charges: Charges::default(),
         })
     }
 

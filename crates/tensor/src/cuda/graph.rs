@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use cudarc::driver::sys;
 
 use super::{context::CudaDevice, driver::check, heap::Span};
-use crate::{Arena, Device, Error, Result};
+use crate::{Arena, Device, Error, Owner, Result};
 
 /// The work of a function, recorded: kernels, their arguments and the memory between them.
 ///
@@ -50,11 +50,11 @@ impl Graph {
         ended?;
         let mut executable = std::ptr::null_mut();
         // SAFETY: the graph was just made, and is destroyed once.
-        let made = unsafe {
+        let made = device.charge(Owner::Graphs, || unsafe {
             let made = check("cuGraphInstantiate", sys::cuGraphInstantiateWithFlags(&raw mut executable, graph, 0));
             let _ = sys::cuGraphDestroy(graph);
             made
-        };
+        });
         made?;
         Ok((Self { device, arena: arena.clone(), executable, scratch }, value))
     }
@@ -82,8 +82,10 @@ impl Graph {
 impl Drop for Graph {
     fn drop(&mut self) {
         if self.device.bind().is_ok() && self.device.synchronize().is_ok() {
-            // SAFETY: nothing of it runs any more.
-            let _ = unsafe { sys::cuGraphExecDestroy(self.executable) };
+            let _ = self.device.charge(Owner::Graphs, || {
+                // SAFETY: nothing of it runs any more.
+                check("cuGraphExecDestroy", unsafe { sys::cuGraphExecDestroy(self.executable) })
+            });
         }
     }
 }

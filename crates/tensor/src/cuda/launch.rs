@@ -9,7 +9,7 @@ use super::{
     context::{CudaDevice, Module},
     driver::check,
 };
-use crate::{DType, Error, Result, Tensor, TensorMut};
+use crate::{DType, Error, Owner, Result, Tensor, TensorMut};
 
 /// A kernel ready to launch.
 #[derive(Clone, Copy)]
@@ -222,7 +222,7 @@ impl CudaDevice {
         let mut functions = self.gpu().functions.lock().unwrap_or_else(PoisonError::into_inner);
         let mut function = match functions.get(name) {
             Some(function) => *function,
-            None => self.load(name)?,
+            None => self.charge(Owner::Kernels, || self.load(name))?,
         };
         if shared > function.shared {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

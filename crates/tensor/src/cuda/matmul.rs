@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use cudarc::cublaslt::{result as lt, sys};
 
 use super::{context::CudaDevice, driver::check};
-use crate::{DType, Error, Result};
+use crate::{DType, Error, Owner, Result};
 
 /// Bytes that cuBLASLt may use between the parts of a product; what the vendor advises for Hopper.
 const WORKSPACE: usize = 32 << 20;
@@ -78,6 +78,21 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
+impl Key {
+    fn of(gemm: &Gemm) -> Self {
+        let addresses = [gemm.a.address, gemm.b.address, gemm.c, gemm.bias.unwrap_or(0)];
+        Self {
+            sizes: [gemm.m, gemm.n, gemm.k],
+            pitches: [gemm.a.ld, gemm.b.ld, gemm.ldc],
+            transposed: [gemm.a.transposed, gemm.b.transposed],
+            accumulate: gemm.accumulate,
+            bias: gemm.bias.is_some(),
+            types: [gemm.input, gemm.output],
+            aligned: addresses.iter().all(|address| address % 16 == 0),
+        }
+    }
+}
+
 // SAFETY: descriptors and handles are plain memory of the library, used under the mutex that holds `Blas`.
 unsafe impl Send for Blas {}
 
@@ -90,7 +105,7 @@ impl CudaDevice {
         self.bind()?;
         let mut blas = self.gpu().blas();
         if blas.is_none() {
-            *blas = Some(Blas::open(self)?);
+            *blas = Some(self.charge(Owner::Libraries, || Blas::open(self))?);
         }
         drop(blas);
         self.expect_kernel("add_f32")
@@ -107,7 +122,7 @@ impl CudaDevice {
         self.bind()?;
         let mut blas = self.gpu().blas();
         if blas.is_none() {
-            *blas = Some(Blas::open(self)?);
+            *blas = Some(self.charge(Owner::Libraries, || Blas::open(self))?);
         }
         let Some(blas) = blas.as_mut() else { return Ok(()) };
         let name = || format!("matmul {} x {} x {}{}", gemm.m, gemm.n, gemm.k, if gemm.accumulate { " +=" } else { "" });
@@ -138,8 +153,18 @@ impl Blas {
     }
 
     fn run(&mut self, device: CudaDevice, gemm: &Gemm) -> Result<()> {
-        let plan = self.plan(device, gemm)?;
-        self.launch(gemm, &plan, device.gpu().stream)
+        let key = Key::of(gemm);
+        if let Some(plan) = self.plans.get(&key) {
+            return self.launch(gemm, plan, device.gpu().stream);
+        }
+        // The library loads a kernel when it is first launched.
+        let plan = device.charge(Owner::Libraries, || {
+            let plan = self.choose(device, gemm, key.aligned)?;
+            self.launch(gemm, &plan, device.gpu().stream)?;
+            Ok(plan)
+        })?;
+        self.plans.insert(key, plan);
+        Ok(())
     }
 
     fn launch(&self, gemm: &Gemm, plan: &Plan, stream: cudarc::driver::sys::CUstream) -> Result<()> {
@@ -175,25 +200,6 @@ impl Blas {
             )
         }
         .map_err(|error| failed("cublasLtMatmul", error))
-    }
-
-    fn plan(&mut self, device: CudaDevice, gemm: &Gemm) -> Result<Plan> {
-        let addresses = [gemm.a.address, gemm.b.address, gemm.c, gemm.bias.unwrap_or(0)];
-        let key = Key {
-            sizes: [gemm.m, gemm.n, gemm.k],
-            pitches: [gemm.a.ld, gemm.b.ld, gemm.ldc],
-            transposed: [gemm.a.transposed, gemm.b.transposed],
-            accumulate: gemm.accumulate,
-            bias: gemm.bias.is_some(),
-            types: [gemm.input, gemm.output],
-            aligned: addresses.iter().all(|address| address % 16 == 0),
-        };
-        if let Some(plan) = self.plans.get(&key) {
-            return Ok(*plan);
-        }
-        let plan = self.choose(device, gemm, key.aligned)?;
-        self.plans.insert(key, plan);
-        Ok(plan)
     }
 
     /// The fastest of the library's choices for a product, by timing them on what is there.

@@ -10,6 +10,7 @@
 //! drops. Copies of [`Pinned`] memory may run beside them on a second stream, which waits for what the first has been given so far;
 //! the first waits for such a copy before anything that depends on it ([`Pinned::join`]).
 
+mod charges;
 mod context;
 mod copy;
 mod driver;

@@ -8,6 +8,7 @@ pub(crate) mod cuda {
     use crate::{
         Absmax, Arena, BlockWeight, DType, Int8Weight, Result, Tensor, Weight,
         cuda::{Arg, CudaDevice, Grid, suffix},
+        ops::typed::scratch,
     };
 
     const OP: &str = "dequantize";
@@ -33,7 +34,7 @@ pub(crate) mod cuda {
         [more_rows, more_cols]: [usize; 2],
     ) -> Result<Tensor> {
         let (rows, cols) = (weight.shape().dims()[0], weight.shape().last());
-        let mut out = Tensor::empty(arena, dtype, [rows + more_rows, cols + more_cols])?;
+        let mut out = scratch(arena, dtype, [rows + more_rows, cols + more_cols])?;
         let ld = cols + more_cols;
         match weight {
             Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, &mut out, ld)?,

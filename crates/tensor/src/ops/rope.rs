@@ -9,7 +9,7 @@
 //! Shapes: x, y [T, H, D], positions U32 `[T]`, table F32 [P, h].
 
 use super::typed;
-use crate::{Arena, DType, Device, Error, Result, Tensor, dtype::with_float};
+use crate::{Arena, DType, Device, Error, Owner, Result, Tensor, dtype::with_float};
 
 const OP: &str = "rope";
 
@@ -36,6 +36,7 @@ impl RopeTable {
             })
             .unzip();
         let shape = [positions, inv_freq.len()];
+        let _scope = arena.scope(Owner::Other);
         Ok(Self { cos: Tensor::from_slice(arena, &cos, shape)?, sin: Tensor::from_slice(arena, &sin, shape)? })
     }
 

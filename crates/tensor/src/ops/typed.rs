@@ -1,6 +1,6 @@
 //! Operands as typed slices, with errors that name the op and the operand.
 
-use crate::{DType, Element, Error, Result, Tensor, TensorMut};
+use crate::{Arena, DType, Element, Error, Owner, Result, Shape, Tensor, TensorMut};
 
 const FLOATS: &str = "float32, bfloat16 or float16";
 
@@ -29,7 +29,14 @@ pub(super) fn expect_dtype(op: &'static str, operand: &'static str, tensor: &Ten
     Err(Error::DType { op, operand, expected: expected.name(), found: tensor.dtype() })
 }
 
+/// Memory that lives within one call, with unspecified content.
+pub(super) fn scratch(arena: &Arena, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+    let _scope = arena.scope(Owner::Scratch);
+    Tensor::empty(arena, dtype, shape)
+}
+
 /// A parameter of any floating-point type, in f32 (shared, not copied, if it is f32 already).
+#[track_caller]
 pub(super) fn widened(op: &'static str, operand: &'static str, tensor: &Tensor) -> Result<Tensor> {
     if !tensor.dtype().is_float() {
         return Err(Error::DType { op, operand, expected: FLOATS, found: tensor.dtype() });
@@ -38,6 +45,7 @@ pub(super) fn widened(op: &'static str, operand: &'static str, tensor: &Tensor) 
 }
 
 /// The tensor itself if it is the only handle to its memory, else a copy to write over.
+#[track_caller]
 pub(super) fn writable(op: &'static str, operand: &'static str, tensor: Tensor) -> Result<Tensor> {
     if tensor.is_unique() {
         return Ok(tensor);

@@ -12,7 +12,10 @@ use super::{OP, Part, PartGrads, Saved};
 use crate::{
     DType, Result, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
-    ops::dequantize::cuda::{matrix, product_of_few, widened},
+    ops::{
+        dequantize::cuda::{matrix, product_of_few, widened},
+        typed::scratch,
+    },
 };
 
 pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
@@ -130,7 +133,7 @@ impl Call<'_, '_> {
     /// [x | h] [T, K + ΣR] with h = x Aᵀ, which is also left in `h`.
     fn beside(&self, h: &Tensor) -> Result<Tensor> {
         self.adapter_inputs(rows(h)?)?;
-        let beside = Tensor::empty(&self.arena, self.dtype, [self.tokens, self.inputs + self.ranks])?;
+        let beside = scratch(&self.arena, self.dtype, [self.tokens, self.inputs + self.ranks])?;
         self.copy(rows(&beside)?, rows(self.x()?)?, self.inputs)?;
         self.copy(columns(rows(&beside)?, self.inputs, self.dtype), rows(h)?, self.ranks)?;
         Ok(beside)
@@ -256,7 +259,7 @@ impl Call<'_, '_> {
     fn gradient_beside(&self, part: &Part, dy: &Tensor, t: &Tensor, dx: &Tensor, accumulate: bool) -> Result<()> {
         let (outputs, Some(a)) = (part.outputs(), self.all_a()?) else { return Ok(()) };
         let width = outputs + self.ranks;
-        let beside = Tensor::empty(dy.arena(), self.dtype, [self.tokens, width])?;
+        let beside = scratch(dy.arena(), self.dtype, [self.tokens, width])?;
         self.copy(rows(&beside)?, rows(dy)?, outputs)?;
         self.copy(columns(rows(&beside)?, outputs, self.dtype), rows(t)?, self.ranks)?;
         let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [self.ranks, 0])?;
