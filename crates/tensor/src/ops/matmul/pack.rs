@@ -7,7 +7,7 @@
 use super::kernels::Kernel;
 use super::scratch::{self, Role};
 use super::{Operand, Precision, Problem, Segment, Source};
-use half::slice::HalfFloatSliceExt;
+use half::{bf16, slice::HalfFloatSliceExt};
 use std::ops::Range;
 
 /// Words of a row made at a time on their way into a panel: with 16 rows, 20 KiB.
@@ -105,8 +105,8 @@ impl<'a> Packer<'a> {
             let lane = lane + i * width;
             let lanes = width.min(self.lanes - lane);
             let panel = &mut panel[piece.first * width..][..steps * width];
-            if let Some((data, ld)) = self.plain(piece) {
-                let rows = &data[lane * ld + piece.k.start..];
+            if let Some((data, ld)) = self.words(piece) {
+                let rows = &data[lane * ld + piece.k.start / self.kernel.pair()..];
                 self.kernel.transpose(rows, ld, lanes, steps, panel, width);
             } else {
                 self.transpose_words(piece, lane, lanes, panel);
@@ -136,17 +136,15 @@ impl<'a> Packer<'a> {
         });
     }
 
-    /// One lane's words of a piece, from a stored row. `run` is room for the row's elements.
-    fn read_words(&self, piece: &Piece, row: usize, words: &mut [f32], run: &mut [f32]) {
+    /// One lane's words of a piece, from a stored row. `room` is for twice as many elements.
+    fn read_words(&self, piece: &Piece, row: usize, words: &mut [f32], room: &mut [f32]) {
         if self.kernel.pair() == 1 {
             self.read(piece, row, piece.k.start, words);
             return;
         }
-        let run = &mut run[..2 * words.len()];
-        let (run_k, padding) = run.split_at_mut(piece.k.len());
-        self.read(piece, row, piece.k.start, run_k);
-        padding.fill(0.0);
-        self.kernel.narrow_bf16(run, bytemuck::cast_slice_mut(words));
+        let (elements, padding) = bytemuck::cast_slice_mut(words).split_at_mut(piece.k.len());
+        self.read_bf16(piece, row, piece.k.start, elements, room);
+        padding.fill(bf16::ZERO);
     }
 
     /// Lanes are stored columns: each stored row is a step of all panels (or half of one). A few steps at a time go into
@@ -154,7 +152,7 @@ impl<'a> Packer<'a> {
     fn pack_across(&self, piece: &Piece, lane: usize, block_steps: usize, panels: &mut [f32]) {
         let lanes = (panels.len() / block_steps).min(self.lanes - lane);
         let to = |first: usize| Place { width: self.width, first: piece.first + first, block_steps };
-        if let Some((data, ld)) = self.plain(piece) {
+        if let (1, Some((data, ld))) = (self.kernel.pair(), self.plain(piece)) {
             for start in (0..piece.steps).step_by(ROWS) {
                 let rows = &data[(piece.k.start + start) * ld + lane..];
                 scatter(rows, ld, lanes, ROWS.min(piece.steps - start), panels, to(start));
@@ -173,21 +171,62 @@ impl<'a> Packer<'a> {
         });
     }
 
-    /// One step's words of all lanes, from one stored row or two. `elements` is room for those.
-    fn read_step(&self, piece: &Piece, step: usize, lane: usize, words: &mut [f32], elements: &mut [f32]) {
+    /// One step's words of all lanes, from one stored row or two. `room` is for twice as many elements.
+    fn read_step(&self, piece: &Piece, step: usize, lane: usize, words: &mut [f32], room: &mut [f32]) {
         let k = piece.k.start + step * self.kernel.pair();
         if self.kernel.pair() == 1 {
             self.read(piece, k, lane, words);
             return;
         }
-        let (low, high) = elements.split_at_mut(words.len());
-        self.read(piece, k, lane, low);
-        if k + 1 < piece.k.end {
-            self.read(piece, k + 1, lane, high);
+        let (pair, room) = room.split_at_mut(words.len());
+        let (low, high) = bytemuck::cast_slice_mut(pair).split_at_mut(words.len());
+        let low = self.bf16_row(piece, k, lane, low, room);
+        let high = if k + 1 < piece.k.end {
+            self.bf16_row(piece, k + 1, lane, high, room)
         } else {
-            high.fill(0.0);
-        }
+            high.fill(bf16::ZERO);
+            high
+        };
         self.kernel.pair_bf16(low, high, words);
+    }
+
+    /// A run of a stored row rounded to bf16: in place where it is that, else read to `out`.
+    fn bf16_row<'b>(&self, piece: &Piece<'b>, row: usize, column: usize, out: &'b mut [bf16], room: &mut [f32]) -> &'b [bf16] {
+        match piece.operand.source {
+            Source::Bf16 { data, ld } if piece.scale == 1.0 => &data[row * ld + column..][..out.len()],
+            _ => {
+                self.read_bf16(piece, row, column, out, room);
+                out
+            }
+        }
+    }
+
+    /// Reads a run of a stored row, scales it, and rounds it to bf16.
+    fn read_bf16(&self, piece: &Piece, row: usize, column: usize, out: &mut [bf16], room: &mut [f32]) {
+        let len = out.len();
+        match piece.operand.source {
+            Source::Bf16 { data, ld } if piece.scale == 1.0 => out.copy_from_slice(&data[row * ld + column..][..len]),
+            Source::F32 { data, ld } if piece.scale == 1.0 => self.kernel.narrow_bf16(&data[row * ld + column..][..len], out),
+            Source::Blocks { view, cols } if piece.scale == 1.0 => view.dequantize_range_as(row * cols + column, out),
+            _ => {
+                self.read(piece, row, column, &mut room[..len]);
+                self.kernel.narrow_bf16(&room[..len], out);
+            }
+        }
+    }
+
+    /// The stored matrix as rows of words, where they need no reading, and the distance between its rows.
+    fn words<'b>(&self, piece: &Piece<'b>) -> Option<(&'b [f32], usize)> {
+        if self.kernel.pair() == 1 {
+            return self.plain(piece);
+        }
+        match piece.operand.source {
+            Source::Bf16 { data, ld } if piece.scale == 1.0 && ld.is_multiple_of(2) && piece.k.len().is_multiple_of(2) => {
+                let whole = data.len() / 2 * 2;
+                Some((bytemuck::try_cast_slice(&data[..whole]).ok()?, ld / 2))
+            }
+            _ => None,
+        }
     }
 
     /// The stored matrix, where its elements are the words.

@@ -4,8 +4,7 @@
 
 #![allow(clippy::wildcard_imports)] // the instructions
 
-use super::{Run, portable};
-use half::bf16;
+use super::{Run, elements, portable};
 use std::arch::x86_64::*;
 
 pub(super) const MR: usize = 6;
@@ -182,22 +181,4 @@ pub(super) unsafe fn dot(x: &[f32], y: &[f32]) -> f32 {
     _mm_cvtss_f32(sum) + rest
 }
 
-#[target_feature(enable = "avx2")]
-pub(super) fn widen_bf16(src: &[bf16], out: &mut [f32]) {
-    portable::widen_bf16(src, out);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn narrow_bf16(src: &[f32], out: &mut [bf16]) {
-    portable::narrow_bf16(src, out);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn round_bf16(values: &mut [f32]) {
-    portable::round_bf16(values);
-}
-
-#[target_feature(enable = "avx2")]
-pub(super) fn pair_bf16(low: &[f32], high: &[f32], out: &mut [f32]) {
-    portable::pair_bf16(low, high, out);
-}
+elements!("avx2");

@@ -2,7 +2,7 @@
 
 #![allow(clippy::wildcard_imports)] // the instructions
 
-use super::Run;
+use super::{Run, elements};
 use std::arch::x86_64::*;
 
 pub(super) const MR: usize = 14;
@@ -85,3 +85,5 @@ unsafe fn add_run(mut sum: [[__m512; 2]; MR], run: &Run) -> [[__m512; 2]; MR] {
     }
     sum
 }
+
+elements!("avx512f,avx512bw,avx512dq,avx512vl,avx2");

@@ -15,6 +15,7 @@ mod avx512bf16;
 mod portable;
 
 use super::Precision;
+use crate::ops::simd::{Level, level};
 use half::bf16;
 
 /// The most words a tile of any instruction set has.
@@ -65,7 +66,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => Self::Avx2.detected() && is_x86_feature_detected!("avx512f"),
+            Self::Avx512 => level() == Level::Avx512,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16 => Self::Avx512.detected() && is_x86_feature_detected!("avx512bf16"),
         }
@@ -80,6 +81,49 @@ impl Isa {
         true
     }
 }
+
+/// A loop over elements, compiled for the kernel's instructions.
+macro_rules! by_elements {
+    ($kernel:expr, $name:ident($($arg:expr),*)) => {
+        match $kernel.0 {
+            Isa::Portable => portable::$name($($arg),*),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the instructions were detected when the kernel was made.
+            Isa::Avx2 => unsafe { avx2::$name($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::$name($($arg),*) },
+        }
+    };
+}
+
+/// The plain loops over elements, compiled for more instructions.
+#[cfg(target_arch = "x86_64")]
+macro_rules! elements {
+    ($features:literal) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn widen_bf16(src: &[half::bf16], out: &mut [f32]) {
+            super::portable::widen_bf16(src, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn narrow_bf16(src: &[f32], out: &mut [half::bf16]) {
+            super::portable::narrow_bf16(src, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn round_bf16(values: &mut [f32]) {
+            super::portable::round_bf16(values);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn pair_bf16(low: &[half::bf16], high: &[half::bf16], out: &mut [f32]) {
+            super::portable::pair_bf16(low, high, out);
+        }
+    };
+}
+#[cfg(target_arch = "x86_64")]
+use elements;
 
 impl Kernel {
     /// Every kernel of this machine that serves the precision, best first.
@@ -184,43 +228,23 @@ impl Kernel {
     /// Widens bf16 to f32, exactly.
     pub(super) fn widen_bf16(self, src: &[bf16], out: &mut [f32]) {
         assert_eq!(src.len(), out.len(), "widening to another length");
-        match self.0 {
-            Isa::Portable => portable::widen_bf16(src, out),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: every other instruction set includes AVX2.
-            _ => unsafe { avx2::widen_bf16(src, out) },
-        }
+        by_elements!(self, widen_bf16(src, out));
     }
 
     /// Rounds f32 to bf16, ties to even.
     pub(super) fn narrow_bf16(self, src: &[f32], out: &mut [bf16]) {
         assert_eq!(src.len(), out.len(), "narrowing to another length");
-        match self.0 {
-            Isa::Portable => portable::narrow_bf16(src, out),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: every other instruction set includes AVX2.
-            _ => unsafe { avx2::narrow_bf16(src, out) },
-        }
+        by_elements!(self, narrow_bf16(src, out));
     }
 
     /// Rounds f32 to the nearest bf16 in place, ties to even.
     pub(super) fn round_bf16(self, values: &mut [f32]) {
-        match self.0 {
-            Isa::Portable => portable::round_bf16(values),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: every other instruction set includes AVX2.
-            _ => unsafe { avx2::round_bf16(values) },
-        }
+        by_elements!(self, round_bf16(values));
     }
 
-    /// `out[i]` = the word of `low[i]` and `high[i]`, both rounded to bf16.
-    pub(super) fn pair_bf16(self, low: &[f32], high: &[f32], out: &mut [f32]) {
+    /// `out[i]` = the word of `low[i]` and `high[i]`.
+    pub(super) fn pair_bf16(self, low: &[bf16], high: &[bf16], out: &mut [f32]) {
         assert!(low.len() == out.len() && high.len() == out.len(), "pairs of unequal lengths");
-        match self.0 {
-            Isa::Portable => portable::pair_bf16(low, high, out),
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: every other instruction set includes AVX2.
-            _ => unsafe { avx2::pair_bf16(low, high, out) },
-        }
+        by_elements!(self, pair_bf16(low, high, out));
     }
 }

@@ -73,9 +73,9 @@ pub(super) fn round_bf16(values: &mut [f32]) {
 }
 
 #[inline(always)]
-pub(super) fn pair_bf16(low: &[f32], high: &[f32], out: &mut [f32]) {
-    for ((word, &l), &h) in out.iter_mut().zip(low).zip(high) {
-        *word = f32::from_bits(u32::from(bf16_bits(h)) << 16 | u32::from(bf16_bits(l)));
+pub(super) fn pair_bf16(low: &[bf16], high: &[bf16], out: &mut [f32]) {
+    for ((word, l), h) in out.iter_mut().zip(low).zip(high) {
+        *word = f32::from_bits(u32::from(h.to_bits()) << 16 | u32::from(l.to_bits()));
     }
 }
 
