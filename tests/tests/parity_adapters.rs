@@ -22,7 +22,7 @@ struct Case {
 }
 
 fn load(base: &Path, dir: &Path) -> (Transformer, ParamStore) {
-    let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256 };
+    let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256, blocks_on_host: 0 };
     let mut model =
         Transformer::load(&Checkpoint::open(base).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap();
     let file = AdapterFile::open(dir).unwrap();

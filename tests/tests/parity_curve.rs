@@ -37,7 +37,7 @@ fn the_run_of_the_reference_stack_is_reproduced() {
 
     let arena = nibble_tests::arena();
     let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
-    let options = LoadOptions { quant, compute_dtype: DType::F32, max_positions: 512 };
+    let options = LoadOptions { quant, compute_dtype: DType::F32, max_positions: 512, blocks_on_host: 0 };
     let mut model = Transformer::load(&Checkpoint::open(&base).unwrap(), &arena, &options, &mut |_, _| {}).unwrap();
     let init = AdapterFile::open(&dir.join("init")).unwrap();
     let params = model.attach(&init.config, Init::File(&init)).unwrap();

@@ -11,7 +11,7 @@ const TOLERANCE: f64 = 1e-5;
 const FAMILIES: [&str; 5] = ["llama", "llama31", "mistral", "qwen2", "qwen3"];
 
 fn load(path: &std::path::Path) -> Transformer {
-    let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256 };
+    let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: 256, blocks_on_host: 0 };
     Transformer::load(&Checkpoint::open(path).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap()
 }
 

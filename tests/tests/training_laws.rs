@@ -24,9 +24,14 @@ fn adapter(init: InitLoraWeights, dropout: f64) -> AdapterConfig {
 
 /// The tiny Llama with NF4 linears and an adapter.
 fn model(config: &AdapterConfig, dtype: DType) -> (Transformer, ParamStore) {
+    model_on_host(config, dtype, 0)
+}
+
+/// The same with the codes of its first blocks on the host.
+fn model_on_host(config: &AdapterConfig, dtype: DType, blocks_on_host: usize) -> (Transformer, ParamStore) {
     let path = golden("models/llama31").expect("the project has its own copy");
     let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
-    let options = LoadOptions { quant, compute_dtype: dtype, max_positions: 256 };
+    let options = LoadOptions { quant, compute_dtype: dtype, max_positions: 256, blocks_on_host };
     let mut model =
         Transformer::load(&Checkpoint::open(&path).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap();
     let params = model.attach(config, Init::Random(7)).unwrap();
@@ -86,12 +91,15 @@ fn after_one_step_every_adapter_matrix_of_every_layer_has_a_gradient() {
 }
 
 fn gradients(checkpointing: Checkpointing, dropout: f64, dtype: DType) -> (f64, Vec<f32>) {
-    let (model, params) = model(&adapter(InitLoraWeights::Random, dropout), dtype);
+    gradients_of(&model(&adapter(InitLoraWeights::Random, dropout), dtype), checkpointing)
+}
+
+fn gradients_of((model, params): &(Transformer, ParamStore), checkpointing: Checkpointing) -> (f64, Vec<f32>) {
     let batch = dataset(4).batch(&[0, 1, 2, 3]);
     let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
     let labels = Labels::new(model.arena(), &batch.labels, 0.1).unwrap();
     let mut grads = params.zero_grads().unwrap();
-    let mut tape = Tape::new(&params);
+    let mut tape = Tape::new(params);
     let options = LossOptions { checkpointing, dropout: Some(Rng::new(5)) };
     let loss = model.loss(&mut tape, &stream, &labels, options).unwrap();
     let value = loss.value().unwrap();
@@ -110,6 +118,21 @@ fn checkpointed_step_is_bitwise_equal() {
             {
                 assert_eq!(plain, gradients(checkpointing, dropout, dtype), "{checkpointing:?} {dtype} {dropout}");
             }
+        }
+    }
+}
+
+#[test]
+fn weights_that_come_from_the_host_give_the_same_gradients() {
+    let config = adapter(InitLoraWeights::Random, 0.0);
+    let plain = gradients_of(&model(&config, DType::F32), Checkpointing::Full);
+    for blocks in 1..=3 {
+        let on_host = model_on_host(&config, DType::F32, blocks);
+        let weights = on_host.0.arena().stats().live;
+        for checkpointing in [Checkpointing::Offload, Checkpointing::Selective] {
+            assert_eq!(plain, gradients_of(&on_host, checkpointing), "{blocks} blocks {checkpointing:?}");
+            on_host.0.release_weights().unwrap();
+            assert_eq!(on_host.0.arena().stats().live, weights);
         }
     }
 }

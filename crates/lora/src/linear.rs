@@ -2,7 +2,7 @@
 
 use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId};
 use nibble_tensor::{
-    DType, Result, Rng, Tensor, Weight,
+    DType, HostPool, HostWeight, Result, Rng, Tensor, Weight,
     ops::linear::{self, Dropout, Part, PartGrads},
 };
 
@@ -13,6 +13,8 @@ use nibble_tensor::{
 pub enum Base {
     /// As loaded, in any format.
     Frozen(Weight),
+    /// As loaded, with its codes in host memory but while the layer runs.
+    OnHost(HostWeight),
     /// Trained whole, without an adapter's help.
     Trained(Param),
 }
@@ -63,6 +65,7 @@ impl Linear {
     pub fn sizes(&self) -> (usize, usize) {
         let shape = match &self.base {
             Base::Frozen(weight) => weight.shape(),
+            Base::OnHost(weight) => weight.shape(),
             Base::Trained(param) => param.shape,
         };
         (shape.dims()[0], shape.dims()[1])
@@ -84,11 +87,33 @@ impl Linear {
         Ok(())
     }
 
-    /// Bytes of the frozen base.
+    /// Moves the codes of a 4-bit base to host memory; other bases stay.
+    ///
+    /// # Errors
+    /// When the host has no memory to lock.
+    pub fn send_base(self, pool: &HostPool) -> Result<Self> {
+        let base = match self.base {
+            Base::Frozen(weight) => HostWeight::send(pool, weight)?.map_or_else(Base::Frozen, Base::OnHost),
+            base => base,
+        };
+        Ok(Self { base, ..self })
+    }
+
+    /// The base's codes, if they are on the host.
+    #[must_use]
+    pub fn host_base(&self) -> Option<&HostWeight> {
+        match &self.base {
+            Base::OnHost(weight) => Some(weight),
+            _ => None,
+        }
+    }
+
+    /// Bytes of the device that the frozen base takes.
     #[must_use]
     pub fn base_bytes(&self) -> usize {
         match &self.base {
             Base::Frozen(weight) => weight.bytes(),
+            Base::OnHost(weight) => weight.device_bytes(),
             Base::Trained(_) => 0,
         }
     }
@@ -121,6 +146,7 @@ impl Linear {
         let operand = |param: &Param| params.operand(&Leaf::Param(param.clone()), dtype);
         let weight = match &self.base {
             Base::Frozen(weight) => weight.clone(),
+            Base::OnHost(weight) => weight.get()?,
             Base::Trained(param) => Weight::Dense(operand(param)?),
         };
         let bias = self.bias.as_ref().map(|bias| params.value(bias)).transpose()?;
@@ -145,7 +171,7 @@ impl Linear {
     /// Trained values in the order base, bias, A, B; `None` where there is none.
     fn trained(&self) -> [Option<&Param>; 4] {
         let base = match &self.base {
-            Base::Frozen(_) => None,
+            Base::Frozen(_) | Base::OnHost(_) => None,
             Base::Trained(param) => Some(param),
         };
         let (a, b) = match &self.adapter {

@@ -3,7 +3,7 @@
 use nibble_autograd::{Leaf, Tape, Var, ops};
 use nibble_lora::{Linear, forward_fused};
 use nibble_tensor::{
-    Result, Rng, Tensor,
+    HostWeight, Result, Rng, Tensor,
     ops::{Documents, attention, glu, rms_norm, rope::RopeTable},
 };
 
@@ -123,6 +123,11 @@ impl Block {
     pub(crate) fn linears_mut(&mut self) -> [&mut Linear; 7] {
         let Self { q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, .. } = self;
         [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
+    }
+
+    /// The bases whose codes are on the host.
+    pub(crate) fn host_bases(&self) -> impl Iterator<Item = &HostWeight> {
+        self.linears().into_iter().filter_map(Linear::host_base)
     }
 
     /// Whether anything in it trains.

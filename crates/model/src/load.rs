@@ -28,6 +28,9 @@ pub struct LoadOptions {
     pub compute_dtype: DType,
     /// The longest document, in tokens, that rope's table is made for (at most the model's own limit).
     pub max_positions: usize,
+    /// Blocks, from the first on, whose 4-bit codes stay in host memory and come to the device while the block runs. Training
+    /// keeps no more of these than their inputs.
+    pub blocks_on_host: usize,
 }
 
 impl Transformer {
@@ -64,7 +67,8 @@ impl Transformer {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Self> {
         let total = config.tensors().len();
-        let mut loader = Loader { source, arena, options, done: 0, total, progress };
+        let host = HostPool::new(arena.device());
+        let mut loader = Loader { source, arena, host: &host, options, done: 0, total, progress };
         let embed_tokens = loader.leaf("model.embed_tokens.weight")?;
         let blocks = (0..config.num_hidden_layers).map(|i| loader.block(&config, i)).collect::<Result<_>>()?;
         let norm = loader.leaf("model.norm.weight")?;
@@ -79,9 +83,8 @@ impl Transformer {
             rope: RopeTable::new(arena, &config.rope.inv_freq(), 1.0, options.max_positions.min(config.max_position_embeddings))?,
             head_dim: config.head_dim,
         };
-        let host = HostPool::new(arena.device());
         let dtype = options.compute_dtype;
-        Ok(Self { config, arena: arena.clone(), host, dtype, embed_tokens, blocks, shared, norm, lm_head })
+        Ok(Self { config, arena: arena.clone(), host: host.clone(), dtype, embed_tokens, blocks, shared, norm, lm_head })
     }
 }
 
@@ -98,6 +101,7 @@ const RANDOM_STD: f32 = 0.02;
 struct Loader<'a> {
     source: Source<'a>,
     arena: &'a Arena,
+    host: &'a HostPool,
     options: &'a LoadOptions,
     done: usize,
     total: usize,
@@ -108,21 +112,22 @@ impl Loader<'_> {
     fn block(&mut self, config: &ModelConfig, index: usize) -> Result<Block> {
         let features = &config.features;
         let at = |part: &str| format!("model.layers.{index}.{part}");
+        let on_host = index < self.options.blocks_on_host;
         let head_norms = match features.qk_norm {
             QkNorm::None | QkNorm::Full => None,
             QkNorm::Head => Some([self.leaf(&at("self_attn.q_norm.weight"))?, self.leaf(&at("self_attn.k_norm.weight"))?]),
         };
         Ok(Block {
             input_norm: self.leaf(&at("input_layernorm.weight"))?,
-            q_proj: self.linear(at("self_attn.q_proj"), features.qkv_bias)?,
-            k_proj: self.linear(at("self_attn.k_proj"), features.qkv_bias)?,
-            v_proj: self.linear(at("self_attn.v_proj"), features.qkv_bias)?,
-            o_proj: self.linear(at("self_attn.o_proj"), features.o_bias)?,
+            q_proj: self.linear(at("self_attn.q_proj"), features.qkv_bias, on_host)?,
+            k_proj: self.linear(at("self_attn.k_proj"), features.qkv_bias, on_host)?,
+            v_proj: self.linear(at("self_attn.v_proj"), features.qkv_bias, on_host)?,
+            o_proj: self.linear(at("self_attn.o_proj"), features.o_bias, on_host)?,
             head_norms,
             post_attention_norm: self.leaf(&at("post_attention_layernorm.weight"))?,
-            gate_proj: self.linear(at("mlp.gate_proj"), features.mlp_bias)?,
-            up_proj: self.linear(at("mlp.up_proj"), features.mlp_bias)?,
-            down_proj: self.linear(at("mlp.down_proj"), features.mlp_bias)?,
+            gate_proj: self.linear(at("mlp.gate_proj"), features.mlp_bias, on_host)?,
+            up_proj: self.linear(at("mlp.up_proj"), features.mlp_bias, on_host)?,
+            down_proj: self.linear(at("mlp.down_proj"), features.mlp_bias, on_host)?,
             attention: attention::Config {
                 scale: features.query_scale,
                 window: features.windows[index],
@@ -143,7 +148,7 @@ impl Loader<'_> {
         Ok(Leaf::Frozen(tensor))
     }
 
-    fn linear(&mut self, path: String, has_bias: bool) -> Result<Linear> {
+    fn linear(&mut self, path: String, has_bias: bool, on_host: bool) -> Result<Linear> {
         let _scope = self.arena.scope(Owner::BaseWeights);
         let name = format!("{path}.weight");
         let weight = match self.options.quant {
@@ -159,7 +164,8 @@ impl Loader<'_> {
         } else {
             None
         };
-        Ok(Linear::new(path, weight, bias))
+        let linear = Linear::new(path, weight, bias);
+        if on_host { Ok(linear.send_base(self.host)?) } else { Ok(linear) }
     }
 
     fn quantized(&self, name: &str, quant: &QuantConfig) -> Result<Weight> {

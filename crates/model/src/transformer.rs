@@ -3,7 +3,7 @@
 use nibble_autograd::{Leaf, Offload, ParamStore, ParamStoreBuilder, Tape, Var, ops};
 use nibble_lora::{AdapterConfig, AdapterFile, Init, Linear};
 use nibble_tensor::{
-    Arena, DType, HostPool, Rng, Tensor,
+    Arena, DType, HostPool, HostWeight, Rng, Tensor,
     ops::{
         Documents,
         lm_head_loss::{self, Labels},
@@ -187,7 +187,9 @@ impl Transformer {
             let plan = mix.of_block(i, self.blocks.len());
             tape.set_offload(offload.clone().filter(|_| plan.on_host));
             tape.set_recomputing(plan.keep == Keep::Products);
-            let [next, added] = match plan.keep {
+            // A block whose weights leave after it has run cannot lend them to a backward pass.
+            let keep = if block.host_bases().next().is_some() { Keep::Input } else { plan.keep };
+            let [next, added] = match keep {
                 Keep::Everything | Keep::Products => {
                     block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?
                 }
@@ -196,7 +198,7 @@ impl Transformer {
                         Some(a) => ops::residual(tape, x, a)?,
                         None => x,
                     };
-                    self.checkpointed(tape, block, &stream.documents, x, rng)?
+                    self.checkpointed(tape, i, &stream.documents, x, rng)?
                 }
             };
             (x, a) = (next, Some(added));
@@ -209,18 +211,37 @@ impl Transformer {
     fn checkpointed<'m>(
         &'m self,
         tape: &mut Tape<'m>,
-        block: &'m Block,
+        index: usize,
         documents: &Documents,
         x: Var,
         rng: Option<Rng>,
     ) -> Result<[Var; 2]> {
+        let block = &self.blocks[index];
         let (shared, documents, trains) = (&self.shared, documents.clone(), block.trains());
         let run = move |tape: &mut Tape<'m>, [x]: [Var; 1]| {
+            let next = if tape.is_replaying() { index.checked_sub(1) } else { Some(index + 1) };
+            self.bring_weights(index, next)?;
             // What is not kept of the block need not be kept while it runs again either.
             tape.set_recomputing(true);
             block.forward(tape, shared, &documents, x, None, Keys::Stream, rng)
         };
         Ok(tape.checkpoint([x], trains, run)?)
+    }
+
+    /// Weights from the host for block `index`, which runs, and `next`, which runs after it; those of others go.
+    pub(crate) fn bring_weights(&self, index: usize, next: Option<usize>) -> nibble_tensor::Result<()> {
+        let others = self.blocks.iter().enumerate().filter(|(i, _)| *i != index && Some(*i) != next);
+        others.flat_map(|(_, block)| block.host_bases()).try_for_each(HostWeight::forget)?;
+        let running = [Some(index), next].into_iter().flatten().filter_map(|i| self.blocks.get(i));
+        running.flat_map(Block::host_bases).try_for_each(HostWeight::recall)
+    }
+
+    /// Lets go of weights that came from the host: so that each step begins alike.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn release_weights(&self) -> Result<()> {
+        Ok(self.blocks.iter().flat_map(Block::host_bases).try_for_each(HostWeight::forget)?)
     }
 
     pub(crate) fn embed(&self, tape: &mut Tape<'_>, tokens: &Tensor) -> Result<Var> {

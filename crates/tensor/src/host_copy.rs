@@ -172,6 +172,18 @@ impl HostCopy {
         }
     }
 
+    /// Lets go of the tensor on the device; the content on the host is what it was.
+    ///
+    /// # Errors
+    /// [`Error::Cuda`].
+    pub fn forget(&mut self) -> Result<()> {
+        if matches!(self.place, Place::Leaving(_) | Place::Coming(_)) {
+            self.join()?;
+        }
+        self.place = Place::Away;
+        Ok(())
+    }
+
     fn join(&self) -> Result<()> {
         match &self.buffer {
             Some(Buffer::Pinned(pinned)) => pinned.join(),

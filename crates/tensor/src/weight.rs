@@ -83,13 +83,7 @@ impl Weight {
     pub fn bytes(&self) -> usize {
         let size = |t: &Tensor| t.numel() * t.dtype().size();
         match self {
-            Self::Nf4(w) | Self::Fp4(w) => {
-                size(&w.packed)
-                    + match &w.absmax {
-                        Absmax::Plain(absmax) => size(absmax),
-                        Absmax::Nested { codes, absmax, map, .. } => size(codes) + size(absmax) + size(map),
-                    }
-            }
+            Self::Nf4(w) | Self::Fp4(w) => size(&w.packed) + w.absmax.bytes(),
             Self::Int8(w) => size(&w.codes) + size(&w.scale),
             Self::Dense(w) => size(w),
         }
@@ -138,7 +132,7 @@ impl Weight {
         Ok(Self::from_parts(BlockWeight { shape, config: *config, packed, absmax }))
     }
 
-    fn from_parts(weight: BlockWeight) -> Self {
+    pub(crate) fn from_parts(weight: BlockWeight) -> Self {
         match weight.config.format {
             nf4::Format::Nf4 => Self::Nf4(weight),
             nf4::Format::Fp4 => Self::Fp4(weight),
@@ -165,6 +159,18 @@ impl Weight {
                 Ok(codes.iter().enumerate().map(|(i, &c)| f32::from(c) * (scale[i / cols] / 127.0)).collect())
             }
             Self::Dense(w) => w.to_f32_vec(),
+        }
+    }
+}
+
+impl Absmax {
+    /// Bytes of the scales.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let size = |t: &Tensor| t.numel() * t.dtype().size();
+        match self {
+            Self::Plain(absmax) => size(absmax),
+            Self::Nested { codes, absmax, map, .. } => size(codes) + size(absmax) + size(map),
         }
     }
 }

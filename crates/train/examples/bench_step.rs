@@ -30,7 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let begin = Instant::now();
     let arena = Arena::new(Device::Cpu);
-    let options = LoadOptions { quant, compute_dtype, max_positions: length };
+    let options = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: 0 };
     let mut model = Transformer::load(&Checkpoint::open(Path::new(path))?, &arena, &options, &mut |_, _| {})?;
     let config = AdapterConfig {
         r: 16,

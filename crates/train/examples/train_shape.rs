@@ -2,7 +2,7 @@
 //! light, peak memory.
 //!
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
-//! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
+//! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--blocks-on-host 0] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
@@ -53,8 +53,21 @@ fn shape(name: &str) -> Result<ModelConfig> {
     Ok(ModelConfig::from_json(&config.to_string(), name)?)
 }
 
-const OPTIONS: [&str; 12] =
-    ["memory", "batch", "length", "steps", "rank", "checkpointing", "dtype", "quant", "device", "flops", "profile", "generate"];
+const OPTIONS: [&str; 13] = [
+    "blocks-on-host",
+    "memory",
+    "batch",
+    "length",
+    "steps",
+    "rank",
+    "checkpointing",
+    "dtype",
+    "quant",
+    "device",
+    "flops",
+    "profile",
+    "generate",
+];
 
 struct Options(HashMap<String, String>);
 
@@ -137,7 +150,7 @@ fn main() -> Result<()> {
     let limit: f64 = options.get("memory", f64::INFINITY)?;
     let arena = arena(&device, (limit * 1e9) as usize)?;
     let begin = Instant::now();
-    let load = LoadOptions { quant, compute_dtype, max_positions: length };
+    let load = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: options.get("blocks-on-host", 0)? };
     let mut model = Transformer::random(config, &arena, &load, 0)?;
     let adapter = AdapterConfig {
         r: options.get("rank", 16)?,

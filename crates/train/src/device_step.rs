@@ -173,6 +173,7 @@ impl Shape {
             self.losses.copy_rows(i, loss.tensor())?;
             loss.backward(tape, parts.grads)?;
         }
+        parts.model.release_weights()?;
         parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), parts.config.max_grad_norm)?;
         parts.params.prepare(parts.model.compute_dtype())?;
         Ok(())
