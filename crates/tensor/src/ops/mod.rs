@@ -7,9 +7,11 @@
 //! are written (`=`).
 
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod attention;
 pub(crate) mod dequantize;
 mod documents;
+pub mod dynamic8;
 pub mod embedding;
 pub mod global_norm;
 pub mod glu;
