@@ -2,7 +2,7 @@
 
 use nibble_tensor::{
     Arena, Device, Tensor,
-    ops::{adamw, global_norm, step},
+    ops::{global_norm, step},
 };
 
 use crate::Result;
@@ -24,8 +24,8 @@ impl StepMemory {
     }
 
     /// Writes the values of the step to come.
-    pub(crate) fn begin(&mut self, hyper: &adamw::Hyper, grad_scale: f32) -> Result<()> {
-        Ok(self.values.write(&step::values(hyper, grad_scale))?)
+    pub(crate) fn begin(&mut self, values: &[f32; step::LEN]) -> Result<()> {
+        Ok(self.values.write(values)?)
     }
 
     /// The norm of the gradients and the factor that clips it, left in the values.

@@ -25,6 +25,28 @@ pub enum Error {
         /// The known name closest to it.
         nearest: &'static str,
     },
+    /// An argument that the optimizer does not take.
+    #[error("{optimizer}: takes no argument `{argument}`; it takes {}", quoted(known))]
+    UnknownArgument {
+        /// The optimizer.
+        optimizer: &'static str,
+        /// The argument given.
+        argument: String,
+        /// Those it takes.
+        known: &'static [&'static str],
+    },
+    /// An argument whose value cannot be read.
+    #[error("{of}: `{argument}` must be {expected}, found `{found}`")]
+    Argument {
+        /// The optimizer.
+        of: &'static str,
+        /// The argument.
+        argument: String,
+        /// What fits, in words.
+        expected: &'static str,
+        /// The value given.
+        found: String,
+    },
     /// A number outside what the option takes.
     #[error("{of}: `{option}` must be {expected}, found {found}")]
     Option {

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use nibble_tensor::{
     Shape,
-    ops::dynamic8::{self, MIN_8BIT},
+    ops::{
+        adafactor::Matrix,
+        dynamic8::{self, MIN_8BIT},
+    },
 };
 
 /// The parameters of a flat buffer, in its order and without gaps.
@@ -69,6 +72,16 @@ impl Layout {
             pieces.map(|piece| piece.range.len().div_ceil(dynamic8::BLOCK)).sum()
         };
         (count(true), count(false))
+    }
+
+    /// The parameters as matrices of their last size; a vector is one row.
+    pub(crate) fn matrices(&self, decay: bool) -> Vec<Matrix> {
+        let matrix = |piece: &Piece| Matrix {
+            rows: if piece.shape.dims().len() < 2 { 1 } else { piece.shape.rows() },
+            cols: piece.shape.last(),
+            decayed: piece.decayed && decay,
+        };
+        self.pieces.iter().filter(|piece| !piece.range.is_empty()).map(matrix).collect()
     }
 
     /// Where there is no decay: starts and ends.

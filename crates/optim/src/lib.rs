@@ -21,12 +21,15 @@
 
 #![forbid(unsafe_code)]
 
+mod adafactor;
 mod adamw;
+mod args;
 mod captured;
 mod clip;
 mod config;
 mod error;
 mod layout;
+mod lion;
 mod name;
 mod names;
 mod optimizer;
@@ -35,11 +38,13 @@ mod ranges;
 mod schedule;
 mod sgd;
 
+pub use adafactor::AdafactorConfig;
 pub use adamw::AdamWConfig;
 pub use clip::{ClipInfo, clip_grad_norm};
 pub use config::OptimizerConfig;
 pub use error::{Error, Result, StateMismatch};
 pub use layout::Layout;
+pub use lion::LionConfig;
 pub use name::OptimizerName;
 pub use nibble_tensor::ops::adamw::DecayOrder;
 pub use optimizer::Optimizer;

@@ -28,7 +28,7 @@ impl Optimizer {
     pub fn new(arena: &Arena, layout: &Layout, config: OptimizerConfig) -> Result<Self> {
         config.check()?;
         let _scope = arena.scope(Owner::Optimizer);
-        let plan = Plan::new(arena, layout, config.weight_decay() != 0.0, config.coded())?;
+        let plan = Plan::new(arena, layout, &config)?;
         let specs = config.specs(layout);
         let states = specs.iter().map(|spec| Ok(Tensor::zeros(arena, spec.dtype, [spec.len])?)).collect::<Result<Vec<_>>>()?;
         Ok(Self { config, plan, specs, states, steps: 0, memory: StepMemory::new(arena)? })
@@ -45,8 +45,8 @@ impl Optimizer {
         if grads.device() == Device::Cpu {
             self.update(Some((lr, step, grad_scale)), params, grads)?;
         } else {
-            let hyper = self.config.values(lr, step);
-            self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&hyper, grad_scale))?;
+            let values = self.config.values(lr, step, grad_scale);
+            self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&values))?;
             self.update(None, params, grads)?;
         }
         self.steps = step;
@@ -60,8 +60,8 @@ impl Optimizer {
     pub fn begin(&mut self, lr: f64) -> Result<()> {
         expect_at_least_zero(self.config.name(), "learning_rate", lr)?;
         self.steps += 1;
-        let hyper = self.config.values(lr, self.steps);
-        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&hyper, 1.0))
+        let values = self.config.values(lr, self.steps, 1.0);
+        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&values))
     }
 
     /// On a GPU, the second part: clips by `max_norm` (0: not) and updates, without waiting. Gradients that are not finite leave

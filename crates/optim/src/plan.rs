@@ -1,9 +1,12 @@
 //! What an update of a part of the flat buffer needs to know of it beforehand.
 
-use nibble_tensor::{Arena, DType, Device, Result as TensorResult, Tensor, TensorMut, ops::dynamic8::Blocks};
+use nibble_tensor::{
+    Arena, DType, Device, Result as TensorResult, Tensor, TensorMut,
+    ops::{adafactor::Matrices, dynamic8::Blocks},
+};
 
 use crate::{
-    Result,
+    OptimizerConfig, Result,
     layout::Layout,
     ranges::{Run, runs},
 };
@@ -17,11 +20,13 @@ pub(crate) struct Plan {
     pub(crate) no_decay: Option<Tensor>,
     /// Of an optimizer with 8-bit states.
     pub(crate) blocks: Option<Blocks>,
+    /// Of an optimizer with factored states.
+    pub(crate) matrices: Option<Matrices>,
 }
 
 impl Plan {
-    /// `decay`: whether there is any; `coded`: whether states are 8-bit.
-    pub(crate) fn new(arena: &Arena, layout: &Layout, decay: bool, coded: bool) -> Result<Self> {
+    pub(crate) fn new(arena: &Arena, layout: &Layout, config: &OptimizerConfig) -> Result<Self> {
+        let decay = config.weight_decay() != 0.0;
         // Without decay all parameters are treated alike: one run.
         let runs = runs(layout.numel(), &if decay { layout.no_decay() } else { Vec::new() })?;
         let exempt = runs.iter().filter(|run| !run.decayed);
@@ -29,8 +34,9 @@ impl Plan {
         let on_gpu = arena.device() != Device::Cpu;
         let no_decay =
             if on_gpu && !bounds.is_empty() { Some(Tensor::from_slice(arena, &bounds, [bounds.len()])?) } else { None };
-        let blocks = if coded { Some(Blocks::new(arena, layout.blocks(decay))?) } else { None };
-        Ok(Self { numel: layout.numel(), runs, no_decay, blocks })
+        let blocks = if config.is_coded() { Some(Blocks::new(arena, layout.blocks(decay))?) } else { None };
+        let matrices = if config.is_factored() { Some(Matrices::new(arena, layout.matrices(decay))?) } else { None };
+        Ok(Self { numel: layout.numel(), runs, no_decay, blocks, matrices })
     }
 
     pub(crate) fn numel(&self) -> usize {

@@ -5,8 +5,8 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use nibble_nf4::{dynamic_map_signed, dynamic_map_unsigned};
-use nibble_optim::{AdamWConfig, DecayOrder, Layout, Optimizer, OptimizerConfig, SgdConfig};
-use nibble_tensor::Tensor;
+use nibble_optim::{AdafactorConfig, AdamWConfig, DecayOrder, Layout, LionConfig, Optimizer, OptimizerConfig, SgdConfig};
+use nibble_tensor::{Shape, Tensor};
 use safetensors::SafeTensors;
 
 /// The optimizer of each trace, and its learning rate.
@@ -17,6 +17,9 @@ fn cases() -> Vec<(&'static str, f64, OptimizerConfig)> {
         ("adamw32", 1e-3, OptimizerConfig::AdamW(adamw)),
         ("bnb_adamw32", 1e-3, OptimizerConfig::AdamW(bitsandbytes)),
         ("bnb_adamw8", 1e-3, OptimizerConfig::AdamW8bit(bitsandbytes)),
+        // The reference's own default betas.
+        ("bnb_lion8", 1e-4, OptimizerConfig::Lion8bit(LionConfig { weight_decay: 0.01, ..LionConfig::default() })),
+        ("adafactor", 1e-3, OptimizerConfig::Adafactor(AdafactorConfig::default())),
         ("sgd_momentum", 1e-2, OptimizerConfig::Sgd(SgdConfig { momentum: 0.9, weight_decay: 0.01, ..SgdConfig::default() })),
     ]
 }
@@ -35,13 +38,15 @@ fn assert_close(what: &str, found: &Tensor, want: &[f32], tolerance: impl Fn(usi
     }
 }
 
-/// Ours and the reference's names of a state that is as long as the parameter.
-const STATES: [(&str, &str); 5] = [
+/// Ours and the reference's names of an f32 state.
+const STATES: [(&str, &str); 7] = [
     ("exp_avg", "exp_avg"),
     ("exp_avg_sq", "exp_avg_sq"),
     ("exp_avg", "state1"),
     ("exp_avg_sq", "state2"),
     ("momentum_buffer", "momentum_buffer"),
+    ("exp_avg_sq_row", "exp_avg_sq_row"),
+    ("exp_avg_sq_col", "exp_avg_sq_col"),
 ];
 
 /// Replays the trace of the parameter `which` (`big` or `small`).
@@ -51,8 +56,13 @@ fn replay(path: &Path, which: &str) {
     let arena = common::arena();
     let tensor = |values: &[f32]| Tensor::from_slice(&arena, values, [values.len()]).unwrap();
     for (name, lr, config) in cases() {
-        let mut params = tensor(&values(&file, &format!("{name}.{which}.0")));
-        let mut optimizer = Optimizer::new(&arena, &Layout::one(params.numel()), config).unwrap();
+        let first = format!("{name}.{which}.0");
+        let mut params = tensor(&values(&file, &first));
+        let shape = match file.tensor(&first).unwrap().shape() {
+            &[rows, cols] => Shape::from([rows, cols]),
+            _ => [params.numel()].into(),
+        };
+        let mut optimizer = Optimizer::new(&arena, &Layout::new([(shape, true)]), config).unwrap();
         for step in 1..=10 {
             // Half the gradient, scaled by two: clipping must act before everything else.
             let grads: Vec<f32> = values(&file, &format!("{name}.g{which}.{step}")).iter().map(|g| g * 0.5).collect();

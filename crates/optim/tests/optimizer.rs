@@ -3,7 +3,9 @@
 mod common;
 
 use common::arena;
-use nibble_optim::{AdamWConfig, DecayOrder, Error, Layout, Optimizer, OptimizerConfig, OptimizerName, SgdConfig};
+use nibble_optim::{
+    AdafactorConfig, AdamWConfig, DecayOrder, Error, Layout, LionConfig, Optimizer, OptimizerConfig, OptimizerName, SgdConfig,
+};
 use nibble_tensor::{DType, Rng, Shape, Tensor};
 
 const LEN: usize = 20_001;
@@ -68,6 +70,9 @@ fn parameters_without_decay_are_stepped_as_if_it_were_zero() {
     let without = |config| match config {
         OptimizerConfig::AdamW(config) => OptimizerConfig::AdamW(AdamWConfig { weight_decay: 0.0, ..config }),
         OptimizerConfig::AdamW8bit(config) => OptimizerConfig::AdamW8bit(AdamWConfig { weight_decay: 0.0, ..config }),
+        OptimizerConfig::Lion(config) => OptimizerConfig::Lion(LionConfig { weight_decay: 0.0, ..config }),
+        OptimizerConfig::Lion8bit(config) => OptimizerConfig::Lion8bit(LionConfig { weight_decay: 0.0, ..config }),
+        OptimizerConfig::Adafactor(config) => OptimizerConfig::Adafactor(AdafactorConfig { weight_decay: 0.0, ..config }),
         OptimizerConfig::Sgd(config) => OptimizerConfig::Sgd(SgdConfig { weight_decay: 0.0, ..config }),
         other => other,
     };

@@ -4,10 +4,11 @@
 //! level[code] · absmax. Parameters below [`MIN_8BIT`] elements keep f32. In memory, each block has 256 places, so that all of
 //! them begin at a multiple of 256 bytes; what is beyond a parameter's end stays unused.
 
-use std::ops::Range;
+use std::{ops::Range, sync::OnceLock};
 
 use nibble_nf4::DynamicMap;
 
+use super::simd::multiversion;
 use crate::{Arena, DType, Device, Error, Result, Tensor, TensorMut};
 
 /// Elements of a block.
@@ -221,56 +222,117 @@ pub(super) fn coded<'a>(codes: &'a mut [u8], absmax: &'a mut [f32]) -> impl Iter
 impl Coded<'_> {
     /// Its first values.
     pub(super) fn decode(&self, map: DynamicMap, x: &mut [f32]) {
-        let levels = map.codebook().levels();
-        for (x, &code) in x.iter_mut().zip(&*self.codes) {
-            *x = levels[usize::from(code)] * *self.absmax;
-        }
+        decode(map.codebook().levels(), self.codes, *self.absmax, x);
     }
 
     /// Takes the codes and the absmax of `x`. A negative value has the code of a negative level even if its nearest is zero.
-    pub(super) fn encode(self, map: DynamicMap, x: &[f32]) {
-        let absmax = f32::from_bits(x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0));
-        let book = map.codebook();
-        let scale = if absmax > 0.0 { 1.0 / absmax } else { 0.0 };
-        let signed = map == DynamicMap::Signed;
-        for (code, x) in self.codes.iter_mut().zip(x) {
-            let nearest = book.nearest(if scale.is_infinite() { x / absmax } else { x * scale });
-            *code = if signed && x.is_sign_negative() { nearest.min(ZERO - 1) } else { nearest };
-        }
-        *self.absmax = absmax;
+    pub(super) fn encode(self, map: DynamicMap, x: &mut [f32]) {
+        *self.absmax = normalise(x);
+        encode(Search::of(map), x, self.codes);
     }
 }
 
+multiversion! {
+    fn decode(levels: &[f32; 256], codes: &[u8], absmax: f32, x: &mut [f32]) {
+        for (x, &code) in x.iter_mut().zip(codes) {
+            *x = levels[usize::from(code)] * absmax;
+        }
+    }
+}
+
+multiversion! {
+    /// Divides by the largest magnitude, as the reference does it, and returns that; zeros stay zeros.
+    fn normalise(x: &mut [f32]) -> f32 {
+        let absmax = f32::from_bits(x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0));
+        let scale = 1.0 / absmax;
+        if absmax > 0.0 && scale.is_finite() {
+            x.iter_mut().for_each(|x| *x *= scale);
+        } else if absmax > 0.0 {
+            x.iter_mut().for_each(|x| *x /= absmax);
+        }
+        absmax
+    }
+}
+
+multiversion! {
+    fn encode(search: &Search, y: &[f32], codes: &mut [u8]) {
+        let (shift, first, low_bits) = (search.shift, search.first, (1 << search.shift) - 1);
+        for (code, y) in codes.iter_mut().zip(y) {
+            let bits = y.abs().min(1.0).max(LEAST).to_bits();
+            let negative = y.to_bits() >> 31;
+            let key = (bits >> shift) - first + negative * search.negative;
+            let found = (search.entries[key as usize % KEYS] + (bits & low_bits)) >> shift;
+            *code = (found ^ (negative * search.flip)) as u8;
+        }
+    }
+}
+
+/// Magnitudes below are nearest to 0.
+const LEAST: f32 = f32::from_bits((127 - 23) << 23);
+/// Room for the entries of either map: a power of two, for lookups without a check.
+const KEYS: usize = 4096;
 /// The signed map's code of 0.
 const ZERO: u8 = 127;
 
-/// The tables of `kernels/src/common/dynamic8.cuh`: a map's levels, then the entries of its search.
-pub(super) fn tables(map: DynamicMap) -> Vec<u32> {
-    let book = map.codebook();
-    let mut words: Vec<u32> = book.levels().iter().map(|level| level.to_bits()).collect();
-    match map {
-        DynamicMap::Signed => {
-            words.extend(entries(17, |y| book.nearest(y)));
-            words.extend(entries(17, |y| 255 - book.nearest(-y).min(ZERO - 1)));
-        }
-        DynamicMap::Unsigned => words.extend(entries(16, |y| book.nearest(y))),
+/// The nearest code with one look into a table, as kernels do it too: `kernels/src/common/dynamic8.cuh` says how.
+struct Search {
+    /// Bits of a magnitude that are no part of the key.
+    shift: u32,
+    /// The key of [`LEAST`].
+    first: u32,
+    /// How much further the keys of negative values are, and what their codes differ in.
+    negative: u32,
+    flip: u32,
+    used: usize,
+    entries: [u32; KEYS],
+}
+
+impl Search {
+    fn of(map: DynamicMap) -> &'static Self {
+        static SEARCHES: [OnceLock<Search>; 2] = [const { OnceLock::new() }; 2];
+        SEARCHES[usize::from(map == DynamicMap::Signed)].get_or_init(|| Self::new(map))
     }
-    words
+
+    fn new(map: DynamicMap) -> Self {
+        let book = map.codebook();
+        let signed = map == DynamicMap::Signed;
+        // Levels of the signed map lie twice as far apart.
+        let shift = if signed { 17 } else { 16 };
+        let mut found = entries(shift, |y| book.nearest(y));
+        let negative = if signed { found.len() as u32 } else { 0 };
+        if signed {
+            found.extend(entries(shift, |y| 255 - book.nearest(-y).min(ZERO - 1)));
+        }
+        let mut entries = [0; KEYS];
+        entries[..found.len()].copy_from_slice(&found);
+        let flip = if signed { 0xff } else { 0 };
+        Self { shift, first: LEAST.to_bits() >> shift, negative, flip, used: found.len(), entries }
+    }
+}
+
+/// A map's tables for the kernels: its levels, then the entries of its search.
+pub(super) fn tables(map: DynamicMap) -> Vec<u32> {
+    let search = Search::of(map);
+    map.codebook().levels().iter().map(|level| level.to_bits()).chain(search.entries[..search.used].iter().copied()).collect()
 }
 
 /// For each key, the leading bits of a magnitude from 2⁻²³ to 1: the code of its smallest magnitude above `shift` bits, and in
 /// these the largest number less the low bits of the last magnitude with that code.
 fn entries(shift: u32, code: impl Fn(f32) -> u8) -> Vec<u32> {
-    let (first, last) = ((127 - 23) << (23 - shift), 127 << (23 - shift));
+    let (first, last) = (LEAST.to_bits() >> shift, 1f32.to_bits() >> shift);
     let low_bits = (1u32 << shift) - 1;
     let entry = |key: u32| {
         let lowest = key << shift;
         let lower = code(f32::from_bits(lowest));
-        // The last key holds 1 alone.
-        let (mut inside, mut outside) = (0, if key == last { 1 } else { low_bits + 1 });
-        while outside - inside > 1 {
+        let (mut inside, mut outside) = (0, low_bits + 1);
+        // The last key is that of 1 alone.
+        while outside - inside > 1 && key < last {
             let middle = u32::midpoint(inside, outside);
-            if code(f32::from_bits(lowest + middle)) == lower { inside = middle } else { outside = middle }
+            if code(f32::from_bits(lowest + middle)) == lower {
+                inside = middle;
+            } else {
+                outside = middle;
+            }
         }
         let threshold = if key == last { low_bits } else { inside };
         u32::from(lower) << shift | (low_bits - threshold)
@@ -282,34 +344,29 @@ fn entries(shift: u32, code: impl Fn(f32) -> u8) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    /// The search as the kernels do it.
-    fn search(map: DynamicMap, tables: &[u32], y: f32) -> u8 {
-        let shift = if map == DynamicMap::Signed { 17 } else { 16 };
-        let keys = (23 << (23 - shift)) + 1;
-        let bits = y.abs().clamp(2f32.powi(-23), 1.0).to_bits();
-        let negative = map == DynamicMap::Signed && y.is_sign_negative();
-        let key = (bits >> shift) - ((127 - 23) << (23 - shift)) + if negative { keys } else { 0 };
-        let code = (tables[256 + key as usize] + (bits & ((1 << shift) - 1))) >> shift;
-        if negative { 255 - code as u8 } else { code as u8 }
+    fn coded_as(map: DynamicMap, x: &[f32]) -> (Vec<u8>, f32) {
+        let (mut codes, mut absmax) = (vec![9; x.len()], 9.0);
+        Coded { codes: &mut codes, absmax: &mut absmax }.encode(map, &mut x.to_vec());
+        (codes, absmax)
     }
 
     #[test]
-    fn the_kernels_search_finds_the_nearest_code_around_every_threshold() {
+    fn the_search_finds_the_nearest_code_around_every_threshold_and_key() {
         for map in [DynamicMap::Signed, DynamicMap::Unsigned] {
-            let (tables, book) = (tables(map), map.codebook());
+            let book = map.codebook();
             let levels = book.levels();
             let mut points: Vec<f32> =
                 levels.windows(2).map(|pair| (pair[0] + pair[1]) * 0.5).chain(levels.iter().copied()).collect();
             points.extend((0..24 << 7).map(|key| f32::from_bits((103 << 23) + (key << 16))).filter(|&y| y <= 1.0));
             for point in points {
                 for y in [point.next_down(), point, point.next_up()].into_iter().flat_map(|y| [y, -y]) {
-                    if y > 1.0 || (map == DynamicMap::Unsigned && y.is_sign_negative()) {
+                    if y > 1.0 || y < -1.0 || (map == DynamicMap::Unsigned && y.is_sign_negative()) {
                         continue;
                     }
-                    let mut want = [0; 2];
+                    let nearest = book.nearest(y);
+                    let want = if y.is_sign_negative() { nearest.min(126) } else { nearest };
                     // With 1 beside it the absmax is 1.
-                    Coded { codes: &mut want, absmax: &mut 0.0 }.encode(map, &[y, 1.0]);
-                    assert_eq!(search(map, &tables, y), want[0], "{map:?} {y:e}");
+                    assert_eq!(coded_as(map, &[y, 1.0]), (vec![want, 255], 1.0), "{map:?} {y:e}");
                 }
             }
         }
@@ -317,14 +374,16 @@ mod tests {
 
     #[test]
     fn a_negative_value_never_becomes_zero_and_a_block_of_zeros_stays_zeros() {
-        let (mut codes, mut absmax) = ([9; 4], 9.0);
-        Coded { codes: &mut codes, absmax: &mut absmax }.encode(DynamicMap::Signed, &[-1e-9, 1e-9, -1.0, 1.0]);
-        assert_eq!((codes, absmax), ([126, 127, 0, 255], 1.0));
-        let mut x = [1.0; 4];
-        Coded { codes: &mut codes, absmax: &mut absmax }.encode(DynamicMap::Unsigned, &[0.0; 4]);
-        assert_eq!(absmax, 0.0);
-        Coded { codes: &mut codes, absmax: &mut absmax }.decode(DynamicMap::Unsigned, &mut x);
-        assert_eq!(x, [0.0; 4]);
+        assert_eq!(coded_as(DynamicMap::Signed, &[-1e-9, 1e-9, -1.0, 1.0]), (vec![126, 127, 0, 255], 1.0));
+        for map in [DynamicMap::Signed, DynamicMap::Unsigned] {
+            let (mut codes, mut absmax) = coded_as(map, &[0.0; 4]);
+            assert_eq!(absmax, 0.0);
+            let mut x = [1.0; 4];
+            Coded { codes: &mut codes, absmax: &mut absmax }.decode(map, &mut x);
+            assert_eq!(x, [0.0; 4]);
+        }
+        // 1 / absmax is infinite.
+        assert_eq!(coded_as(DynamicMap::Unsigned, &[1e-40, 0.0, 5e-41]), (vec![255, 0, 184], 1e-40));
     }
 
     #[test]

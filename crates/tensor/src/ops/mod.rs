@@ -6,6 +6,7 @@
 //! Gradients of parameters are added (`+=`) to what is there, so that micro-batches accumulate; gradients of activations
 //! are written (`=`).
 
+pub mod adafactor;
 pub mod adamw;
 pub mod adamw_8bit;
 pub mod attention;
@@ -16,6 +17,7 @@ pub mod embedding;
 pub mod global_norm;
 pub mod glu;
 pub mod linear;
+pub mod lion;
 pub mod lm_head_loss;
 pub(crate) mod matmul;
 pub(crate) mod operand;

@@ -38,7 +38,7 @@ impl Memory {
             rest,
             adapter: 4 * trained,
             gradients: 4 * trained,
-optimizer: optim.config(0.0).state_bytes(&Layout::one(trained)),
+            optimizer: optim.config(0.0).state_bytes(&Layout::one(trained)),
             activations: model.activation_bytes(checkpointing, tokens),
         }
     }
