@@ -1,6 +1,6 @@
 //! The crate's error: facts a caller can match on.
 
-use nibble_tensor::Shape;
+use nibble_tensor::{DType, Shape};
 
 /// What every fallible function of this crate returns.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -24,6 +24,28 @@ pub enum Error {
         name: String,
         /// The known name closest to it.
         nearest: &'static str,
+    },
+    /// An argument that the optimizer does not take.
+    #[error("{optimizer}: takes no argument `{argument}`; it takes {}", quoted(known))]
+    UnknownArgument {
+        /// The optimizer.
+        optimizer: &'static str,
+        /// The argument given.
+        argument: String,
+        /// Those it takes.
+        known: &'static [&'static str],
+    },
+    /// An argument whose value cannot be read.
+    #[error("{of}: `{argument}` must be {expected}, found `{found}`")]
+    Argument {
+        /// The optimizer.
+        of: &'static str,
+        /// The argument.
+        argument: String,
+        /// What fits, in words.
+        expected: &'static str,
+        /// The value given.
+        found: String,
     },
     /// A number outside what the option takes.
     #[error("{of}: `{option}` must be {expected}, found {found}")]
@@ -79,8 +101,8 @@ pub enum Error {
 pub struct StateMismatch {
     /// The tensor's name.
     pub name: String,
-    /// The shape (of float32) that fits; nothing when the optimizer has no such tensor.
-    pub expected: Option<Shape>,
+    /// The type and shape that fit; nothing when the optimizer has no such tensor.
+    pub expected: Option<(DType, Shape)>,
     /// What was found, in words; nothing when it is missing.
     pub found: Option<String>,
 }
@@ -88,7 +110,7 @@ pub struct StateMismatch {
 impl std::fmt::Display for StateMismatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { name, expected, found } = self;
-        let expected = expected.map_or("nothing".to_owned(), |shape| format!("float32 {shape}"));
+        let expected = expected.map_or("nothing".to_owned(), |(dtype, shape)| format!("{dtype} {shape}"));
         write!(f, "{name}: expected {expected}, found {}", found.as_deref().unwrap_or("nothing"))
     }
 }

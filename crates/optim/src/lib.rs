@@ -6,12 +6,12 @@
 //! What this crate must not know: tapes, layers, files.
 //!
 //! ```
-//! use nibble_optim::{AdamWConfig, Optimizer, OptimizerConfig, clip_grad_norm};
+//! use nibble_optim::{AdamWConfig, Layout, Optimizer, OptimizerConfig, clip_grad_norm};
 //! use nibble_tensor::{Arena, Device, Tensor};
 //! let arena = Arena::new(Device::Cpu);
 //! let mut params = Tensor::from_slice(&arena, &[1.0f32, -1.0], [2])?;
 //! let grads = Tensor::from_slice(&arena, &[3.0f32, 4.0], [2])?;
-//! let mut optimizer = Optimizer::new(&arena, 2, OptimizerConfig::AdamW(AdamWConfig::default()), &[])?;
+//! let mut optimizer = Optimizer::new(&arena, &Layout::one(2), OptimizerConfig::AdamW(AdamWConfig::default()))?;
 //! let clip = clip_grad_norm(&grads, 1.0)?;
 //! assert_eq!(clip.norm, 5.0);
 //! optimizer.step(&mut params, &grads, 0.1, clip.scale)?;
@@ -21,20 +21,32 @@
 
 #![forbid(unsafe_code)]
 
+mod adafactor;
 mod adamw;
+mod args;
 mod captured;
 mod clip;
+mod config;
 mod error;
+mod layout;
+mod lion;
+mod name;
 mod names;
 mod optimizer;
+mod plan;
 mod ranges;
 mod schedule;
 mod sgd;
 
-pub use adamw::{AdamW, AdamWConfig};
+pub use adafactor::AdafactorConfig;
+pub use adamw::AdamWConfig;
 pub use clip::{ClipInfo, clip_grad_norm};
+pub use config::OptimizerConfig;
 pub use error::{Error, Result, StateMismatch};
+pub use layout::Layout;
+pub use lion::LionConfig;
+pub use name::OptimizerName;
 pub use nibble_tensor::ops::adamw::DecayOrder;
-pub use optimizer::{Optimizer, OptimizerConfig, OptimizerName};
+pub use optimizer::Optimizer;
 pub use schedule::{LrSchedule, ScheduleName, ScheduleOptions};
-pub use sgd::{Sgd, SgdConfig};
+pub use sgd::SgdConfig;

@@ -1,103 +1,37 @@
-//! The optimizers under one type, and their names.
+//! An optimizer over one flat buffer.
 
-use std::{ops::Range, str::FromStr};
+use nibble_tensor::{Arena, Device, Owner, Tensor};
 
-use nibble_tensor::{Arena, DType, Owner, Tensor};
+use crate::{
+    Error, OptimizerConfig, Result, StateMismatch,
+    captured::StepMemory,
+    layout::Layout,
+    plan::{Now, Plan, Spec},
+};
 
-use crate::{AdamW, AdamWConfig, DecayOrder, Error, Result, Sgd, SgdConfig, StateMismatch, captured::StepMemory, names};
-
-/// An optimizer by the name that Hugging Face's `optim` option gives it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum OptimizerName {
-    /// `adamw_torch`.
-    AdamWTorch,
-    /// `adamw_torch_fused`: the same arithmetic.
-    AdamWTorchFused,
-    /// `adamw_bnb_32bit`: bitsandbytes' order (decay after the update), f32 states.
-    AdamWBnb32bit,
-    /// `sgd`.
-    Sgd,
-}
-
-impl OptimizerName {
-    /// Every name.
-    pub const ALL: [Self; 4] = [Self::AdamWTorch, Self::AdamWTorchFused, Self::AdamWBnb32bit, Self::Sgd];
-
-    /// As it is spelt.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::AdamWTorch => "adamw_torch",
-            Self::AdamWTorchFused => "adamw_torch_fused",
-            Self::AdamWBnb32bit => "adamw_bnb_32bit",
-            Self::Sgd => "sgd",
-        }
-    }
-
-    /// The optimizer's constants, the Trainer's defaults but for `weight_decay`.
-    #[must_use]
-    pub fn config(self, weight_decay: f64) -> OptimizerConfig {
-        match self {
-            Self::AdamWTorch | Self::AdamWTorchFused => {
-                OptimizerConfig::AdamW(AdamWConfig { weight_decay, ..AdamWConfig::default() })
-            }
-            Self::AdamWBnb32bit => {
-                OptimizerConfig::AdamW(AdamWConfig { weight_decay, decay: DecayOrder::After, ..AdamWConfig::default() })
-            }
-            Self::Sgd => OptimizerConfig::Sgd(SgdConfig { weight_decay, ..SgdConfig::default() }),
-        }
-    }
-}
-
-impl std::fmt::Display for OptimizerName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-impl FromStr for OptimizerName {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        Self::ALL.into_iter().find(|known| known.as_str() == name).ok_or_else(|| Error::UnknownOptimizer {
-            name: name.to_owned(),
-            nearest: names::nearest(name, &Self::ALL.map(Self::as_str)),
-        })
-    }
-}
-
-/// The constants of an optimizer, and which one it is.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum OptimizerConfig {
-    /// [`AdamW`].
-    AdamW(AdamWConfig),
-    /// [`Sgd`].
-    Sgd(SgdConfig),
-}
-
-/// One of the optimizers, over one flat buffer.
+/// One of the optimizers, with its states.
 #[derive(Debug)]
-#[non_exhaustive]
-pub enum Optimizer {
-    /// See [`AdamW`].
-    AdamW(AdamW),
-    /// See [`Sgd`].
-    Sgd(Sgd),
+pub struct Optimizer {
+    config: OptimizerConfig,
+    plan: Plan,
+    specs: Vec<Spec>,
+    states: Vec<Tensor>,
+    steps: u32,
+    memory: Option<StepMemory>,
 }
 
 impl Optimizer {
-    /// For `len` parameters, of which those in `no_decay` are not decayed; states are taken from `arena`.
+    /// For parameters laid out as `layout` says; states are taken from `arena`.
     ///
     /// # Errors
-    /// [`Error::Option`], [`Error::NoDecayRange`], or out of memory.
-    pub fn new(arena: &Arena, len: usize, config: OptimizerConfig, no_decay: &[Range<usize>]) -> Result<Self> {
+    /// [`Error::Option`], or out of memory.
+    pub fn new(arena: &Arena, layout: &Layout, config: OptimizerConfig) -> Result<Self> {
+        config.check()?;
         let _scope = arena.scope(Owner::Optimizer);
-        Ok(match config {
-            OptimizerConfig::AdamW(config) => Self::AdamW(AdamW::new(arena, len, config, no_decay)?),
-            OptimizerConfig::Sgd(config) => Self::Sgd(Sgd::new(arena, len, config, no_decay)?),
-        })
+        let plan = Plan::new(arena, layout, &config)?;
+        let specs = config.specs(layout);
+        let states = specs.iter().map(|spec| Ok(Tensor::zeros(arena, spec.dtype, [spec.len])?)).collect::<Result<Vec<_>>>()?;
+        Ok(Self { config, plan, specs, states, steps: 0, memory: StepMemory::new(arena)? })
     }
 
     /// One update of `params` (F32 \[len\]) with gradients `grad_scale` · `grads`; `grad_scale` is the clipping factor.
@@ -106,10 +40,17 @@ impl Optimizer {
     /// [`Error::Option`] for a learning rate below 0 or not finite; [`Error::Tensor`] when the buffers do not fit or `params` is
     /// shared.
     pub fn step(&mut self, params: &mut Tensor, grads: &Tensor, lr: f64, grad_scale: f32) -> Result<()> {
-        match self {
-            Self::AdamW(optimizer) => optimizer.step(params, grads, lr, grad_scale),
-            Self::Sgd(optimizer) => optimizer.step(params, grads, lr, grad_scale),
+        self.expect(params, grads, lr)?;
+        let step = self.steps + 1;
+        if grads.device() == Device::Cpu {
+            self.update(Some((lr, step, grad_scale)), params, grads)?;
+        } else {
+            let values = self.config.values(lr, step, grad_scale);
+            self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&values))?;
+            self.update(None, params, grads)?;
         }
+        self.steps = step;
+        Ok(())
     }
 
     /// On a GPU, the first part of a step that is captured: writes what changes from step to step. [`Optimizer::apply`] reads it.
@@ -117,10 +58,10 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Option`] for a learning rate below 0 or not finite.
     pub fn begin(&mut self, lr: f64) -> Result<()> {
-        match self {
-            Self::AdamW(optimizer) => optimizer.begin(lr),
-            Self::Sgd(optimizer) => optimizer.begin(lr),
-        }
+        expect_at_least_zero(self.config.name(), "learning_rate", lr)?;
+        self.steps += 1;
+        let values = self.config.values(lr, self.steps, 1.0);
+        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&values))
     }
 
     /// On a GPU, the second part: clips by `max_norm` (0: not) and updates, without waiting. Gradients that are not finite leave
@@ -129,49 +70,63 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Tensor`] when the buffers do not fit or `params` is shared.
     pub fn apply(&mut self, params: &mut Tensor, grads: &Tensor, max_norm: f64) -> Result<()> {
-        match self {
-            Self::AdamW(optimizer) => optimizer.apply(params, grads, max_norm),
-            Self::Sgd(optimizer) => optimizer.apply(params, grads, max_norm),
-        }
+        self.expect(params, grads, 0.0)?;
+        let Some(memory) = &mut self.memory else { return Ok(()) };
+        memory.clip(grads, max_norm)?;
+        self.update(None, params, grads)
+    }
+
+    /// `host`: learning rate, step and factor; nothing on a GPU, whose kernels read them from memory.
+    fn update(&mut self, host: Option<(f64, u32, f32)>, params: &mut Tensor, grads: &Tensor) -> Result<()> {
+        let now = match (host, &self.memory) {
+            (Some((lr, step, grad_scale)), _) => Now::Host { lr, step, grad_scale },
+            (None, Some(memory)) => Now::Device(memory.values()),
+            (None, None) => return Ok(()),
+        };
+        let states = self.states.iter_mut().map(|state| Ok(state.view_mut()?)).collect::<Result<Vec<_>>>()?;
+        self.config.update(&self.plan, now, params.view_mut()?, grads, states)
+    }
+
+    fn expect(&self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<()> {
+        let name = self.config.name();
+        expect_at_least_zero(name, "learning_rate", lr)?;
+        params.expect_shape(name, "params", [self.plan.numel()])?;
+        Ok(grads.expect_shape(name, "grads", [self.plan.numel()])?)
     }
 
     /// Where [`Optimizer::apply`] leaves the gradient's norm, on a GPU: see [`nibble_tensor::ops::step`].
     #[must_use]
     pub fn report(&self) -> Option<&Tensor> {
-        let memory = match self {
-            Self::AdamW(optimizer) => optimizer.memory(),
-            Self::Sgd(optimizer) => optimizer.memory(),
-        };
-        memory.map(StepMemory::values)
+        self.memory.as_ref().map(StepMemory::values)
     }
 
     /// Steps taken.
     #[must_use]
     pub fn steps(&self) -> u32 {
-        match self {
-            Self::AdamW(optimizer) => optimizer.steps(),
-            Self::Sgd(optimizer) => optimizer.steps(),
-        }
+        self.steps
     }
 
-    /// The states under torch's names (`exp_avg`, `exp_avg_sq`, `momentum_buffer`), each as long as the parameters.
-    #[must_use]
-    pub fn state(&self) -> Vec<(&'static str, &Tensor)> {
-        match self {
-            Self::AdamW(optimizer) => optimizer.state(),
-            Self::Sgd(optimizer) => optimizer.state(),
-        }
+    /// The states under the names of torch (`exp_avg`, `exp_avg_sq`, `momentum_buffer`: as long as the parameters) or of
+    /// bitsandbytes (`state1`, `absmax1`, ...: see [`nibble_tensor::ops::dynamic8`]), sharing the optimizer's memory: they are
+    /// to be dropped before the next step.
+    ///
+    /// # Errors
+    /// None so far.
+    pub fn state(&self) -> Result<Vec<(&'static str, Tensor)>> {
+        Ok(self.specs.iter().zip(&self.states).map(|(spec, state)| (spec.name, state.clone())).collect())
     }
 
-    /// Continues from a saved state: copies of what [`Optimizer::state`] and [`Optimizer::steps`] gave.
+    /// Continues from a saved state: what [`Optimizer::state`] and [`Optimizer::steps`] gave.
     ///
     /// # Errors
     /// [`Error::State`] with every missing, unknown or misshapen tensor; nothing is changed then.
     pub fn load_state(&mut self, steps: u32, state: &[(&str, &Tensor)]) -> Result<()> {
-        match self {
-            Self::AdamW(optimizer) => optimizer.load_state(steps, state),
-            Self::Sgd(optimizer) => optimizer.load_state(steps, state),
+        let saved = fitting(self.config.name(), &self.specs, state)?;
+        for (own, saved) in self.states.iter_mut().zip(saved) {
+            own.copy_rows(0, &saved.to_arena(own.arena())?)?;
         }
+        self.steps = steps;
+        Ok(())
     }
 }
 
@@ -183,28 +138,31 @@ pub(crate) fn expect_at_least_zero(of: &'static str, option: &'static str, found
     }
 }
 
-/// Copies the tensors of a saved state into an optimizer's own, if they fit one to one.
-pub(crate) fn load_tensors(optimizer: &'static str, own: &mut [(&str, &mut Tensor)], saved: &[(&str, &Tensor)]) -> Result<()> {
-    let find = |name: &str| saved.iter().find(|(saved, _)| *saved == name).map(|(_, tensor)| *tensor);
-    let mut mismatches = Vec::new();
-    for (name, own) in &*own {
-        let found = find(name);
-        if found.is_none_or(|found| found.shape() != own.shape() || found.dtype() != DType::F32) {
-            let found = found.map(|found| format!("{} {}", found.dtype(), found.shape()));
-            mismatches.push(StateMismatch { name: (*name).to_owned(), expected: Some(own.shape()), found });
+pub(crate) fn expect_beta(of: &'static str, option: &'static str, found: f64) -> Result<()> {
+    if (0.0..1.0).contains(&found) {
+        Ok(())
+    } else {
+        Err(Error::Option { of, option, expected: "at least 0 and below 1", found })
+    }
+}
+
+/// The tensors of a saved state in the order of an optimizer's own, if they fit one to one.
+fn fitting<'a>(optimizer: &'static str, own: &[Spec], saved: &[(&str, &'a Tensor)]) -> Result<Vec<&'a Tensor>> {
+    let words = |tensor: &Tensor| format!("{} {}", tensor.dtype(), tensor.shape());
+    let (mut found, mut mismatches) = (Vec::new(), Vec::new());
+    for spec in own {
+        let fits = |tensor: &Tensor| tensor.dims() == [spec.len] && tensor.dtype() == spec.dtype;
+        match saved.iter().find(|(name, _)| *name == spec.name) {
+            Some((_, tensor)) if fits(tensor) => found.push(*tensor),
+            other => mismatches.push(StateMismatch {
+                name: spec.name.to_owned(),
+                expected: Some((spec.dtype, [spec.len].into())),
+                found: other.map(|(_, tensor)| words(tensor)),
+            }),
         }
     }
-    for (name, found) in saved.iter().filter(|(name, _)| own.iter().all(|(own, _)| own != name)) {
-        let found = Some(format!("{} {}", found.dtype(), found.shape()));
-        mismatches.push(StateMismatch { name: (*name).to_owned(), expected: None, found });
+    for (name, tensor) in saved.iter().filter(|(name, _)| own.iter().all(|spec| spec.name != *name)) {
+        mismatches.push(StateMismatch { name: (*name).to_owned(), expected: None, found: Some(words(tensor)) });
     }
-    if !mismatches.is_empty() {
-        return Err(Error::State { optimizer, mismatches });
-    }
-    for (name, own) in own {
-        if let Some(found) = find(name) {
-            own.write(&found.to_vec::<f32>()?)?;
-        }
-    }
-    Ok(())
+    if mismatches.is_empty() { Ok(found) } else { Err(Error::State { optimizer, mismatches }) }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use nibble_tensor::{Shape, Tensor};
+use nibble_tensor::Tensor;
 
 use crate::{Error, Result};
 
@@ -14,11 +14,6 @@ pub(crate) struct Run {
 }
 
 impl Run {
-    /// Where it is, as views of tensors are asked for.
-    pub(crate) fn part(&self) -> (usize, Shape) {
-        (self.range.start, [self.range.len()].into())
-    }
-
     /// The run's part of a flat tensor.
     pub(crate) fn view(&self, flat: &Tensor) -> Result<Tensor> {
         Ok(flat.view(self.range.start, [self.range.len()])?)

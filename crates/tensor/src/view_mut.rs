@@ -105,6 +105,19 @@ impl<'a> TensorMut<'a> {
         Ok(())
     }
 
+    /// The first `len` elements and the others, flat.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when there are fewer.
+    pub fn split(self, len: usize) -> Result<(Self, Self)> {
+        let (dtype, device, total) = (self.dtype, self.device, self.shape.numel());
+        if len > total {
+            return Err(Error::Shape { op: "split", operand: "self", expected: [len].into(), found: self.shape });
+        }
+        let (first, rest) = self.memory.split(0, len * dtype.size());
+        Ok((Self::new(first, dtype, [len].into(), device), Self::new(rest, dtype, [total - len].into(), device)))
+    }
+
     /// The same view for a shorter time, to hand it on and keep it.
     pub fn reborrow(&mut self) -> TensorMut<'_> {
         let memory = match &mut self.memory {

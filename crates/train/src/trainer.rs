@@ -1,11 +1,11 @@
 //! The loop.
 
-use std::{ops::Range, time::Instant};
+use std::time::Instant;
 
 use nibble_autograd::{ParamGrads, ParamStore, Tape};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
-use nibble_optim::{LrSchedule, Optimizer, clip_grad_norm};
+use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
 use nibble_tensor::{Rng, ops::lm_head_loss::Labels};
 
 use crate::{
@@ -69,8 +69,7 @@ impl Trainer {
         let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
         let grads = params.zero_grads()?;
-        let optimizer =
-            Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
+        let optimizer = Optimizer::new(model.arena(), &layout(&params), config.optim.config(config.weight_decay))?;
         let schedule = config.schedule(max_steps)?;
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
         Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0, device, finished: None })
@@ -283,11 +282,10 @@ fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
     data.batches_per_epoch().div_ceil(config.gradient_accumulation_steps)
 }
 
-/// Ranges of the flat buffer that do not decay: biases and norms, as in the Trainer.
-fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
+/// The parameters as the optimizer sees them: biases and norms do not decay, as in the Trainer.
+fn layout(params: &ParamStore) -> Layout {
     let exempt = |name: &str| name.rsplit('.').next() == Some("bias") || name.contains("norm.");
-    let ranges = params.params().iter().filter(|param| exempt(&param.name));
-    ranges.map(|param| param.offset..param.offset + param.shape.numel()).collect()
+    Layout::new(params.params().iter().map(|param| (param.shape, !exempt(&param.name))))
 }
 
 /// The cross entropy of a model over all labelled tokens of `data`: weighted by token, whatever `batch_size` is.

@@ -11,6 +11,7 @@ enum Step : u32 {
     STEP_KEEP = 3,          // 1 − lr · weight_decay (AdamW)
     STEP_SIZE = 4,          // lr / (1 − β₁ᵗ) (AdamW)
     STEP_INVERSE_ROOT = 5,  // 1 / √(1 − β₂ᵗ) (AdamW)
+    STEP_BETA2 = 6,         // β₂ of this step (Adafactor)
     // Written by grad_clip; by the host (0, 1, 0) where gradients are not clipped.
     STEP_NORM = 8,        // norm of all gradients, times grad_scale
     STEP_CLIP = 9,        // min(1, max_norm / (norm + 1e-6))

@@ -238,12 +238,18 @@ impl CudaDevice {
 
     /// The address of a table that never changes.
     pub(crate) fn table(self, name: &'static str, values: &[f32]) -> Result<u64> {
+        self.words(name, || bytemuck::cast_slice(values).to_vec())
+    }
+
+    /// The address of words that never change, made when they are first asked for.
+    pub(crate) fn words(self, name: &'static str, make: impl FnOnce() -> Vec<u32>) -> Result<u64> {
         let mut tables = self.0.tables.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(address) = tables.get(name) {
             return Ok(*address);
         }
-        let address = self.allocate(size_of_val(values))?;
-        self.upload(address, bytemuck::cast_slice(values))?;
+        let words = make();
+        let address = self.allocate(size_of_val(&words[..]))?;
+        self.upload(address, bytemuck::cast_slice(&words))?;
         tables.insert(name, address);
         Ok(address)
     }

@@ -6,14 +6,18 @@
 //! Gradients of parameters are added (`+=`) to what is there, so that micro-batches accumulate; gradients of activations
 //! are written (`=`).
 
+pub mod adafactor;
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod attention;
 pub(crate) mod dequantize;
 mod documents;
+pub mod dynamic8;
 pub mod embedding;
 pub mod global_norm;
 pub mod glu;
 pub mod linear;
+pub mod lion;
 pub mod lm_head_loss;
 pub(crate) mod matmul;
 pub(crate) mod operand;

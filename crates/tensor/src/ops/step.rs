@@ -8,6 +8,8 @@ use crate::{Arena, DType, Result, Tensor};
 
 /// Number of floats.
 pub const LEN: usize = 16;
+/// β₂ of this step, of [`super::adafactor`].
+pub const BETA2: usize = 6;
 /// Norm of all gradients, before clipping.
 pub const NORM: usize = 8;
 /// The factor that clips them.

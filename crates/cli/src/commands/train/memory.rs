@@ -2,7 +2,7 @@
 
 use nibble_data::{Dataset, LoaderOptions, Packer};
 use nibble_model::{Checkpointing, Transformer};
-use nibble_optim::OptimizerName;
+use nibble_optim::{Layout, OptimizerName};
 
 use crate::ui;
 
@@ -33,13 +33,12 @@ impl Memory {
         tokens: usize,
     ) -> Self {
         let (linears, rest) = model.base_bytes();
-        let states = if optim == OptimizerName::Sgd { 0 } else { 2 };
         Self {
             linears,
             rest,
             adapter: 4 * trained,
             gradients: 4 * trained,
-            optimizer: 4 * states * trained,
+            optimizer: optim.config(0.0).state_bytes(&Layout::one(trained)),
             activations: model.activation_bytes(checkpointing, tokens),
         }
     }

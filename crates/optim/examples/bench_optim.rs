@@ -1,0 +1,116 @@
+//! Optimizer steps over the 168 M values of a rank-64 adapter of Llama-3-8B: milliseconds, GB/s, and the share of the copy rate
+//! measured in the same run.
+//!
+//! `cargo run --release -p nibble-optim --example bench_optim -- [--device cuda|cpu] [--layers 32] [--steps 20] [--only NAME]`
+#![allow(clippy::print_stdout)]
+
+use std::time::Instant;
+
+use nibble_optim::{Layout, Optimizer, OptimizerName};
+use nibble_tensor::{
+    Arena, DType, Device, Rng, Shape, Tensor,
+    cuda::{
+        CudaDevice, OpenOptions, Pinned,
+        libraries::{self, SearchPaths},
+    },
+};
+
+type Result<T, E = Box<dyn std::error::Error>> = std::result::Result<T, E>;
+
+/// Out and in of the linears of a block.
+const LINEARS: [[usize; 2]; 7] =
+    [[4096, 4096], [1024, 4096], [1024, 4096], [4096, 4096], [14336, 4096], [14336, 4096], [4096, 14336]];
+const RANK: usize = 64;
+
+fn option(name: &str, default: &str) -> String {
+    let args: Vec<String> = std::env::args().collect();
+    let at = args.iter().position(|arg| arg == name);
+    at.and_then(|at| args.get(at + 1)).cloned().unwrap_or_else(|| default.to_owned())
+}
+
+fn arena(device: &str) -> Result<Arena> {
+    if device == "cpu" {
+        return Ok(Arena::new(Device::Cpu));
+    }
+    let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
+    let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
+    let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None })?;
+    Ok(Arena::on(Device::Cuda(device), usize::MAX)?)
+}
+
+/// As in an adapter's flat buffer: the A of all layers, then the B.
+fn layout(layers: usize) -> Layout {
+    let each = |make: fn([usize; 2]) -> Shape| (0..layers).flat_map(move |_| LINEARS.map(make));
+    Layout::new(
+        each(|[_, input]| [RANK, input].into()).chain(each(|[output, _]| [output, RANK].into())).map(|shape| (shape, true)),
+    )
+}
+
+/// Seconds a call, the device waited for at the end.
+fn seconds(arena: &Arena, calls: usize, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    let wait = || match arena.device() {
+        Device::Cuda(device) => device.synchronize(),
+        _ => Ok(()),
+    };
+    f()?;
+    f()?;
+    wait()?;
+    let begin = Instant::now();
+    for _ in 0..calls {
+        f()?;
+    }
+    wait()?;
+    Ok(begin.elapsed().as_secs_f64() / calls as f64)
+}
+
+fn random(arena: &Arena, len: usize, seed: u64) -> Result<Tensor> {
+    let pattern: Vec<f32> = (0..(1 << 20) - 3).map(|i| Rng::new(seed).normal(i) * 0.01).collect();
+    Ok(Tensor::tiled(arena, &pattern, [len])?)
+}
+
+/// Bytes a second that a copy within memory reads and writes.
+fn copy_rate(arena: &Arena, len: usize) -> Result<f64> {
+    let (source, mut target) = (random(arena, len, 0)?, Tensor::zeros(arena, DType::F32, [len])?);
+    let time = seconds(arena, 20, || Ok(target.copy_rows(0, &source)?))?;
+    let rate = 8.0 * len as f64 / time;
+    println!("copy within memory: {:.0} GB/s", rate / 1e9);
+    Ok(rate)
+}
+
+/// Bytes a second to and from the host.
+fn link_rates(arena: &Arena) -> Result<()> {
+    let Device::Cuda(device) = arena.device() else { return Ok(()) };
+    let len = 64 << 20;
+    let mut tensor = Tensor::zeros(arena, DType::F32, [len])?;
+    let mut pinned = Pinned::new(device, 4 * len)?;
+    let there = seconds(arena, 4, || Ok(pinned.send(&mut tensor)?))?;
+    let back = seconds(arena, 4, || Ok(pinned.fetch(&tensor)?))?;
+    let rate = |time: f64| 4.0 * len as f64 / time / 1e9;
+    println!("host link: {:.1} GB/s to the device, {:.1} GB/s from it", rate(there), rate(back));
+    Ok(())
+}
+
+fn main() -> Result<()> {
+    let arena = arena(&option("--device", "cuda"))?;
+    let layout = layout(option("--layers", "32").parse()?);
+    let (steps, only): (usize, String) = (option("--steps", "20").parse()?, option("--only", ""));
+    let n = layout.numel();
+    println!("{:.1} M values", n as f64 / 1e6);
+    let rate = copy_rate(&arena, n)?;
+    link_rates(&arena)?;
+    let (mut params, grads) = (random(&arena, n, 1)?, random(&arena, n, 2)?);
+    for name in OptimizerName::ALL.into_iter().filter(|name| name.as_str().contains(&only)) {
+        let config = name.config(0.01);
+        let mut optimizer = Optimizer::new(&arena, &layout, config)?;
+        let time = seconds(&arena, steps, || Ok(optimizer.step(&mut params, &grads, 1e-4, 1.0)?))?;
+        // Parameters and states are read and written, gradients read.
+        let bytes = 12.0 * n as f64 + 2.0 * config.state_bytes(&layout) as f64;
+        println!(
+            "RESULT {name}: {:.3} ms, {:.0} GB/s, {:.0} % of the copy rate",
+            time * 1e3,
+            bytes / time / 1e9,
+            100.0 * bytes / time / rate
+        );
+    }
+    Ok(())
+}
