@@ -8,7 +8,7 @@
 
 pub mod adamw;
 pub mod attention;
-pub(crate) mod dequantize;
+pub mod dequantize;
 mod documents;
 pub mod embedding;
 pub mod global_norm;
