@@ -15,6 +15,7 @@ pub mod global_norm;
 pub mod glu;
 pub mod linear;
 pub mod lm_head_loss;
+pub mod loss_scale;
 pub(crate) mod matmul;
 pub(crate) mod operand;
 pub mod quantize;
