@@ -5,7 +5,8 @@
 #   scripts/gpu_bundle.sh [FOLDER]          default bundle/gpu
 #
 # PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone. GOLDEN: a folder of
-# full reference results, of which tests/data has a part.
+# full reference results, of which tests/data has a part. The curve of the real model is tested where its files are: the folder
+# `curve` of the reference results below `data`, and the model in ~/.cache/nibble.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bundle/gpu} profile=${PROFILE:-release} limit_mib=64
@@ -29,8 +30,8 @@ rm -rf "$out"
 mkdir -p "$out/bin" "$out/tests"
 cp "$target/nibble" "$target/examples/train_shape" "$out/bin/"
 while read -r name path; do
-  # The architecture is the source tree's, and the curve needs a model that does not travel.
-  [[ $name == architecture || $name == parity_curve || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
+  # The architecture is the source tree's.
+  [[ $name == architecture || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
 done <<<"$tests"
 while read -r name path; do cp "$path" "$out/bin/$name"; done <<<"$benches"
 strip "$out"/bin/* "$out"/tests/*
