@@ -1,32 +1,39 @@
 #!/usr/bin/env bash
 # Builds what runs on a GPU machine without Rust, CUDA or this source tree: the binary, the tests that run on a device, the
-# training benchmark, and their data. Needs no GPU. Copy the folder there and run its run.sh (scripts/gpu_run.sh).
+# benchmarks of training and of kernels, and their data. Needs no GPU. Copy the folder there and run its run.sh (scripts/gpu_run.sh).
 #
 #   scripts/gpu_bundle.sh [FOLDER]          default bundle/gpu
 #
 # PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone. GOLDEN: a folder of
-# full reference results, of which tests/data has a part.
+# full reference results, of which tests/data has a part. The curve of the real model is tested where its files are: the folder
+# `curve` of the reference results below `data`, and the model in ~/.cache/nibble.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-bundle/gpu} profile=${PROFILE:-release} limit_mib=64
 target=${CARGO_TARGET_DIR:-target}/$([[ $profile == dev ]] && echo debug || echo "$profile")
 
 cargo build --profile "$profile" --locked -p nibble-cli -p nibble-train --bin nibble --example train_shape
-# Cargo says in JSON which executables it made.
-tests=$(cargo test --no-run --locked --message-format=json-render-diagnostics -p nibble-tensor --lib -p nibble-tests --tests | python3 -c '
+# Cargo says in JSON which executables it made: their names and paths, of the tests and benches.
+made() {
+  python3 -c '
 import json, sys
 for line in sys.stdin:
     made = json.loads(line)
-    if made.get("reason") == "compiler-artifact" and made.get("executable") and made["profile"]["test"]:
-        print(made["target"]["name"], made["executable"])')
+    if made.get("reason") == "compiler-artifact" and made.get("executable") and (made["profile"]["test"] or "bench" in made["target"]["kind"]):
+        print(made["target"]["name"], made["executable"])'
+}
+messages=--message-format=json-render-diagnostics
+tests=$(cargo test --no-run --locked $messages -p nibble-tensor --lib -p nibble-tests --tests | made)
+benches=$(cargo bench --no-run --profile "$profile" --locked $messages -p nibble-tensor --bench cuda_kernels | made)
 
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/tests"
 cp "$target/nibble" "$target/examples/train_shape" "$out/bin/"
 while read -r name path; do
-  # The architecture is the source tree's, and the curve needs a model that does not travel.
-  [[ $name == architecture || $name == parity_curve || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
+  # The architecture is the source tree's.
+  [[ $name == architecture || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"
 done <<<"$tests"
+while read -r name path; do cp "$path" "$out/bin/$name"; done <<<"$benches"
 strip "$out"/bin/* "$out"/tests/*
 cp -r tests/data "$out/data"
 [[ -z ${GOLDEN:-} ]] || cp -r "$GOLDEN"/{models,adapters} "$out/data/"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs on a GPU machine what scripts/gpu_bundle.sh packed, as its run.sh: first the tests, on the GPU, then training steps of
-# models of several sizes. Needs NVIDIA's driver (525 or newer) and cuBLASLt (a CUDA toolkit, PyTorch, or
+# Runs on a GPU machine what scripts/gpu_bundle.sh packed, as its run.sh: first the tests, on the GPU, then each kernel by the
+# device's clock, then training steps of models of several sizes. Needs NVIDIA's driver (525 or newer) and cuBLASLt (a CUDA toolkit, PyTorch, or
 # `pip install nvidia-cublas-cu12`).
 #
 #   ./run.sh [RESULTS]          default results, beside this file
 #
-# Writes RESULTS/tests.md and RESULTS/steps.md, and each run's log beside them. LIMIT: seconds for each run (default 300).
+# Writes RESULTS/tests.md, RESULTS/kernels.md and RESULTS/steps.md, and each run's log beside them. LIMIT: seconds for each run (default 300).
 # FLOPS: the machine's bf16 rate in a plain matrix product, of which steps are a share (default 790e12, an H200).
 # SHAPES: lines of arguments of train_shape, instead of those below. Ends with 1 if a test or a step failed.
 set -uo pipefail
@@ -40,6 +40,12 @@ cat "$results/doctor.txt"
   done
 } | tee "$results/tests.md"
 
+{
+  printf '%s\n\n' "$about"
+  timeout "$limit" bin/cuda_kernels --bench >"$results/kernels.log" 2>&1 || echo "FAILED: $(tail -1 "$results/kernels.log")"
+  grep '^|' "$results/kernels.log"
+} | tee "$results/kernels.md"
+
 shapes=${SHAPES:-"smollm2-135m --batch 8 --length 512 --checkpointing none
 qwen2.5-1.5b --batch 4 --length 1024 --checkpointing selective
 llama3-8b --batch 1 --length 2048 --checkpointing selective
@@ -57,4 +63,4 @@ mistral-7b --batch 4 --length 2048 --checkpointing selective"}
     echo "| ${shape//--/} | $line |"
   done <<<"$shapes"
 } | tee "$results/steps.md"
-! grep -q FAILED "$results/tests.md" "$results/steps.md"
+! grep -q FAILED "$results/tests.md" "$results/kernels.md" "$results/steps.md"

@@ -51,7 +51,11 @@ fn dataset(rows: u64) -> Arc<Dataset> {
 }
 
 fn trainer(adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfig) -> Trainer {
-    let (model, params) = model(adapter_config, DType::F32);
+    trainer_in(DType::F32, adapter_config, batch_size, config)
+}
+
+fn trainer_in(dtype: DType, adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfig) -> Trainer {
+    let (model, params) = model(adapter_config, dtype);
     let options = LoaderOptions { packer: Packer::Documents { batch_size }, seed: 0, shuffle: false };
     Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap()
 }
@@ -109,7 +113,7 @@ fn gradients_of((model, params): &(Transformer, ParamStore), checkpointing: Chec
 
 #[test]
 fn checkpointed_step_is_bitwise_equal() {
-    for dtype in [DType::F32, DType::Bf16] {
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
         for dropout in [0.0, 0.3] {
             let plain = gradients(Checkpointing::None, dropout, dtype);
             let mix = Mix { everything: 1, products: 0, products_on_host: 1, inputs_on_host: true };
@@ -200,4 +204,49 @@ fn a_loss_that_is_no_number_names_the_batch_and_changes_nothing() {
     assert!(error.to_string().contains("step 2") && error.to_string().contains("rows 3, 4"), "{error}");
     let after = trainer.params().data().to_f32_vec().unwrap();
     assert!(before.iter().map(|x| x.to_bits()).eq(after.iter().map(|x| x.to_bits())));
+}
+
+#[test]
+fn in_f16_losses_are_within_a_percent_of_those_in_f32() {
+    let losses = |dtype| -> Vec<f64> {
+        let config = TrainConfig { max_steps: Some(12), learning_rate: 1e-2, ..TrainConfig::default() };
+        let mut trainer = trainer_in(dtype, &adapter(InitLoraWeights::Default, 0.0), 4, config);
+        let steps: Vec<_> = (0..12).map(|_| trainer.step().unwrap()).collect();
+        assert!(steps.iter().all(|step| !step.skipped && step.loss_scale.is_some() == (dtype == DType::F16)));
+        steps.iter().map(|step| step.loss).collect()
+    };
+    let (half, single) = (losses(DType::F16), losses(DType::F32));
+    assert!(single[11] < 0.9 * single[0], "{single:?}");
+    for (half, single) in half.iter().zip(&single) {
+        assert!((half - single).abs() <= 0.01 * single, "{half} instead of {single}");
+    }
+}
+
+#[test]
+fn gradients_beyond_f16_halve_the_loss_scale_and_change_nothing_else() {
+    let config = TrainConfig { max_steps: Some(4), learning_rate: 1e-2, ..TrainConfig::default() };
+    let mut trainer = trainer_in(DType::F16, &adapter(InitLoraWeights::Random, 0.0), 4, config);
+    let huge = 2f32.powi(60);
+    trainer.load_loss_scale((huge, 5)).unwrap();
+    let before = trainer.params().data().to_f32_vec().unwrap();
+    for halvings in 0..2 {
+        let stats = trainer.step().unwrap();
+        assert!(stats.skipped && stats.loss.is_finite() && !stats.grad_norm.is_finite());
+        assert_eq!(stats.loss_scale, Some(f64::from(huge) / f64::from(1 << halvings)));
+    }
+    assert_eq!(trainer.loss_scale().unwrap(), Some((huge / 4.0, 0)));
+    assert_eq!(trainer.params().data().to_f32_vec().unwrap(), before);
+}
+
+#[test]
+fn at_the_least_loss_scale_gradients_that_are_not_finite_are_an_error() {
+    let (model, mut params) = model(&adapter(InitLoraWeights::Random, 0.0), DType::F16);
+    let nan = vec![f32::NAN; params.numel()];
+    params.data_mut().write(&nan).unwrap();
+    let options = LoaderOptions { packer: Packer::Documents { batch_size: 4 }, seed: 0, shuffle: false };
+    let config = TrainConfig { max_steps: Some(4), ..TrainConfig::default() };
+    let mut trainer = Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap();
+    trainer.load_loss_scale((2.0, 0)).unwrap();
+    assert!(trainer.step().unwrap().skipped);
+    assert!(matches!(trainer.step(), Err(nibble_train::Error::NonFinite { step: 2, quantity: "loss", .. })));
 }

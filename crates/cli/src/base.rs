@@ -44,6 +44,7 @@ impl Precision {
         let device = device(args.device)?;
         let compute_dtype = match args.compute_dtype {
             ComputeDtype::Bf16 => DType::Bf16,
+            ComputeDtype::F16 => DType::F16,
             ComputeDtype::F32 => DType::F32,
             ComputeDtype::Auto => natural_dtype(device),
         };
@@ -109,13 +110,13 @@ pub(crate) fn open_gpu() -> Result<Device> {
     Ok(Device::Cuda(gpu))
 }
 
-/// bf16 where the hardware multiplies it, else f32.
+/// bf16 where the hardware multiplies it; else f16 on a GPU, f32 on a CPU.
 fn natural_dtype(device: Device) -> DType {
-    let fast = match device {
-        Device::Cuda(gpu) => gpu.info().capability.major >= 8,
-        _ => multiplies_bf16(),
-    };
-    if fast { DType::Bf16 } else { DType::F32 }
+    match device {
+        Device::Cuda(gpu) if gpu.info().capability.major < 8 => DType::F16,
+        Device::Cpu if !multiplies_bf16() => DType::F32,
+        _ => DType::Bf16,
+    }
 }
 
 fn quant_config(args: &PrecisionArgs) -> Result<Option<QuantConfig>> {

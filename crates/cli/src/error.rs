@@ -107,7 +107,7 @@ impl CliError {
             Self::AdapterFlags { .. } => {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }
-            Self::NoBf16 { .. } => Some("use `--compute-dtype f32`".into()),
+            Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
             Self::Stopped { saved, .. } => {
                 Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
             }

@@ -69,7 +69,8 @@ impl Weight {
         }
     }
 
-    fn place(&self) -> (Device, &Arena) {
+    /// Where it lies.
+    pub(crate) fn place(&self) -> (Device, &Arena) {
         let arena = match self {
             Self::Nf4(w) | Self::Fp4(w) => w.packed.arena(),
             Self::Int8(w) => w.codes.arena(),

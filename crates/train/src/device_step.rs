@@ -11,7 +11,7 @@ use nibble_optim::Optimizer;
 use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor,
     cuda::{CudaDevice, Graph, Pinned},
-    ops::{lm_head_loss::Labels, step},
+    ops::{lm_head_loss::Labels, loss_scale::LossScale, step},
 };
 
 use crate::{Result, TrainConfig, trainer::resolve};
@@ -28,6 +28,18 @@ pub(crate) struct Parts<'a> {
     pub(crate) grads: &'a mut ParamGrads,
     pub(crate) optimizer: &'a mut Optimizer,
     pub(crate) config: &'a TrainConfig,
+    /// With gradients in f16.
+    pub(crate) loss_scale: Option<&'a LossScale>,
+}
+
+/// What a step found.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Outcome {
+    pub(crate) loss: f64,
+    /// Norm of the gradient; not finite where the step changed nothing.
+    pub(crate) grad_norm: f64,
+    /// What the loss was multiplied by, with gradients in f16.
+    pub(crate) loss_scale: Option<f64>,
 }
 
 /// The shapes met so far.
@@ -83,7 +95,7 @@ impl DeviceSteps {
         lr: f64,
         dropout: Rng,
     ) -> Result<Ticket> {
-        let index = self.shape(parts.model, parts.config.checkpointing, batches, scale)?;
+        let index = self.shape(&parts, batches, scale)?;
         parts.optimizer.begin(lr)?;
         dropout.announce(self.device)?;
         let shape = &mut self.shapes[index];
@@ -113,8 +125,8 @@ impl DeviceSteps {
         Ok(Ticket { slot, batches: batches.len() })
     }
 
-    /// Waits for a step: (loss, norm of the gradient).
-    pub(crate) fn wait(&self, ticket: Ticket) -> Result<(f64, f64)> {
+    /// Waits for a step.
+    pub(crate) fn wait(&self, ticket: Ticket) -> Result<Outcome> {
         let report = &self.reports[ticket.slot];
         report.losses.wait()?;
         report.values.wait()?;
@@ -122,13 +134,23 @@ impl DeviceSteps {
             |bytes: &[u8]| -> Vec<f32> { bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect() };
         let losses = floats(report.losses.bytes());
         let loss = losses[..ticket.batches].iter().map(|&loss| f64::from(loss)).sum();
-        Ok((loss, f64::from(floats(report.values.bytes())[step::NORM])))
+        let values = floats(report.values.bytes());
+        let loss_scale = Some(f64::from(values[step::LOSS_SCALE])).filter(|scale| *scale > 0.0);
+        Ok(Outcome { loss, grad_norm: values[step::NORM].into(), loss_scale })
     }
 
     /// The inputs of these batches, in the memory of their shape.
-    fn shape(&mut self, model: &Transformer, checkpointing: Checkpointing, batches: &[Batch], scale: f32) -> Result<usize> {
+    fn shape(&mut self, parts: &Parts<'_>, batches: &[Batch], scale: f32) -> Result<usize> {
+        let (model, checkpointing) = (parts.model, parts.config.checkpointing);
         let arena = model.arena();
-        let labels = batches.iter().map(|batch| Labels::new(arena, &batch.labels, scale)).collect::<Result<Vec<_>, _>>()?;
+        let labels = |batch: &Batch| {
+            let labels = Labels::new(arena, &batch.labels, scale)?;
+            Ok::<_, crate::Error>(match parts.loss_scale {
+                Some(loss_scale) => labels.scaled(loss_scale),
+                None => labels,
+            })
+        };
+        let labels = batches.iter().map(labels).collect::<Result<Vec<_>, _>>()?;
         if let Some(index) = self.shapes.iter().position(|shape| shape.fits(batches, &labels)) {
             let shape = &mut self.shapes[index];
             for ((held, batch), labels) in shape.batches.iter_mut().zip(batches).zip(&labels) {
@@ -174,7 +196,11 @@ impl Shape {
             loss.backward(tape, parts.grads)?;
         }
         parts.model.release_weights()?;
+        let scaler = parts.loss_scale.zip(parts.optimizer.report());
+        scaler.map_or(Ok(()), |(scale, values)| scale.divide(values))?;
         parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), parts.config.max_grad_norm)?;
+        let scaler = parts.loss_scale.zip(parts.optimizer.report());
+        scaler.map_or(Ok(()), |(scale, values)| scale.update_from(values))?;
         parts.params.prepare(parts.model.compute_dtype())?;
         Ok(())
     }

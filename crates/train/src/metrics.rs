@@ -10,7 +10,8 @@ use serde::Serialize;
 
 use crate::{Error, EvalStats, LogEntry, Result};
 
-/// The log of a run, a JSON object a line: `step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second`, or
+/// The log of a run, a JSON object a line: `step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second` (with
+/// gradients in f16 also `loss_scale, skipped_steps`; a `grad_norm` that is not finite is `null`), or
 /// `step, eval_loss, eval_perplexity, eval_tokens`. Each line is written whole, so that a run that ends early leaves a valid file.
 #[derive(Debug)]
 pub struct MetricsFile {

@@ -28,7 +28,7 @@ pub struct StepStats {
     pub epoch: f64,
     /// Cross entropy in nats, mean over the step's labelled tokens.
     pub loss: f64,
-    /// Norm of the gradient before clipping.
+    /// Norm of the gradient before clipping; not finite where the step was skipped.
     pub grad_norm: f64,
     /// The learning rate of this update.
     pub learning_rate: f64,
@@ -38,6 +38,10 @@ pub struct StepStats {
     pub labels: usize,
     /// Seconds the step took.
     pub seconds: f64,
+    /// What the loss was multiplied by before its gradient was taken, with gradients in f16.
+    pub loss_scale: Option<f64>,
+    /// Whether gradients beyond f16's range left everything as it was, but for the loss scale, which is halved.
+    pub skipped: bool,
 }
 
 /// A line of `metrics.jsonl`: the steps since the line before.
@@ -57,6 +61,12 @@ pub struct LogEntry {
     pub tokens: usize,
     /// Over the steps since the line before.
     pub tokens_per_second: f64,
+    /// Of the last step, with gradients in f16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
+    /// How many of the steps since the line before were skipped, with gradients in f16.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped_steps: Option<usize>,
 }
 
 /// An evaluation.

@@ -6,11 +6,17 @@ use nibble_autograd::{ParamGrads, ParamStore, Tape};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
-use nibble_tensor::{Rng, ops::lm_head_loss::Labels};
+use nibble_tensor::{
+    DType, Rng,
+    ops::{
+        lm_head_loss::Labels,
+        loss_scale::{self, LossScale},
+    },
+};
 
 use crate::{
     Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig,
-    device_step::{DeviceSteps, Parts, Ticket},
+    device_step::{DeviceSteps, Outcome as Found, Parts, Ticket},
 };
 
 /// How a run ended.
@@ -40,6 +46,8 @@ pub struct Trainer {
     config: TrainConfig,
     max_steps: usize,
     step: usize,
+    /// With gradients in f16.
+    loss_scale: Option<LossScale>,
     /// Steps on a GPU; none on the CPU.
     device: Option<DeviceSteps>,
     /// When the last step's results had come.
@@ -71,8 +79,10 @@ impl Trainer {
         let grads = params.zero_grads()?;
         let optimizer = Optimizer::new(model.arena(), &layout(&params), config.optim.config(config.weight_decay))?;
         let schedule = config.schedule(max_steps)?;
+        let loss_scale = if model.compute_dtype() == DType::F16 { Some(LossScale::new(model.arena())?) } else { None };
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
-        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0, device, finished: None })
+        let (step, finished) = (0, None);
+        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step, loss_scale, device, finished })
     }
 
     /// What the run will do.
@@ -101,10 +111,27 @@ impl Trainer {
         &self.params
     }
 
-    /// The gradients of the last step, before clipping.
+    /// The gradients of the last step, before clipping; times the loss scale, with gradients in f16.
     #[must_use]
     pub fn grads(&self) -> &ParamGrads {
         &self.grads
+    }
+
+    /// With gradients in f16: what the next step's loss is multiplied by, and the steps since that changed; a run continues from
+    /// it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn loss_scale(&self) -> Result<Option<(f32, u32)>> {
+        Ok(self.loss_scale.as_ref().map(LossScale::state).transpose()?)
+    }
+
+    /// Continues from what [`Trainer::loss_scale`] gave, before the first step; without gradients in f16 it does nothing.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] after the first step.
+    pub fn load_loss_scale(&mut self, state: (f32, u32)) -> Result<()> {
+        Ok(self.loss_scale.as_mut().map_or(Ok(()), |scale| scale.load(state))?)
     }
 
     /// Runs to the last step, or until the observer says so.
@@ -164,7 +191,7 @@ impl Trainer {
     /// One optimizer step: the micro-batches that are next, clip, update.
     ///
     /// # Errors
-    /// [`Error::NonFinite`] before anything is changed by it; what the model's ops return.
+    /// [`Error::NonFinite`] before anything is changed by it (with gradients in f16, once the loss scale is as small as it gets); what the model's ops return.
     pub fn step(&mut self) -> Result<StepStats> {
         let pending = self.enqueue()?;
         self.finish(pending)
@@ -178,20 +205,23 @@ impl Trainer {
         let scale = 1.0 / labels.max(1) as f32;
         let learning_rate = self.schedule.lr(self.step as u64);
         let dropout = Rng::new(self.config.seed).stream(self.step as u64).rooted();
-        let (mut loss, mut grad_norm, mut ticket) = (0.0, 0.0, None);
+        let (mut found, mut ticket) = (Found::default(), None);
         if let Some(device) = &mut self.device {
-            let Self { model, params, grads, optimizer, config, .. } = self;
-            let parts = Parts { model, params, grads, optimizer, config };
+            let Self { model, params, grads, optimizer, config, loss_scale, .. } = self;
+            let parts = Parts { model, params, grads, optimizer, config, loss_scale: loss_scale.as_ref() };
             ticket = Some(device.enqueue(parts, &batches, scale, learning_rate, dropout)?);
         } else {
             let device = self.model.arena().device();
-            (loss, grad_norm) = device.run(|| self.host_step(&batches, scale, learning_rate, dropout, &rows))?;
+            found = device.run(|| self.host_step(&batches, scale, learning_rate, dropout))?;
         }
         self.step += 1;
         let state = self.data.state();
         let epoch = state.epoch as f64 + state.index as f64 / state.batches_per_epoch as f64;
         let seconds = begin.elapsed().as_secs_f64();
-        let stats = StepStats { step: self.step, epoch, loss, grad_norm, learning_rate, tokens, labels, seconds };
+        let Found { loss, grad_norm, loss_scale } = found;
+        let step = self.step;
+        let stats =
+            StepStats { step, epoch, loss, grad_norm, learning_rate, tokens, labels, seconds, loss_scale, skipped: false };
         Ok(Pending { stats, rows, begin, ticket })
     }
 
@@ -199,30 +229,46 @@ impl Trainer {
     fn finish(&mut self, pending: Pending) -> Result<StepStats> {
         let Pending { mut stats, rows, begin, ticket } = pending;
         if let (Some(device), Some(ticket)) = (&self.device, ticket) {
-            (stats.loss, stats.grad_norm) = device.wait(ticket)?;
+            let Found { loss, grad_norm, loss_scale } = device.wait(ticket)?;
+            (stats.loss, stats.grad_norm, stats.loss_scale) = (loss, grad_norm, loss_scale);
             // Steps overlap on the host: each counts from the end of the one before.
             let now = Instant::now();
             let from = self.finished.map_or(begin, |finished| finished.max(begin));
             self.finished = Some(now);
             stats.seconds = (now - from).as_secs_f64();
-            expect_finite(stats.step, "loss", stats.loss, &rows)?;
-            expect_finite(stats.step, "gradient norm", stats.grad_norm, &rows)?;
+        }
+        stats.skipped = !stats.loss.is_finite() || !stats.grad_norm.is_finite();
+        // The scale may be at fault as long as it can be smaller.
+        if stats.skipped && stats.loss_scale.is_none_or(|scale| scale <= loss_scale::LEAST.into()) {
+            let (quantity, value) =
+                if stats.loss.is_finite() { ("gradient norm", stats.grad_norm) } else { ("loss", stats.loss) };
+            return Err(Error::NonFinite { step: stats.step, quantity, value, rows });
         }
         Ok(stats)
     }
 
-    /// A step on the CPU: (loss, norm of the gradient).
-    fn host_step(&mut self, batches: &[Batch], scale: f32, lr: f64, dropout: Rng, rows: &[usize]) -> Result<(f64, f64)> {
+    /// A step on the CPU. What is not finite leaves everything but the loss scale as it was.
+    fn host_step(&mut self, batches: &[Batch], scale: f32, lr: f64, dropout: Rng) -> Result<Found> {
         self.grads.zero()?;
         let mut loss = 0.0;
         for (i, batch) in batches.iter().enumerate() {
             loss += self.backward(batch, scale, Some(dropout.stream(i as u64)))?;
         }
-        expect_finite(self.step + 1, "loss", loss, rows)?;
-        let clip = clip_grad_norm(self.grads.flat(), self.config.max_grad_norm)?;
-        expect_finite(self.step + 1, "gradient norm", clip.norm, rows)?;
-        self.optimizer.step(self.params.data_mut(), self.grads.flat(), lr, clip.scale)?;
-        Ok((loss, clip.norm))
+        let loss_scale = self.loss_scale.as_ref().map(LossScale::value);
+        let divisor = loss_scale.unwrap_or(1.0);
+        // A loss that is no number has no gradient: as on a GPU, whose kernels would find NaN.
+        let mut clip = clip_grad_norm(self.grads.flat(), self.config.max_grad_norm * f64::from(divisor))?;
+        if !loss.is_finite() {
+            clip.norm = f64::NAN;
+        }
+        let finite = clip.norm.is_finite();
+        if finite {
+            self.optimizer.step(self.params.data_mut(), self.grads.flat(), lr, clip.scale / divisor)?;
+        }
+        if let Some(scale) = &mut self.loss_scale {
+            scale.update(finite);
+        }
+        Ok(Found { loss, grad_norm: clip.norm / f64::from(divisor), loss_scale: loss_scale.map(f64::from) })
     }
 
     /// The micro-batches of the next step (a step does not reach over the end of an epoch), and their rows in the file.
@@ -244,7 +290,10 @@ impl Trainer {
     fn backward(&mut self, batch: &Batch, scale: f32, dropout: Option<Rng>) -> Result<f64> {
         let arena = self.model.arena();
         let stream = Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?;
-        let labels = Labels::new(arena, &batch.labels, scale)?;
+        let mut labels = Labels::new(arena, &batch.labels, scale)?;
+        if let Some(loss_scale) = &self.loss_scale {
+            labels = labels.scaled(loss_scale);
+        }
         let options = LossOptions { checkpointing: resolve(&self.model, self.config.checkpointing, batch.len())?, dropout };
         let mut tape = Tape::new(&self.params);
         let loss = self.model.loss(&mut tape, &stream, &labels, options)?;
@@ -272,10 +321,6 @@ pub(crate) fn resolve(model: &Transformer, checkpointing: Checkpointing, tokens:
     }
     // A processor's memory is not known to be anybody's: without a limit the cheap values are made again.
     Ok(model.arena().room()?.map_or(Checkpointing::Selective, |room| Checkpointing::Mixed(model.fastest_mix(tokens, room))))
-}
-
-fn expect_finite(step: usize, quantity: &'static str, value: f64, rows: &[usize]) -> Result<()> {
-    if value.is_finite() { Ok(()) } else { Err(Error::NonFinite { step, quantity, value, rows: rows.to_vec() }) }
 }
 
 fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
@@ -331,7 +376,9 @@ fn check_lengths(model: &Transformer, data: &Dataset) -> Result<()> {
 #[derive(Clone, Copy, Debug, Default)]
 struct Window {
     steps: usize,
-    losses: f64,
+    skipped: usize,
+    /// Finite ones, and how many.
+    losses: (f64, usize),
     tokens: usize,
     seconds: f64,
 }
@@ -339,13 +386,16 @@ struct Window {
 impl Window {
     fn add(&mut self, stats: &StepStats) {
         self.steps += 1;
-        self.losses += stats.loss;
+        self.skipped += usize::from(stats.skipped);
+        if stats.loss.is_finite() {
+            self.losses = (self.losses.0 + stats.loss, self.losses.1 + 1);
+        }
         self.tokens += stats.tokens;
         self.seconds += stats.seconds;
     }
 
     fn loss(&self) -> f64 {
-        self.losses / self.steps.max(1) as f64
+        self.losses.0 / self.losses.1.max(1) as f64
     }
 
     fn entry(&self, last: &StepStats, tokens: usize) -> LogEntry {
@@ -357,6 +407,8 @@ impl Window {
             learning_rate: last.learning_rate,
             tokens,
             tokens_per_second: self.tokens as f64 / self.seconds.max(1e-9),
+            loss_scale: last.loss_scale,
+            skipped_steps: last.loss_scale.map(|_| self.skipped),
         }
     }
 }

@@ -15,5 +15,7 @@ enum Step : u32 {
     // Written by grad_clip; by the host (0, 1, 0) where gradients are not clipped.
     STEP_NORM = 8,        // norm of all gradients, times grad_scale
     STEP_CLIP = 9,        // min(1, max_norm / (norm + 1e-6))
-    STEP_NOT_FINITE = 10  // 1 when the norm is NaN or infinite, else 0
+    STEP_NOT_FINITE = 10, // 1 when the norm is NaN or infinite, else 0
+    // Written by loss_scale_divide; by the host (0) without a loss scale.
+    STEP_LOSS_SCALE = 11  // what the loss was multiplied by
 };

@@ -35,7 +35,8 @@ pub(crate) struct PrecisionArgs {
     /// Weights that share a scale: a power of two from 32 to 4096 [default: 64]
     #[arg(long, value_name = "N", value_parser = parse::block_size)]
     pub(crate) quant_block_size: Option<usize>,
-    /// The type of activations; auto is bf16 where the CPU multiplies it (avx512_bf16), else f32
+    /// The type of activations; auto is bf16 where the device multiplies it (a CPU with avx512_bf16, a GPU from Ampere on), f16 on
+    /// GPUs before Ampere, else f32
     #[arg(long, value_enum, value_name = "TYPE", default_value_t)]
     pub(crate) compute_dtype: ComputeDtype,
     /// Where to compute; auto is the best there is
@@ -65,6 +66,8 @@ pub(crate) enum ComputeDtype {
     F32,
     /// bfloat16
     Bf16,
+    /// Half precision, with a loss scale that adapts itself: for GPUs without bf16
+    F16,
 }
 
 /// `--device`.

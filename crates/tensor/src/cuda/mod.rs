@@ -23,6 +23,7 @@ mod memory;
 mod pinned;
 mod profile;
 mod rates;
+mod timer;
 
 pub use context::{CudaDevice, DeviceInfo, OpenOptions};
 pub use graph::Graph;
@@ -32,3 +33,4 @@ pub(crate) use matmul::{Gemm, Matrix};
 pub(crate) use memory::DeviceHeap;
 pub use pinned::Pinned;
 pub use profile::KernelTime;
+pub use timer::KernelTimer;

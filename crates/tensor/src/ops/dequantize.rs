@@ -2,6 +2,20 @@
 //!
 //! w_i = code\[c_i\] · absmax\[i / block\], rounded to the type; on the CPU the products decode weights themselves.
 
+use crate::{DType, Device, Result, Tensor, Weight};
+
+/// The weight as a matrix [N, K] of `dtype`.
+///
+/// # Errors
+/// [`crate::Error::DType`] for integer types, [`crate::Error::OutOfMemory`].
+pub fn forward(weight: &Weight, dtype: DType) -> Result<Tensor> {
+    let (device, arena) = weight.place();
+    match device {
+        Device::Cpu => Tensor::from_slice(arena, &weight.to_f32_vec()?, weight.shape())?.to_dtype(dtype),
+        Device::Cuda(device) => cuda::matrix(device, weight, dtype, arena),
+    }
+}
+
 pub(crate) mod cuda {
     use nibble_nf4 as nf4;
 
@@ -117,5 +131,32 @@ pub(crate) mod cuda {
             Arg::size(ld),
         ];
         device.launch(&name, Grid::new(rows, 256), &args)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_nf4::{Format, QuantConfig};
+    use nibble_testkit::{normals, sizes};
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::ops::samples::{arena, float};
+
+    proptest! {
+        #[test]
+        fn values_are_those_of_the_format_rounded_to_the_type(
+            [n, k] in sizes([40, 300]), to in float(), fp4: bool, double_quant: bool, log in 5..9u32, seed in 0..1000u64,
+        ) {
+            let format = if fp4 { Format::Fp4 } else { Format::Nf4 };
+            let config = QuantConfig { format, block_size: 1 << log, double_quant };
+            let blocks = nibble_nf4::quantize(&normals(seed, n * k), &config).unwrap();
+            let mut values = vec![0.0f32; n * k];
+            nibble_nf4::dequantize(&blocks, &mut values).unwrap();
+            let expected = Tensor::from_slice(&crate::Arena::new(Device::Cpu), &values, [n, k]).unwrap().to_dtype(to).unwrap();
+            let found = forward(&Weight::from_blocks(&arena(), &blocks, [n, k]).unwrap(), to).unwrap();
+            prop_assert_eq!((found.dtype(), found.shape()), (to, expected.shape()));
+            prop_assert_eq!(found.to_f32_vec().unwrap(), expected.to_f32_vec().unwrap());
+        }
     }
 }

@@ -102,11 +102,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_norm_is_right_to_its_last_place(n in size(400), seed in 0..1000u64) {
+        fn the_norm_is_within_its_rounding(n in size(400), seed in 0..1000u64) {
             let x = normal(seed, DType::F32, [n]);
             let want = wide(&x).iter().map(|x| x * x).sum::<f64>().sqrt();
-            // A GPU keeps it where its kernels read it, in f32.
-            let bound = if on_cpu() { 1e-13 } else { UNIT_F32 + 1e-13 };
+            // A GPU adds eight squares in f32 before it widens, and keeps the result where its kernels read it, in f32.
+            let bound = if on_cpu() { 1e-13 } else { 6.0 * UNIT_F32 };
             prop_assert!((forward(&x).unwrap() - want).abs() <= want * bound);
         }
     }

@@ -13,12 +13,15 @@
 //! of 1 along the way, the gradient written over the logits; the head's own gradient, where it trains, computes the logits
 //! again. Rows go in chunks of at most 256 whose logits take at most about 64 MiB.
 //!
+//! With [`Labels::scaled`] gradients are those of S · loss; the loss is as without.
+//!
 //! Products are as in [`super::linear`]: in f32 for f32 activations, with operands rounded to the activations' type for 16-bit
 //! ones, and sums in f32; ds of f16 activations stays f32, since it would underflow. A loss that is not finite is returned
 //! as it is.
 
 use std::sync::Arc;
 
+use super::loss_scale::LossScale;
 use crate::{Arena, Device, Error, Result, Shape, Tensor, TensorMut};
 
 const OP: &str = "lm_head_loss";
@@ -41,6 +44,8 @@ pub struct Labels {
     negative: Option<(usize, i32)>,
     tokens: usize,
     scale: f32,
+    /// S of the gradients, on the CPU.
+    loss_scale: f32,
     device: Option<cuda::Labels>,
 }
 
@@ -63,7 +68,22 @@ impl Labels {
             Device::Cpu => None,
             Device::Cuda(_) => Some(cuda::Labels::new(arena, &trained, labels.len(), scale)?),
         };
-        Ok(Self { trained: trained.into(), negative, tokens: labels.len(), scale, device })
+        Ok(Self { trained: trained.into(), negative, tokens: labels.len(), scale, loss_scale: 1.0, device })
+    }
+
+    /// The same labels, for gradients of `loss_scale` · loss: as it is now on the CPU, as it is at each run of a kernel on a GPU.
+    #[must_use]
+    pub fn scaled(mut self, loss_scale: &LossScale) -> Self {
+        self.loss_scale = loss_scale.value();
+        if let (Some(device), Some(memory)) = (&mut self.device, loss_scale.memory()) {
+            device.loss_scale = Some(memory.clone());
+        }
+        self
+    }
+
+    /// What the gradient is multiplied by, on the CPU.
+    fn gradient_scale(&self) -> f32 {
+        self.scale * self.loss_scale
     }
 
     /// Whether `other` differs in its values alone, so that a captured step serves both.
@@ -85,6 +105,7 @@ impl Labels {
             device.update(other)?;
         }
         (self.trained, self.negative, self.scale) = (Arc::clone(&other.trained), other.negative, other.scale);
+        self.loss_scale = other.loss_scale;
         Ok(())
     }
 
@@ -102,7 +123,7 @@ pub struct Output {
     pub loss: Tensor,
     /// Number of trained rows.
     pub rows: usize,
-    /// [T, C] in h's dtype, for a loss gradient of 1; zero where nothing is trained.
+    /// [T, C] in h's dtype, for a loss gradient of 1 (or S); zero where nothing is trained.
     pub dh: Option<Tensor>,
 }
 
@@ -278,7 +299,7 @@ mod cpu {
         let mut d_rows = Tensor::empty(h.arena(), h.dtype(), if want_dh { Shape::from([step, inputs]) } else { [0].into() })?;
         for trained in trained.chunks(step) {
             let logits = chunk.compute(trained)?;
-            loss += rows_loss(logits, trained, labels.scale, config, want_dh);
+            loss += rows_loss(logits, trained, labels.gradient_scale(), config, want_dh);
             let Some(dh) = &mut dh else { continue };
             let gradient = Source::F32 { data: logits, ld: vocab };
             let segment = Segment { a: Operand::new(gradient), b: Operand::new(dense(weight)?), k: vocab, scale: 1.0 };
@@ -319,7 +340,7 @@ mod cpu {
         let step = chunk_rows(trained.len(), vocab);
         let mut chunk = Chunk::new(h, weight, step)?;
         for trained in trained.chunks(step) {
-            rows_loss(chunk.compute(trained)?, trained, labels.scale, config, true);
+            rows_loss(chunk.compute(trained)?, trained, labels.gradient_scale(), config, true);
             let gradient = Source::F32 { data: chunk.logits.as_slice()?, ld: vocab };
             let segment =
                 Segment { a: Operand::transpose(gradient), b: Operand::new(dense(&chunk.rows)?), k: trained.len(), scale: 1.0 };

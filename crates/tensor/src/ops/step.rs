@@ -16,6 +16,8 @@ pub const NORM: usize = 8;
 pub const CLIP: usize = 9;
 /// 1 when the norm is NaN or infinite: then nothing was updated.
 pub const NOT_FINITE: usize = 10;
+/// What the loss was multiplied by ([`super::loss_scale`]); 0 without a scale.
+pub const LOSS_SCALE: usize = 11;
 
 /// The values of one step of [`super::adamw`] (and, but for the corrections, of [`super::sgd`]) with gradients multiplied by
 /// `grad_scale`; a gradient that is not finite leaves everything as it was.

@@ -67,15 +67,25 @@ impl Progress {
     }
 }
 
+/// What the log says about steps that were skipped.
+fn skipped(entry: &LogEntry) -> String {
+    match (entry.loss_scale, entry.skipped_steps) {
+        (Some(scale), Some(steps)) if steps > 0 => format!("{steps} skipped at loss scale {scale}  "),
+        _ => String::new(),
+    }
+}
+
 impl Observer for Progress {
     fn on_step(&mut self, stats: &StepStats) {
         self.seconds.add(stats.seconds);
         self.spent += stats.seconds;
         let rate = stats.tokens as f64 / stats.seconds.max(1e-9);
         let StepStats { step, loss, learning_rate, grad_norm, .. } = *stats;
-        let left = self.left(step);
-        self.bar
-            .set(step, format!("loss {loss:.4}  lr {learning_rate:.2e}  norm {grad_norm:.3}  {rate:.0} tokens/s  {left} left"));
+        let (left, skipped) = (self.left(step), if stats.skipped { " (skipped)" } else { "" });
+        self.bar.set(
+            step,
+            format!("loss {loss:.4}  lr {learning_rate:.2e}  norm {grad_norm:.3}{skipped}  {rate:.0} tokens/s  {left} left"),
+        );
     }
 
     fn on_log(&mut self, entry: &LogEntry) {
@@ -86,8 +96,9 @@ impl Observer for Progress {
             let LogEntry { step, epoch, loss, grad_norm, learning_rate, tokens_per_second, .. } = *entry;
             ui::say(format_args!(
                 "step {step}/{}  epoch {epoch:.2}  loss {loss:.4}  lr {learning_rate:.2e}  norm {grad_norm:.3}  \
-                 {tokens_per_second:.0} tokens/s  {} left",
+                 {}{tokens_per_second:.0} tokens/s  {} left",
                 self.max_steps,
+                skipped(entry),
                 self.left(step)
             ));
         }

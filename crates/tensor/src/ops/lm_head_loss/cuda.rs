@@ -20,6 +20,8 @@ pub(super) struct Labels {
     targets: Tensor,
     /// F32 `[1]`.
     scale: Tensor,
+    /// F32 `[2]`, whose first is S: gradients are those of S times the loss.
+    pub(super) loss_scale: Option<Tensor>,
     /// Whether the rows are the positions 0, 1, ... themselves: nothing to gather.
     all: bool,
 }
@@ -45,6 +47,7 @@ impl Labels {
             rows: Tensor::from_slice(arena, &rows, [rows.len()])?,
             targets: Tensor::from_slice(arena, &targets, [targets.len()])?,
             scale: Tensor::from_slice(arena, &[scale], [1])?,
+            loss_scale: None,
             all,
         })
     }
@@ -54,6 +57,15 @@ impl Labels {
     /// What kernels and their sizes depend on: the number of rows, and whether they are gathered.
     pub(super) fn layout(&self) -> (usize, bool) {
         (self.rows.numel(), self.all)
+    }
+
+    /// What the gradient is multiplied by, F32 `[1]`.
+    fn gradient_scale(&self, device: CudaDevice) -> Result<Tensor> {
+        let Some(loss_scale) = &self.loss_scale else { return Ok(self.scale.clone()) };
+        let mut product = Tensor::empty(self.scale.arena(), DType::F32, [1])?;
+        let args = [Arg::write(&mut product)?, Arg::read(loss_scale)?, Arg::U32(1), Arg::read(&self.scale)?, Arg::U32(0)];
+        device.launch("sum_f32", Grid::new(1, 1024), &args)?;
+        Ok(product)
     }
 
     pub(super) fn update(&mut self, other: &Self) -> Result<()> {
@@ -69,6 +81,7 @@ struct Chunks<'a> {
     h: &'a Tensor,
     weight: Tensor,
     labels: &'a Labels,
+    scale: Tensor,
     softcap: f32,
     rows: usize,
 }
@@ -82,7 +95,8 @@ impl<'a> Chunks<'a> {
         let most = (budget / row.max(1)).clamp(1, 8192);
         // Even shares, in whole tiles of the products.
         let rows = trained.div_ceil(trained.div_ceil(most).max(1)).next_multiple_of(128).min(trained).max(1);
-        Ok(Self { device, h, weight, labels, softcap: config.softcap.unwrap_or(0.0), rows })
+        let scale = labels.gradient_scale(device)?;
+        Ok(Self { device, h, weight, labels, scale, softcap: config.softcap.unwrap_or(0.0), rows })
     }
 
     /// (first, rows) of each chunk.
@@ -121,7 +135,7 @@ impl<'a> Chunks<'a> {
             Arg::write(&mut logits)?,
             losses,
             Arg::read(&self.labels.targets.view(first, [rows])?)?,
-            Arg::read(&self.labels.scale)?,
+            Arg::read(&self.scale)?,
             Arg::F32(self.softcap),
             Arg::size(rows),
             Arg::size(vocab),

@@ -3,6 +3,7 @@ use nibble_testkit::cases;
 use proptest::prelude::*;
 
 use super::*;
+use crate::ops::loss_scale::LossScale;
 use crate::{
     DType, Float, Rng,
     ops::samples::{arena, on_cpu},
@@ -360,6 +361,23 @@ fn memory_beyond_dh_is_one_chunk() {
     drop(case.forward(config(0.1, None)));
     let (dh, chunk) = (400 * 16 * 4, 256 * (512 + 2 * 16) * 4);
     assert!(arena.stats().peak - before <= dh + chunk, "{:?}", arena.stats());
+}
+
+#[test]
+fn a_loss_scale_multiplies_the_gradients_and_not_the_loss() {
+    let case = case(6, [30, 40, 8], DType::F32);
+    let (config, cap) = (config(0.1, None), super::Config { softcap: None });
+    let plain = case.forward(config);
+    let mut scale = LossScale::new(case.h.arena()).unwrap();
+    scale.load((1024.0, 0)).unwrap();
+    let labels = labels_of(&case.labels, config).unwrap().scaled(&scale);
+    let scaled = super::forward(&case.h, &case.w, &labels, cap, true).unwrap();
+    assert_eq!(f64::from(scaled.loss.to_f32_vec().unwrap()[0]), plain.loss);
+    let times = |x: Vec<f32>| -> Vec<f32> { x.iter().map(|x| 1024.0 * x).collect() };
+    assert_eq!(scaled.dh.unwrap().to_f32_vec().unwrap(), times(plain.dh.unwrap().to_f32_vec().unwrap()));
+    let mut dw = Tensor::zeros(case.h.arena(), DType::F32, [40, 8]).unwrap();
+    backward_weight(&case.h, &case.w, &labels, cap, dw.view_mut().unwrap()).unwrap();
+    assert_eq!(dw.to_f32_vec().unwrap(), times(case.dweight(config, 0.0)));
 }
 
 #[test]
