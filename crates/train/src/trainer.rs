@@ -69,8 +69,7 @@ impl Trainer {
         let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
         let grads = params.zero_grads()?;
-        let optimizer =
-            Optimizer::new(model.arena(), params.numel(), config.optim.config(config.weight_decay), &no_decay(&params))?;
+        let optimizer = optimizer(&model, &params, &config)?;
         let schedule = config.schedule(max_steps)?;
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
         Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step: 0, device, finished: None })
@@ -281,6 +280,12 @@ fn expect_finite(step: usize, quantity: &'static str, value: f64, rows: &[usize]
 
 fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
     data.batches_per_epoch().div_ceil(config.gradient_accumulation_steps)
+}
+
+/// The optimizer that `config` names, with its states.
+pub(crate) fn optimizer(model: &Transformer, params: &ParamStore, config: &TrainConfig) -> Result<Optimizer> {
+    let constants = config.optim.config(config.weight_decay);
+    Ok(Optimizer::new(model.arena(), params.numel(), constants, &no_decay(params))?)
 }
 
 /// Ranges of the flat buffer that do not decay: biases and norms, as in the Trainer.
