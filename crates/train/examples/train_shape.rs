@@ -146,7 +146,8 @@ fn main() -> Result<()> {
     let load = LoadOptions { quant, compute_dtype, max_positions: length };
     let train = TrainConfig { checkpointing, max_steps: Some(steps + 1), ..TrainConfig::default() };
     if device == "plan" {
-        return print_plan(&config, &Setup { load, adapter: Some(adapter), batch, length, train });
+        let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), train };
+        return print_plan(&config, &setup.with_documents(batch, length));
     }
     let limit: f64 = options.get("memory", f64::INFINITY)?;
     let arena = arena(&device, (limit * 1e9) as usize)?;
@@ -201,9 +202,8 @@ fn print_plan(config: &ModelConfig, setup: &Setup) -> Result<()> {
         println!("MEMORY {owner}: {:.4} GB", *bytes as f64 / 1e9);
     }
     println!(
-        "PLAN {} x {} {:?}: {:.3} GB live, {:.3} GB taken, about {:.0} tokens/s; planned in {:.1} ms",
-        setup.batch,
-        setup.length,
+        "PLAN {} tokens {:?}: {:.3} GB live, {:.3} GB taken, about {:.0} tokens/s; planned in {:.1} ms",
+        setup.tokens(),
         setup.train.checkpointing,
         found.peak as f64 / 1e9,
         found.device as f64 / 1e9,

@@ -17,16 +17,23 @@ use crate::{
 /// A run, as far as its memory depends on it.
 #[derive(Clone, Debug)]
 pub struct Setup {
-    /// How the base is held, and computed with. Every weight is trained of one that is not quantised if there is no adapter.
+    /// How the base is held, and computed with.
     pub load: LoadOptions,
-    /// The adapter; none: every weight is trained.
+    /// The adapter; none: every weight is trained, of a base that is not quantised.
     pub adapter: Option<AdapterConfig>,
-    /// Documents of a micro-batch.
-    pub batch: usize,
-    /// Tokens of each.
-    pub length: usize,
+    /// The documents of a micro-batch.
+    pub documents: Vec<Document>,
     /// Optimizer, checkpointing and the rest.
     pub train: TrainConfig,
+}
+
+/// A document, by its sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// All of it.
+    pub tokens: usize,
+    /// Those that are learned, at its end.
+    pub learned: usize,
 }
 
 /// What a step takes, in bytes.
@@ -40,6 +47,36 @@ pub struct Footprint {
     pub owners: Vec<(Owner, usize)>,
     /// Values that are trained.
     pub trained: usize,
+}
+
+impl Setup {
+    /// The same with `batch` documents of `length` tokens, all of them learned.
+    #[must_use]
+    pub fn with_documents(&self, batch: usize, length: usize) -> Self {
+        let document = Document { tokens: length, learned: length.saturating_sub(1) };
+        let load = LoadOptions { max_positions: length, ..self.load };
+        Self { documents: vec![document; batch], load, ..self.clone() }
+    }
+
+    /// Tokens of a micro-batch.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.documents.iter().map(|document| document.tokens).sum()
+    }
+
+    /// Tokens of the longest document.
+    #[must_use]
+    pub fn longest(&self) -> usize {
+        self.documents.iter().map(|document| document.tokens).max().unwrap_or(0)
+    }
+}
+
+impl Footprint {
+    /// Bytes that one kind of owner holds at the peak.
+    #[must_use]
+    pub fn of(&self, wanted: impl Fn(Owner) -> bool) -> usize {
+        self.owners.iter().filter(|(owner, _)| wanted(*owner)).map(|(_, bytes)| bytes).sum()
+    }
 }
 
 /// The memory of a step of `setup` on a device like `gpu`, which holds nothing else.
@@ -69,17 +106,20 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
     let mut optimizer = optimizer(&model, &params, &setup.train)?;
     let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok(params.numel()) };
     let parts = Parts { model: &model, params: &mut params, grads: &mut grads, optimizer: &mut optimizer, config: &setup.train };
-    steps.enqueue(parts, &[batch(setup.batch, setup.length)], 1.0, setup.train.learning_rate, Rng::new(0).rooted())?;
+    steps.enqueue(parts, &[batch(&setup.documents)], 1.0, setup.train.learning_rate, Rng::new(0).rooted())?;
     Ok(params.numel())
 }
 
-/// Documents of made-up tokens, all of them learned.
-fn batch(documents: usize, length: usize) -> Batch {
-    let label = |i: usize| if (i + 1).is_multiple_of(length) { IGNORE_INDEX } else { 0 };
-    Batch {
-        tokens: vec![0; documents * length],
-        labels: (0..documents * length).map(label).collect(),
-        cu_seqlens: (0..=documents).map(|n| (n * length) as u32).collect(),
-        positions: (0..documents).flat_map(|_| 0..length as u32).collect(),
+/// Made-up tokens.
+fn batch(documents: &[Document]) -> Batch {
+    let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
+    for &Document { tokens, learned } in documents {
+        // The last position has nothing to learn.
+        let first = (tokens - 1).saturating_sub(learned);
+        batch.tokens.extend(std::iter::repeat_n(0, tokens));
+        batch.labels.extend((0..tokens).map(|i| if i >= first && i + 1 < tokens { 0 } else { IGNORE_INDEX }));
+        batch.positions.extend(0..tokens as u32);
+        batch.cu_seqlens.push(batch.tokens.len() as u32);
     }
+    batch
 }

@@ -95,37 +95,30 @@ impl Gpu {
 /// The GPU of that name: spelt as the maker does or nearly so (`rtx4090`, `NVIDIA GeForce RTX 4090`, `h100-80gb-hbm3`).
 #[must_use]
 pub fn find_gpu(name: &str) -> Option<&'static Gpu> {
-    let name = plain(name);
-    // `h200` is `H200`, not what is longer; a driver's name says more than the table's.
-    let exact = GPUS.iter().find(|gpu| plain(gpu.name) == name);
-    exact.or_else(|| {
-        let inside = GPUS.iter().filter(|gpu| is_word_of(&plain(gpu.name), &name));
-        inside.max_by_key(|gpu| gpu.name.len())
-    })
+    let joined = words(name).concat();
+    let exact = GPUS.iter().find(|gpu| words(gpu.name).concat() == joined);
+    // A driver's name says more than the table's.
+    let given = words(name);
+    let inside = |gpu: &&Gpu| words(gpu.name).iter().all(|word| given.contains(word));
+    exact.or_else(|| GPUS.iter().filter(inside).max_by_key(|gpu| words(gpu.name).len()))
 }
 
 /// The name in the table that is most like `name`.
 #[must_use]
 pub fn nearest_gpu(name: &str) -> &'static str {
-    let name = plain(name);
-    let distance = |gpu: &&Gpu| edits(&plain(gpu.name), &name);
+    let name = words(name).concat();
+    let distance = |gpu: &&Gpu| {
+        let known = words(gpu.name).concat();
+        (name.is_empty() || !known.starts_with(&name), edits(&known, &name))
+    };
     GPUS.iter().min_by_key(distance).map_or("", |gpu| gpu.name)
 }
 
-/// Letters and digits alone, small, without the maker's name and family.
-fn plain(name: &str) -> String {
+/// Its words of letters and digits, small, without the maker's name and family.
+fn words(name: &str) -> Vec<String> {
     let name = name.to_lowercase();
-    let words =
-        name.split(|c: char| !c.is_alphanumeric()).filter(|word| !matches!(*word, "nvidia" | "geforce" | "tesla" | "quadro"));
-    words.collect()
-}
-
-/// Whether `long` begins with `short`, and goes on with a word of what makers add (`h100` in `h10080gbhbm3`).
-fn is_word_of(short: &str, long: &str) -> bool {
-    long.strip_prefix(short).is_some_and(|rest| {
-        let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit());
-        rest.is_empty() || ["gb", "sxm", "pcie", "hbm", "laptop", "generation", "nvl"].iter().any(|word| rest.starts_with(word))
-    })
+    let words = name.split(|c: char| !c.is_alphanumeric());
+    words.filter(|word| !matches!(*word, "" | "nvidia" | "geforce" | "tesla" | "quadro")).map(str::to_owned).collect()
 }
 
 /// Insertions, removals and replacements from `a` to `b`.
@@ -166,7 +159,7 @@ mod tests {
             assert_eq!(find_gpu(name).map(|gpu| gpu.name), Some(found), "{name}");
         }
         assert_eq!(find_gpu("rtx 4091"), None);
-        assert_eq!(nearest_gpu("rtx 4091"), "RTX 4090");
+        assert_eq!([nearest_gpu("rtx 4091"), nearest_gpu("a100")], ["RTX 4090", "A100 40GB"]);
     }
 
     #[test]

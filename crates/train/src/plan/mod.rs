@@ -7,11 +7,13 @@
 mod fit;
 mod footprint;
 mod gpu;
+mod report;
 mod shapes;
 mod speed;
 
-pub use fit::{fits, largest_batch, longest};
-pub use footprint::{Footprint, Setup, footprint};
+pub use fit::{MOST_TOKENS, largest_batch, longest, needed};
+pub use footprint::{Document, Footprint, Setup, footprint};
 pub use gpu::{GPUS, Gpu, RESERVED, find_gpu, nearest_gpu};
+pub use report::{MODES, Method, MethodPlan, Mode, Request};
 pub use shapes::{NAMED_SIZES, named_size};
 pub use speed::tokens_per_second;

@@ -27,7 +27,7 @@ pub fn tokens_per_second(model: &ModelConfig, gpu: &Gpu, setup: &Setup) -> Optio
         return None;
     }
     let (peak, bandwidth) = (gpu.tflops * 1e12, gpu.bandwidth * 1e9 * MEMORY);
-    let (blocks, tokens) = (model.num_hidden_layers as f64, (setup.batch * setup.length) as f64);
+    let (blocks, tokens) = (model.num_hidden_layers as f64, setup.tokens().max(1) as f64);
     let linears = parameters(model, |role| role == Role::Linear);
     let head = (model.vocab_size * model.hidden_size) as f64;
     let again = if recomputes(setup.train.checkpointing) { 1.0 } else { 0.0 };
@@ -36,7 +36,7 @@ pub fn tokens_per_second(model: &ModelConfig, gpu: &Gpu, setup: &Setup) -> Optio
     let passes = 2.0 + again + weight_gradients;
     let products = 2.0 * (passes * linears + (2.0 + weight_gradients) * head) / (peak * PRODUCTS);
     // Two products forward and five backward over half of the pairs.
-    let pairs = blocks * (model.num_attention_heads * model.head_dim * setup.length) as f64;
+    let pairs = blocks * (model.num_attention_heads * model.head_dim * setup.longest()) as f64;
     let attention = (3.5 + again) * 2.0 * pairs / (peak * ATTENTION);
     let channels = (model.hidden_size + model.intermediate_size) as f64;
     let size = setup.load.compute_dtype.size() as f64;
