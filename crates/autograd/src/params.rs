@@ -57,21 +57,23 @@ pub struct ParamStore {
 /// Collects parameters and their first values, then lays them out.
 #[derive(Debug, Default)]
 pub struct ParamStoreBuilder {
+    /// Values so far: what follows them is zero.
     data: Vec<f32>,
+    len: usize,
     params: Vec<Param>,
 }
 
 impl ParamStoreBuilder {
     /// Adds a parameter whose first values are `values` (as many as `shape` says; what is missing is zero).
     pub fn add(&mut self, name: impl Into<Arc<str>>, shape: impl Into<Shape>, values: Vec<f32>) -> Param {
-        let param = Param { name: name.into(), offset: self.data.len(), shape: shape.into() };
-        let end = param.offset + param.shape.numel();
-        if self.data.is_empty() {
+        let param = Param { name: name.into(), offset: self.len, shape: shape.into() };
+        self.len += param.shape.numel();
+        if self.data.is_empty() && param.offset == 0 {
             self.data = values;
-        } else {
+        } else if !values.is_empty() {
+            self.data.resize(param.offset, 0.0);
             self.data.extend_from_slice(&values);
         }
-        self.data.resize(end, 0.0);
         self.params.push(param.clone());
         param
     }
@@ -80,9 +82,14 @@ impl ParamStoreBuilder {
     ///
     /// # Errors
     /// [`nibble_tensor::Error::OutOfMemory`].
-    pub fn build(self, arena: &Arena) -> Result<ParamStore> {
+    pub fn build(mut self, arena: &Arena) -> Result<ParamStore> {
         let _scope = arena.scope(Owner::Trained);
-        let data = Tensor::from_slice(arena, &self.data, [self.data.len()])?;
+        let data = if self.data.is_empty() {
+            Tensor::zeros(arena, DType::F32, [self.len])?
+        } else {
+            self.data.resize(self.len, 0.0);
+            Tensor::from_slice(arena, &self.data, [self.len])?
+        };
         Ok(ParamStore { data, copy: None, params: self.params })
     }
 }

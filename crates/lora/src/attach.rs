@@ -16,6 +16,8 @@ pub enum Init<'a> {
     Random(u64),
     /// From a saved adapter.
     File(&'a AdapterFile),
+    /// Nothing but zeros: where only sizes count.
+    Zeros,
 }
 
 /// Gives each of `linears` that `config` selects an adapter whose values go into `builder`.
@@ -99,6 +101,7 @@ impl Values<'_> {
         let values = match self.init {
             Init::Random(seed) => fresh(seed),
             Init::File(file) => self.saved(file, name, shape),
+            Init::Zeros => Vec::new(),
         };
         builder.add(name, shape, values)
     }
@@ -118,7 +121,7 @@ impl Values<'_> {
         }
         let path = match self.init {
             Init::File(file) => file.path().to_path_buf(),
-            Init::Random(_) => PathBuf::new(),
+            Init::Random(_) | Init::Zeros => PathBuf::new(),
         };
         Err(Error::Mismatches { path, mismatches: self.mismatches })
     }

@@ -59,6 +59,20 @@ impl Transformer {
         Self::build(config, Source::Random(shapes, Rng::new(seed)), arena, options, &mut |_, _| {})
     }
 
+    /// A model of weights with unspecified content, in memory as if it were loaded: to find out what a step takes.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn empty(config: ModelConfig, arena: &Arena, options: &LoadOptions) -> Result<Self> {
+        let stored = match config.dtype {
+            Some(StoredType::F32) => DType::F32,
+            Some(StoredType::F16) => DType::F16,
+            _ => DType::Bf16,
+        };
+        let shapes = config.tensors().into_iter().map(|spec| (spec.name, spec.shape)).collect();
+        Self::build(config, Source::Empty(shapes, stored), arena, options, &mut |_, _| {})
+    }
+
     fn build(
         config: ModelConfig,
         source: Source<'_>,
@@ -93,6 +107,8 @@ enum Source<'a> {
     Checkpoint(&'a Checkpoint),
     /// Made up, by name.
     Random(HashMap<String, (Vec<usize>, Role)>, Rng),
+    /// Memory alone, by name, in the type that it is stored in.
+    Empty(HashMap<String, Vec<usize>>, DType),
 }
 
 /// The standard deviation of made-up weights, as transformers initialises them.
@@ -175,6 +191,13 @@ impl Loader<'_> {
                 let (shape, _) = &shapes[name];
                 return Ok(Weight::random(self.arena, [shape[0], shape[1]], quant, RANDOM_STD, *rng)?);
             }
+            Source::Empty(shapes, _) => {
+                // A device quantises what it was sent.
+                let dense = self.dense(name)?;
+                let weight = Weight::empty(self.arena, [shapes[name][0], shapes[name][1]], quant)?;
+                drop(dense);
+                return Ok(weight);
+            }
         };
         if self.arena.device() != Device::Cpu {
             // The device quantises faster than the host, to the same bits.
@@ -203,6 +226,12 @@ impl Loader<'_> {
         let checkpoint = match &self.source {
             Source::Checkpoint(checkpoint) => checkpoint,
             Source::Random(shapes, rng) => return random_dense(self.arena, &shapes[name], *rng),
+            Source::Empty(shapes, stored) => {
+                return Ok(match shapes[name][..] {
+                    [rows, cols] => Tensor::empty(self.arena, *stored, [rows, cols])?,
+                    ref other => Tensor::empty(self.arena, *stored, [other.iter().product()])?,
+                });
+            }
         };
         let info = checkpoint.info(name)?;
         let numel: usize = info.shape.iter().product();

@@ -285,7 +285,7 @@ impl Transformer {
         let Leaf::Frozen(frozen) = frozen else { return Ok(()) };
         let name = format!("{}{path}.weight", nibble_lora::PREFIX);
         let values = match init {
-            Init::Random(_) => frozen.to_f32_vec()?,
+            Init::Random(_) | Init::Zeros => frozen.to_f32_vec()?,
             Init::File(file) => saved_module(file, &name, &frozen)?,
         };
         let param = Leaf::Param(builder.add(name, frozen.shape(), values));

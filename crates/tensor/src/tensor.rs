@@ -282,11 +282,14 @@ impl Tensor {
         Ok(views.into_iter().map(|(_, view)| view).collect())
     }
 
-    /// The elements widened or converted to f32, copied to the host.
+    /// The elements widened or converted to f32, copied to the host; none from a dry device, which holds none.
     ///
     /// # Errors
     /// [`Error::DType`] for integer tensors.
     pub fn to_f32_vec(&self) -> Result<Vec<f32>> {
+        if matches!(self.device(), Device::Cuda(device) if device.is_dry()) {
+            return Ok(Vec::new());
+        }
         if self.device() != Device::Cpu {
             return with_float!(self.dtype, "to_f32_vec", "self", E => {
                 Ok(self.to_vec::<E>()?.into_iter().map(Float::to_f32).collect())

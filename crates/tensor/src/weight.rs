@@ -133,6 +133,27 @@ impl Weight {
         Ok(Self::from_parts(BlockWeight { shape, config: *config, packed, absmax }))
     }
 
+    /// A matrix of unspecified content, in memory as if it were quantised.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub fn empty(arena: &Arena, shape: impl Into<Shape>, config: &nf4::QuantConfig) -> Result<Self> {
+        let shape = shape.into();
+        let count = shape.numel().div_ceil(config.block_size);
+        let absmax = if config.double_quant {
+            Absmax::Nested {
+                codes: Tensor::empty(arena, DType::U8, [count])?,
+                absmax: Tensor::empty(arena, DType::F32, [count.div_ceil(256)])?,
+                offset: 0.0,
+                map: Tensor::empty(arena, DType::F32, [256])?,
+            }
+        } else {
+            Absmax::Plain(Tensor::empty(arena, DType::F32, [count])?)
+        };
+        let packed = Tensor::empty(arena, DType::U8, [shape.numel().div_ceil(2)])?;
+        Ok(Self::from_parts(BlockWeight { shape, config: *config, packed, absmax }))
+    }
+
     pub(crate) fn from_parts(weight: BlockWeight) -> Self {
         match weight.config.format {
             nf4::Format::Nf4 => Self::Nf4(weight),

@@ -2,7 +2,11 @@
 //! light, peak memory.
 //!
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
+<<<<<<< HEAD
 //! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--blocks-on-host 0] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
+=======
+//! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu|plan] [--flops 790e12] [--profile 1] [--generate 128]`
+>>>>>>> plan
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
@@ -22,7 +26,10 @@ use nibble_tensor::{
         libraries::{self, SearchPaths},
     },
 };
-use nibble_train::{TrainConfig, Trainer};
+use nibble_train::{
+    TrainConfig, Trainer,
+    plan::{self, Setup},
+};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -147,24 +154,36 @@ fn main() -> Result<()> {
     let config = shape(&name)?;
     let flops = flops_per_token(&config, length);
     let vocab = config.vocab_size;
+<<<<<<< HEAD
     let limit: f64 = options.get("memory", f64::INFINITY)?;
     let arena = arena(&device, (limit * 1e9) as usize)?;
     let begin = Instant::now();
     let load = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: options.get("blocks-on-host", 0)? };
     let mut model = Transformer::random(config, &arena, &load, 0)?;
+=======
+>>>>>>> plan
     let adapter = AdapterConfig {
         r: options.get("rank", 16)?,
         lora_alpha: 32.0,
         target_modules: Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned())),
         ..AdapterConfig::default()
     };
+    let load = LoadOptions { quant, compute_dtype, max_positions: length };
+    let train = TrainConfig { checkpointing, max_steps: Some(steps + 1), ..TrainConfig::default() };
+    if device == "plan" {
+        let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), train };
+        return print_plan(&config, &setup.with_documents(batch, length));
+    }
+    let limit: f64 = options.get("memory", f64::INFINITY)?;
+    let arena = arena(&device, (limit * 1e9) as usize)?;
+    let begin = Instant::now();
+    let mut model = Transformer::random(config, &arena, &load, 0)?;
     let params = model.attach(&adapter, Init::Random(0))?;
     let base = arena.stats().live;
     println!("base and adapters: {:.2} s, {:.3} GB", begin.elapsed().as_secs_f64(), base as f64 / 1e9);
     let data = random_data(vocab, batch * 2, length)?;
     let loader = LoaderOptions { packer: Packer::Documents { batch_size: batch }, seed: 0, shuffle: false };
-    let config = TrainConfig { checkpointing, max_steps: Some(steps + 1), ..TrainConfig::default() };
-    let mut trainer = Trainer::new(model, params, DataLoader::new(Arc::new(data), loader)?, config)?;
+    let mut trainer = Trainer::new(model, params, DataLoader::new(Arc::new(data), loader)?, train)?;
     let mut rates = Vec::new();
     for step in 0..steps {
         let begin = Instant::now();
@@ -195,6 +214,26 @@ fn main() -> Result<()> {
         arena.stats().peak as f64 / 1e9,
         arena.device_bytes().unwrap_or_default() as f64 / 1e9,
         trainer.model().host().bytes() as f64 / 1e9
+    );
+    Ok(())
+}
+
+/// The same without a device: what the step would take on an H200.
+fn print_plan(config: &ModelConfig, setup: &Setup) -> Result<()> {
+    let begin = Instant::now();
+    let gpu = plan::find_gpu("H200").ok_or("no such GPU")?;
+    let found = plan::footprint(config, &gpu.device(gpu.memory()), setup)?;
+    for (owner, bytes) in &found.owners {
+        println!("MEMORY {owner}: {:.4} GB", *bytes as f64 / 1e9);
+    }
+    println!(
+        "PLAN {} tokens {:?}: {:.3} GB live, {:.3} GB taken, about {:.0} tokens/s; planned in {:.1} ms",
+        setup.tokens(),
+        setup.train.checkpointing,
+        found.peak as f64 / 1e9,
+        found.device as f64 / 1e9,
+        plan::tokens_per_second(config, gpu, setup).unwrap_or_default(),
+        begin.elapsed().as_secs_f64() * 1e3
     );
     Ok(())
 }

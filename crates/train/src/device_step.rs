@@ -103,7 +103,7 @@ impl DeviceSteps {
         if shape.graph.as_ref().is_some_and(|graph| !graph.is_valid()) {
             shape.graph = None;
         }
-        if self.device.is_profiling() {
+        if self.device.is_profiling() || self.device.is_dry() {
             shape.graph = None;
         } else if shape.steps > 1 && shape.graph.is_none() {
             let arena = parts.model.arena().clone();

@@ -77,6 +77,21 @@ pub enum Error {
     Tensor(#[from] nibble_tensor::Error),
 }
 
+impl Error {
+    /// Whether a device had no more memory.
+    #[must_use]
+    pub fn is_out_of_memory(&self) -> bool {
+        let error = match self {
+            Self::Tensor(error)
+            | Self::Model(nibble_model::Error::Tensor(error))
+            | Self::Adapter(nibble_lora::Error::Tensor(error))
+            | Self::Optim(nibble_optim::Error::Tensor(error)) => error,
+            _ => return false,
+        };
+        matches!(error, nibble_tensor::Error::OutOfMemory { .. })
+    }
+}
+
 fn listed(rows: &[usize]) -> String {
     rows.iter().map(usize::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -21,6 +21,7 @@ mod device_step;
 mod error;
 mod metrics;
 mod observer;
+pub mod plan;
 mod trainer;
 
 pub use config::TrainConfig;

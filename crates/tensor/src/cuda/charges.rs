@@ -39,7 +39,7 @@ impl CudaDevice {
 
     /// Runs `f`, and counts what the device's free memory loses by it (or gains) as `owner`'s.
     pub(super) fn charge<T>(self, owner: Owner, f: impl FnOnce() -> Result<T>) -> Result<T> {
-        if self.is_capturing() {
+        if self.is_capturing() || self.is_dry() {
             return f();
         }
         let before = self.free_memory()?;

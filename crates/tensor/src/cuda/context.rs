@@ -14,6 +14,7 @@ use super::{
     charges::Charges,
     copy::{Copies, new_event},
     driver::{attribute, check, describe},
+    dry::{Dry, nothing_runs},
     launch::Function,
     libraries::Libraries,
     matmul::Blas,
@@ -34,7 +35,7 @@ pub struct OpenOptions {
 }
 
 /// What a device is.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
     /// Its number: 0 is the first that `CUDA_VISIBLE_DEVICES` leaves visible.
     pub ordinal: usize,
@@ -75,6 +76,8 @@ pub(super) struct Gpu {
     pub(super) profile: Mutex<Option<Vec<Timed>>>,
     /// Memory taken outside arenas.
     pub(super) charges: Charges,
+    /// Of a device that only counts.
+    pub(super) dry: Option<Dry>,
 }
 
 /// A loaded module of kernels.
@@ -143,6 +146,9 @@ impl CudaDevice {
 
     /// Bytes that nobody uses, and bytes in all.
     pub(super) fn memory(self) -> Result<(usize, usize)> {
+        if let Some(dry) = &self.0.dry {
+            return Ok((self.0.info.memory - dry.used(), self.0.info.memory));
+        }
         self.bind()?;
         let (mut free, mut total) = (0, 0);
         // SAFETY: both outlive the call; the context is bound.
@@ -155,6 +161,9 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] when a kernel failed.
     pub fn synchronize(self) -> Result<()> {
+        if self.is_dry() {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: the stream lives as long as the process.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0.stream) })
@@ -166,6 +175,9 @@ impl CudaDevice {
 
     /// Makes its context that of this thread.
     pub(super) fn bind(self) -> Result<()> {
+        if self.is_dry() {
+            return Err(nothing_runs());
+        }
         if BOUND.get() != self.0.context {
             // SAFETY: the context was retained in `open` and is never released.
             check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(self.0.context) })?;
@@ -177,19 +189,22 @@ impl CudaDevice {
     /// Copies host bytes to `address`, in the order of the stream; `source` may change when it returns.
     pub(crate) fn upload(self, address: u64, source: &[u8]) -> Result<()> {
         self.expect_not_capturing("a copy from the host")?;
-        self.bind()?;
-        if source.is_empty() {
+        if source.is_empty() || self.is_dry() {
             return Ok(());
         }
+        self.bind()?;
         // SAFETY: the caller's tensor owns `source.len()` bytes at `address`; pageable memory has been read when the call returns.
         check("cuMemcpyHtoDAsync", unsafe {
             sys::cuMemcpyHtoDAsync_v2(address, source.as_ptr().cast(), source.len(), self.0.stream)
         })
     }
 
-    /// Copies bytes at `address` to the host, and waits for them.
+    /// Copies bytes at `address` to the host, and waits for them; a dry device leaves what is there.
     pub(crate) fn download(self, target: &mut [u8], address: u64) -> Result<()> {
         self.expect_not_capturing("a copy to the host")?;
+        if self.is_dry() {
+            return Ok(());
+        }
         self.bind()?;
         if !target.is_empty() {
             // SAFETY: the caller's tensor owns as many bytes at `address`; `target` is not touched before the wait below.
@@ -202,20 +217,20 @@ impl CudaDevice {
 
     /// Copies `bytes` within the device.
     pub(crate) fn copy(self, target: u64, source: u64, bytes: usize) -> Result<()> {
-        self.bind()?;
-        if bytes == 0 {
+        if bytes == 0 || self.is_dry() {
             return Ok(());
         }
+        self.bind()?;
         // SAFETY: both ranges belong to tensors of the caller.
         check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.0.stream) })
     }
 
     /// Sets `bytes` to `value`.
     pub(crate) fn fill(self, target: u64, value: u8, bytes: usize) -> Result<()> {
-        self.bind()?;
-        if bytes == 0 {
+        if bytes == 0 || self.is_dry() {
             return Ok(());
         }
+        self.bind()?;
         // SAFETY: the range belongs to a tensor of the caller.
         check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(target, value, bytes, self.0.stream) })
     }
@@ -288,6 +303,9 @@ impl CudaDevice {
 
     /// Memory for as long as the process lives, for kernels.
     fn allocate(self, bytes: usize) -> Result<u64> {
+        if let Some(dry) = &self.0.dry {
+            return Ok(dry.addresses(bytes));
+        }
         self.bind()?;
         let mut address = 0;
         self.charge(Owner::Kernels, || {
@@ -310,6 +328,12 @@ impl CudaDevice {
             return Err(Error::Cuda { call: "capture", reason: format!("{what} inside a captured step") });
         }
         Ok(())
+    }
+}
+
+impl From<&'static Gpu> for CudaDevice {
+    fn from(gpu: &'static Gpu) -> Self {
+        Self(gpu)
     }
 }
 
@@ -357,12 +381,29 @@ impl Gpu {
         // SAFETY: the context was made in the line above.
         check("cuCtxSetCurrent", unsafe { sys::cuCtxSetCurrent(context) })?;
         BOUND.set(context);
-        Ok(Self {
+        let streams = (new_stream()?, Copies { stream: new_stream()?, fork: new_event()? });
+        Ok(Self::new(info, options, context, streams, None))
+    }
+
+    /// One that only counts.
+    pub(super) fn dry(info: DeviceInfo, dry: Dry) -> Self {
+        let nothing = (std::ptr::null_mut(), Copies { stream: std::ptr::null_mut(), fork: std::ptr::null_mut() });
+        Self::new(info, OpenOptions::default(), std::ptr::null_mut(), nothing, Some(dry))
+    }
+
+    fn new(
+        info: DeviceInfo,
+        options: OpenOptions,
+        context: sys::CUcontext,
+        (stream, copies): (sys::CUstream, Copies),
+        dry: Option<Dry>,
+    ) -> Self {
+        Self {
             info,
             options,
             context,
-            stream: new_stream()?,
-            copies: Copies { stream: new_stream()?, fork: new_event()? },
+            stream,
+            copies,
             functions: Mutex::default(),
             modules: Mutex::default(),
             blas: Mutex::default(),
@@ -372,7 +413,8 @@ impl Gpu {
             zeros: Mutex::default(),
             profile: Mutex::default(),
             charges: Charges::default(),
-        })
+            dry,
+        }
     }
 
     pub(super) fn blas(&self) -> MutexGuard<'_, Option<Blas>> {

@@ -39,6 +39,9 @@ impl CudaDevice {
 
     /// Waits until all copies beside the kernels are done.
     pub(super) fn synchronize_copies(self) -> Result<()> {
+        if self.is_dry() {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: the stream lives as long as the process.
         check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.gpu().copies.stream) })
@@ -54,6 +57,9 @@ impl Pinned {
     pub fn fetch_beside(&mut self, tensor: &Tensor) -> Result<()> {
         let bytes = tensor.numel() * tensor.dtype().size();
         self.expect_len(bytes)?;
+        if self.device.is_dry() {
+            return Ok(());
+        }
         let stream = self.device.fork_copies()?;
         // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
         check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(self.address.cast(), tensor.address()?, bytes, stream) })?;
@@ -68,6 +74,9 @@ impl Pinned {
     pub fn send_beside(&mut self, tensor: &mut Tensor) -> Result<()> {
         let bytes = tensor.numel() * tensor.dtype().size();
         self.expect_len(bytes)?;
+        if self.device.is_dry() {
+            return Ok(());
+        }
         let stream = self.device.fork_copies()?;
         let target = tensor.address_mut()?;
         // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
@@ -80,6 +89,9 @@ impl Pinned {
     /// # Errors
     /// [`crate::Error::Cuda`].
     pub fn join(&self) -> Result<()> {
+        if self.device.is_dry() {
+            return Ok(());
+        }
         self.device.bind()?;
         // SAFETY: stream and event live.
         check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.device.gpu().stream, self.event, 0) })

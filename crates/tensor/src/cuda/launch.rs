@@ -9,7 +9,7 @@ use super::{
     context::{CudaDevice, Module},
     driver::check,
 };
-use crate::{DType, Error, Owner, Result, Tensor, TensorMut};
+use crate::{DType, Device, Error, Owner, Result, Tensor, TensorMut};
 
 /// A kernel ready to launch.
 #[derive(Clone, Copy)]
@@ -135,6 +135,9 @@ impl TensorMap {
         let (boxes, steps) = ([64, 1, rows], [1u32; 3]);
         // SAFETY: an all-zero map is a value to be written over.
         let mut map = Self(unsafe { std::mem::zeroed() });
+        if matches!(x.device(), Device::Cuda(device) if device.is_dry()) {
+            return Ok(map);
+        }
         // SAFETY: the arrays have the three (two) elements that the rank calls for and outlive the call; the address is only noted.
         check("cuTensorMapEncodeTiled", unsafe {
             sys::cuTensorMapEncodeTiled(
@@ -166,6 +169,20 @@ pub(crate) fn suffix(op: &'static str, dtype: DType) -> Result<&'static str> {
     }
 }
 
+fn signature(name: &str) -> Result<&'static Kernel> {
+    let missing = || Error::Kernel { kernel: name.into(), reason: "there is no kernel of this name".into() };
+    nibble_kernels::kernel(name).ok_or_else(missing)
+}
+
+fn expect_args(name: &str, kernel: &Kernel, args: &[Arg]) -> Result<()> {
+    if args.iter().map(|arg| arg.kind()).eq(kernel.args.iter().map(|arg| arg.kind)) {
+        return Ok(());
+    }
+    let kinds: Vec<ArgKind> = args.iter().map(|arg| arg.kind()).collect();
+    let expected: Vec<ArgKind> = kernel.args.iter().map(|arg| arg.kind).collect();
+    Err(Error::Kernel { kernel: name.into(), reason: format!("it takes {expected:?}, and was given {kinds:?}") })
+}
+
 impl CudaDevice {
     /// Adds a kernel to the stream.
     ///
@@ -176,14 +193,12 @@ impl CudaDevice {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
+        if self.is_dry() {
+            return expect_args(name, signature(name)?, args);
+        }
         self.bind()?;
         let function = self.function(name, grid.shared)?;
-        let expected = function.kernel.args;
-        if args.len() != expected.len() || args.iter().zip(expected).any(|(arg, expected)| arg.kind() != expected.kind) {
-            let kinds: Vec<ArgKind> = args.iter().map(|arg| arg.kind()).collect();
-            let expected: Vec<ArgKind> = expected.iter().map(|arg| arg.kind).collect();
-            return Err(Error::Kernel { kernel: name.into(), reason: format!("it takes {expected:?}, and was given {kinds:?}") });
-        }
+        expect_args(name, function.kernel, args)?;
         self.timed(|| name.to_owned(), || self.launch_checked(name, function, grid, args))
     }
 
@@ -238,7 +253,7 @@ impl CudaDevice {
 
     fn load(self, name: &str) -> Result<Function> {
         let missing = |reason| Error::Kernel { kernel: name.into(), reason };
-        let kernel = nibble_kernels::kernel(name).ok_or_else(|| missing("there is no kernel of this name".into()))?;
+        let kernel = signature(name)?;
         let module = self.module(kernel.module)?;
         let symbol = std::ffi::CString::new(name).map_err(|error| missing(error.to_string()))?;
         let mut handle = std::ptr::null_mut();

@@ -39,8 +39,11 @@ struct State {
 impl DeviceHeap {
     /// Reserves addresses for all of the device's memory; nothing is taken yet.
     pub(crate) fn new(device: CudaDevice) -> Result<Self> {
-        device.bind()?;
         let reserved = device.info().memory.next_multiple_of(GRANULE);
+        if let Some(dry) = &device.gpu().dry {
+            return Ok(Self { device, base: dry.addresses(reserved), reserved, state: Mutex::default() });
+        }
+        device.bind()?;
         let mut base = 0;
         // SAFETY: reserves addresses only; `base` outlives the call.
         check("cuMemAddressReserve", unsafe { sys::cuMemAddressReserve(&raw mut base, reserved, 0, 0, 0) })?;
@@ -114,8 +117,13 @@ impl DeviceHeap {
         if end > self.reserved {
             return Ok(false);
         }
-        self.device.bind()?;
         let bytes = (end - state.backed).next_multiple_of(GRANULE).min(self.reserved - state.backed);
+        if let Some(dry) = &self.device.gpu().dry {
+            let taken = dry.take(bytes, self.device.info().memory);
+            state.backed += if taken { bytes } else { 0 };
+            return Ok(taken);
+        }
+        self.device.bind()?;
         let location = sys::CUmemLocation {
             type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE,
             id: self.device.info().ordinal as i32,
@@ -145,6 +153,10 @@ impl DeviceHeap {
 
 impl Drop for DeviceHeap {
     fn drop(&mut self) {
+        if let Some(dry) = &self.device.gpu().dry {
+            dry.give(self.backed());
+            return;
+        }
         if self.device.bind().is_err() || self.device.synchronize().is_err() {
             return;
         }

@@ -9,11 +9,15 @@
 //! All kernels of a device go to one stream in the order of the calls, so memory can be handed out again as soon as its tensor
 //! drops. Copies of [`Pinned`] memory may run beside them on a second stream, which waits for what the first has been given so far;
 //! the first waits for such a copy before anything that depends on it ([`Pinned::join`]).
+//!
+//! A device that only counts ([`CudaDevice::dry`]) has no driver: what it can count returns before the driver is called, and
+//! binding its context, which all else begins with, is an error.
 
 mod charges;
 mod context;
 mod copy;
 mod driver;
+mod dry;
 mod graph;
 mod heap;
 mod launch;
@@ -31,6 +35,7 @@ pub(crate) use heap::Span;
 pub(crate) use launch::{Arg, Grid, TensorMap, suffix};
 pub(crate) use matmul::{Gemm, Matrix};
 pub(crate) use memory::DeviceHeap;
+pub use nibble_kernels::ComputeCapability;
 pub use pinned::Pinned;
 pub use profile::KernelTime;
 pub use timer::KernelTimer;

@@ -38,10 +38,14 @@ impl CudaDevice {
     #[must_use]
     pub fn link_rate(self) -> f64 {
         static RATE: OnceLock<f64> = OnceLock::new();
+        if self.is_dry() {
+            return SLOW_LINK;
+        }
         *RATE.get_or_init(|| self.time_link().unwrap_or(SLOW_LINK))
     }
 
     fn clock(self) -> Result<i32> {
+        self.bind()?;
         let device = cudarc::driver::result::device::get(self.info().ordinal as i32);
         let device =
             device.map_err(|error| crate::Error::Cuda { call: "cuDeviceGet", reason: super::driver::describe(error.0) })?;

@@ -28,6 +28,12 @@ impl RopeTable {
     /// # Errors
     /// [`Error::OutOfMemory`].
     pub fn new(arena: &Arena, inv_freq: &[f32], attention_factor: f32, positions: usize) -> Result<Self> {
+        let shape = [positions, inv_freq.len()];
+        let _scope = arena.scope(Owner::Other);
+        if matches!(arena.device(), Device::Cuda(device) if device.is_dry()) {
+            let [cos, sin] = [Tensor::empty(arena, DType::F32, shape)?, Tensor::empty(arena, DType::F32, shape)?];
+            return Ok(Self { cos, sin });
+        }
         let angles = (0..positions).flat_map(|position| inv_freq.iter().map(move |f| position as f32 * f));
         let (sin, cos): (Vec<f32>, Vec<f32>) = angles
             .map(|angle| {
@@ -35,8 +41,6 @@ impl RopeTable {
                 (sin as f32 * attention_factor, cos as f32 * attention_factor)
             })
             .unzip();
-        let shape = [positions, inv_freq.len()];
-        let _scope = arena.scope(Owner::Other);
         Ok(Self { cos: Tensor::from_slice(arena, &cos, shape)?, sin: Tensor::from_slice(arena, &sin, shape)? })
     }
 

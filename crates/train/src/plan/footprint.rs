@@ -1,0 +1,125 @@
+//! The memory of one step.
+
+use nibble_data::{Batch, IGNORE_INDEX};
+use nibble_lora::{AdapterConfig, Init};
+use nibble_model::{LoadOptions, Transformer, config::ModelConfig};
+use nibble_tensor::{
+    Arena, Device, Owner, Rng,
+    cuda::{CudaDevice, DeviceInfo},
+};
+
+use crate::{
+    Result, TrainConfig,
+    device_step::{DeviceSteps, Parts},
+    trainer::optimizer,
+};
+
+/// A run, as far as its memory depends on it.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// How the base is held, and computed with.
+    pub load: LoadOptions,
+    /// The adapter; none: every weight is trained, of a base that is not quantised.
+    pub adapter: Option<AdapterConfig>,
+    /// The documents of a micro-batch.
+    pub documents: Vec<Document>,
+    /// Optimizer, checkpointing and the rest.
+    pub train: TrainConfig,
+}
+
+/// A document, by its sizes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// All of it.
+    pub tokens: usize,
+    /// Those that are learned, at its end.
+    pub learned: usize,
+}
+
+/// What a step takes, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Footprint {
+    /// The most that tensors hold at once.
+    pub peak: usize,
+    /// What the arena takes from the device for it.
+    pub device: usize,
+    /// Who holds the peak.
+    pub owners: Vec<(Owner, usize)>,
+    /// Values that are trained.
+    pub trained: usize,
+}
+
+impl Setup {
+    /// The same with `batch` documents of `length` tokens, all of them learned.
+    #[must_use]
+    pub fn with_documents(&self, batch: usize, length: usize) -> Self {
+        let document = Document { tokens: length, learned: length.saturating_sub(1) };
+        let load = LoadOptions { max_positions: length, ..self.load };
+        Self { documents: vec![document; batch], load, ..self.clone() }
+    }
+
+    /// Tokens of a micro-batch.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.documents.iter().map(|document| document.tokens).sum()
+    }
+
+    /// Tokens of the longest document.
+    #[must_use]
+    pub fn longest(&self) -> usize {
+        self.documents.iter().map(|document| document.tokens).max().unwrap_or(0)
+    }
+}
+
+impl Footprint {
+    /// Bytes that one kind of owner holds at the peak.
+    #[must_use]
+    pub fn of(&self, wanted: impl Fn(Owner) -> bool) -> usize {
+        self.owners.iter().filter(|(owner, _)| wanted(*owner)).map(|(_, bytes)| bytes).sum()
+    }
+}
+
+/// The memory of a step of `setup` on a device like `gpu`, which holds nothing else.
+///
+/// # Errors
+/// Out of memory, where the device has less; what is wrong with the adapter's config.
+pub fn footprint(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
+    let arena = Arena::on(Device::Cuda(CudaDevice::dry(gpu)), usize::MAX)?;
+    let trained = step(model, &arena, setup)?;
+    let owners = arena.owners().into_iter().filter(|stats| stats.at_peak > 0);
+    Ok(Footprint {
+        peak: arena.stats().peak,
+        device: arena.device_bytes().unwrap_or_default(),
+        owners: owners.map(|stats| (stats.owner, stats.at_peak)).collect(),
+        trained,
+    })
+}
+
+/// Runs a step; gives the number of trained values.
+fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
+    let mut model = Transformer::empty(model.clone(), arena, &setup.load)?;
+    let mut params = match &setup.adapter {
+        Some(adapter) => model.attach(adapter, Init::Zeros)?,
+        None => model.train_all()?,
+    };
+    let mut grads = params.zero_grads()?;
+    let mut optimizer = optimizer(&model, &params, &setup.train)?;
+    let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok(params.numel()) };
+    let parts = Parts { model: &model, params: &mut params, grads: &mut grads, optimizer: &mut optimizer, config: &setup.train };
+    steps.enqueue(parts, &[batch(&setup.documents)], 1.0, setup.train.learning_rate, Rng::new(0).rooted())?;
+    Ok(params.numel())
+}
+
+/// Made-up tokens.
+fn batch(documents: &[Document]) -> Batch {
+    let mut batch = Batch { cu_seqlens: vec![0], ..Batch::default() };
+    for &Document { tokens, learned } in documents {
+        // The last position has nothing to learn.
+        let first = (tokens - 1).saturating_sub(learned);
+        batch.tokens.extend(std::iter::repeat_n(0, tokens));
+        batch.labels.extend((0..tokens).map(|i| if i >= first && i + 1 < tokens { 0 } else { IGNORE_INDEX }));
+        batch.positions.extend(0..tokens as u32);
+        batch.cu_seqlens.push(batch.tokens.len() as u32);
+    }
+    batch
+}
