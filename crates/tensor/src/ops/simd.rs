@@ -38,6 +38,14 @@ pub fn level() -> Level {
     })
 }
 
+/// Whether this machine multiplies pairs of bf16 (AVX-512 BF16).
+pub(crate) fn multiplies_pairs() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return level() == Level::Avx512 && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Defines a function whose body is compiled once for each [`Level`] and chosen at run time.
 ///
 /// Floating-point results are the same at each level: the compiler neither reorders sums nor contracts products, so write

@@ -9,14 +9,18 @@ use rayon::prelude::*;
 
 use super::{
     Config, Sizes,
-    forward::{Block, Inputs, block_queries, by_head, overlap, tile_keys, ungroup},
+    forward::{Block, Inputs, block_queries, tile_keys, ungroup},
+    operands::{pair_lanes, pair_rows, panel_to_rows, rows_to_columns, rows_to_panels},
     scratch::with_parts,
-    strip::{RowFacts, Scores, columns_to_panels, dot, from_panel, softmax_backward},
-    tile::{Size, View, product, product_transposed},
+    strip::{RowFacts, Rule, Scores, dot, softmax_backward},
+    tile::{Form, Size, View, product, product_transposed},
 };
 use crate::{
     DType, Float, Result, Tensor,
-    ops::{Documents, simd::LANES},
+    ops::{
+        Documents,
+        simd::{LANES, multiversion},
+    },
 };
 
 /// What the forward pass left, and the gradient of its output.
@@ -33,7 +37,9 @@ pub(super) struct Saved<'a> {
 const TASKS: usize = 16;
 
 /// Keys taken at a time where a tile meets the diagonal; a multiple of the products' rows.
-const DIAGONAL: usize = 12;
+fn diagonal(form: Form) -> usize {
+    if form == Form::Pair { 16 } else { 12 }
+}
 
 /// Parts a document's queries are split into at most: each takes gradients of k and v of its own.
 const MOST_PARTS: usize = 8;
@@ -64,9 +70,7 @@ pub(super) fn documents<E: Float>(
     sizes: Sizes,
     config: Config,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let keys = documents.tokens();
-    let (k, v) = (by_head::<E>(saved.k, keys, sizes)?, by_head::<E>(saved.v, keys, sizes)?);
-    let inputs = Inputs { q: saved.q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, keys, sizes, config };
+    let inputs = Inputs::new(saved.q, saved.k, saved.v, sizes, config)?;
     let shared = Shared::<E> { inputs, d_o: saved.d_o.as_slice()?, o: saved.o.as_slice()?, lse: saved.lse.as_slice()? };
     let (tokens, group, size) = (documents.tokens(), sizes.group(), sizes.head_size);
     let arena = saved.q.arena();
@@ -91,12 +95,12 @@ pub(super) fn documents<E: Float>(
     let mut dq = Tensor::empty(arena, E::DTYPE, saved.q.shape())?;
     ungroup(grouped.as_slice::<E>()?, dq.as_mut_slice()?, sizes.kv_heads, group * size);
     drop(grouped);
-    let gather = |from: &Tensor| -> Result<Tensor> {
+    let gather = |from: &Tensor, factor: f32| -> Result<Tensor> {
         let mut to = Tensor::empty(arena, E::DTYPE, saved.k.shape())?;
-        sum_parts::<E>(from.as_slice()?, to.as_mut_slice()?, &plan, sizes);
+        sum_parts::<E>(from.as_slice()?, factor, to.as_mut_slice()?, &plan, sizes);
         Ok(to)
     };
-    Ok((dq, gather(&dk)?, gather(&dv)?))
+    Ok((dq, gather(&dk, config.scale)?, gather(&dv, 1.0)?))
 }
 
 /// A document and the ranges of queries it is split into, so that each part has about the same work.
@@ -115,8 +119,8 @@ fn parts(document: &Range<usize>, documents: usize, sizes: Sizes) -> Vec<(Range<
         .collect()
 }
 
-/// Sums the parts' gradients [kv head][part][token][padded D] to [T, K, D].
-fn sum_parts<E: Float>(from: &[f32], to: &mut [E], plan: &[Vec<(Range<usize>, Range<usize>)>], sizes: Sizes) {
+/// factor Σ of the parts' gradients [kv head][part][token][padded D], to [T, K, D].
+fn sum_parts<E: Float>(from: &[f32], factor: f32, to: &mut [E], plan: &[Vec<(Range<usize>, Range<usize>)>], sizes: Sizes) {
     let Sizes { kv_heads, head_size: size, .. } = sizes;
     let padded = size.next_multiple_of(LANES);
     let per_head = from.len() / kv_heads;
@@ -130,24 +134,37 @@ fn sum_parts<E: Float>(from: &[f32], to: &mut [E], plan: &[Vec<(Range<usize>, Ra
     pieces.into_par_iter().for_each(|(to, parts, start)| {
         to.par_chunks_mut(kv_heads * size).with_min_len(32).enumerate().for_each(|(token, to)| {
             for (kv_head, to) in to.chunks_exact_mut(size).enumerate() {
-                sum_token(&from[kv_head * per_head + start..], token, parts, padded, to);
+                with_parts([size], |[sums]| {
+                    sums.fill(0.0);
+                    let mut at = kv_head * per_head + start;
+                    for (document, queries) in parts {
+                        let len = queries.end - document.start;
+                        // A part knows the keys up to its last query.
+                        if token < len {
+                            add(sums, &from[at + token * padded..]);
+                        }
+                        at += len * padded;
+                    }
+                    scaled(sums, factor, to);
+                });
             }
         });
     });
 }
 
-/// Sums one token's parts: those whose last query does not come before it.
-fn sum_token<E: Float>(from: &[f32], token: usize, parts: &[(Range<usize>, Range<usize>)], padded: usize, to: &mut [E]) {
-    for (d, to) in to.iter_mut().enumerate() {
-        let (mut sum, mut start) = (0.0, 0);
-        for (document, queries) in parts {
-            let len = queries.end - document.start;
-            if token < len {
-                sum += from[start + token * padded + d];
-            }
-            start += len * padded;
+multiversion! {
+    fn add(sums: &mut [f32], terms: &[f32]) {
+        for (sum, x) in sums.iter_mut().zip(terms) {
+            *sum += x;
         }
-        *to = E::from_f32(sum);
+    }
+}
+
+multiversion! {
+    fn scaled<E: Float>(from: &[f32], factor: f32, to: &mut [E]) {
+        for (y, x) in to.iter_mut().zip(from) {
+            *y = E::from_f32(x * factor);
+        }
     }
 }
 
@@ -157,64 +174,120 @@ fn run<E: Float>(shared: &Shared<E>, task: Task<E>) {
     let step = block_queries(group);
     for (start, dq) in queries.clone().step_by(step).zip(dq.chunks_mut(step * group * size)) {
         let block = Block { kv_head, queries: start..(start + step).min(queries.end), key: start, first_key: document.start };
-        let rows = block.queries.len() * group;
-        let strips = rows.div_ceil(LANES);
-        let (panels, columns) = (strips * LANES * size, strips * LANES * size.next_multiple_of(LANES));
-        let scores = tile_keys(size) * score_stride(strips);
-        let lengths = [columns, columns, panels, panels, panels, scores, scores, strips * 2 * LANES];
+        let lengths = Layout::new(&shared.inputs, block.queries.len() * group).lengths();
         with_parts(lengths, |parts| run_block(shared, &block, dq, dk, dv, parts));
     }
 }
 
-/// Floats between keys of a tile of scores: one cache line more than the rows, so that a column's lines spread over the cache.
-fn score_stride(strips: usize) -> usize {
-    (strips + 1) * LANES
+/// Sizes in a block of `rows` rows.
+#[derive(Clone, Copy)]
+struct Layout {
+    form: Form,
+    rows: usize,
+    strips: usize,
+    /// D, and the words of as many elements.
+    size: usize,
+    words: usize,
+    /// Words between keys of a tile of probabilities, for sums over rows: one cache line more than the rows, so that a
+    /// column's lines spread over the cache.
+    stride: usize,
 }
 
-fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut [f32], dv: &mut [f32], parts: [&mut [f32]; 8]) {
+impl Layout {
+    fn new<E: Float>(inputs: &Inputs<E>, rows: usize) -> Self {
+        let (form, strips) = (inputs.form, rows.div_ceil(LANES));
+        let stride = form.words(strips * LANES) + LANES;
+        Self { form, rows, strips, size: inputs.sizes.head_size, words: inputs.words(), stride }
+    }
+
+    /// Rows of the strips.
+    fn all_rows(self) -> usize {
+        self.strips * LANES
+    }
+
+    /// Words between keys of the strip that is worked on: f32 are left where [`add_tile`] reads them, pairs are made of them.
+    fn strip_stride(self) -> usize {
+        if self.form == Form::Pair { LANES } else { self.stride }
+    }
+
+    /// Words of what [`run_block`] works with, in its order.
+    fn lengths(self) -> [usize; 14] {
+        let Self { form, size, words, .. } = self;
+        let (rows, keys) = (self.all_rows(), tile_keys(size));
+        let (panels, columns) = (rows * words, form.words(rows) * size.next_multiple_of(LANES));
+        let scores = keys * self.strip_stride();
+        let pairs = if form == Form::Pair { [form.words(keys) * size, keys * self.stride, keys * self.stride] } else { [0; 3] };
+        let room = usize::max(panels, LANES * size);
+        let tile = keys * words;
+        let [key_pairs, p, ds] = pairs;
+        [room, panels, panels, columns, columns, rows * size, 2 * rows, tile, tile, key_pairs, scores, scores, p, ds]
+    }
+}
+
+fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut [f32], dv: &mut [f32], parts: [&mut [f32]; 14]) {
     let Shared { inputs, .. } = shared;
-    let (size, group) = (inputs.sizes.head_size, inputs.sizes.group());
-    let rows = block.queries.len() * group;
-    let strips = rows.div_ceil(LANES);
-    let (all_rows, panel, ld) = (strips * LANES, size * LANES, score_stride(strips));
-    let [q, d_o, q_panels, d_o_panels, dq_panels, scores, d_scores, facts] = parts;
+    let layout = Layout::new(inputs, block.queries.len() * inputs.sizes.group());
+    let Layout { form, size, words, strips, rows, .. } = layout;
+    let (panel, ld) = (words * LANES, layout.strip_stride());
+    let [room, q_panels, d_o_panels, q, d_o, dq_panels, facts, keys, values, key_pairs, scores, d_scores, p, ds] = parts;
     let facts: &mut [RowFacts] = bytemuck::cast_slice_mut(facts);
     load_facts(shared, block, facts);
-    inputs.load(block, inputs.q, inputs.config.scale, q, all_rows);
-    inputs.load(block, shared.d_o, 1.0, d_o, all_rows);
-    columns_to_panels(q, all_rows, size, q_panels);
-    columns_to_panels(d_o, all_rows, size, d_o_panels);
+    let loaded = &mut room[..layout.all_rows() * words];
+    for (from, panels, columns) in [(inputs.q, &mut *q_panels, &mut *q), (shared.d_o, &mut *d_o_panels, &mut *d_o)] {
+        inputs.load(block, from, loaded);
+        rows_to_panels(loaded, words, panels);
+        rows_to_columns(form, loaded, size, columns);
+    }
     dq_panels.fill(0.0);
+    let rule = Rule::new(inputs.config, DType::F32);
     let all = inputs.seen_by(block, 0..rows);
     for start in all.clone().step_by(tile_keys(size)) {
         let tile = start..(start + tile_keys(size)).min(all.end);
+        inputs.load_keys(inputs.k, block.kv_head, &tile, keys);
+        inputs.load_keys(inputs.v, block.kv_head, &tile, values);
+        if form == Form::Pair {
+            inputs.load_over_keys(inputs.k, block.kv_head, &tile, key_pairs);
+        }
         for strip in 0..strips {
             let rows = strip * LANES..((strip + 1) * LANES).min(rows);
-            let column = strip * LANES;
-            let seen = overlap(&inputs.seen_by(block, rows.clone()), &tile).unwrap_or(tile.start..tile.start);
-            let (first, n) = (seen.start - tile.start, seen.len());
-            clear(scores, ld, column, tile.len(), first..first + n);
-            clear(d_scores, ld, column, tile.len(), first..first + n);
+            let part = inputs.part(block, rows.clone(), &tile).unwrap_or_default();
+            let n = part.len();
+            // Where the strip's probabilities go for the sums over rows.
+            let left = form.words(LANES) * strip;
+            let (whole_p, whole_ds) = if form == Form::Pair { (&mut *p, &mut *ds) } else { (&mut *scores, &mut *d_scores) };
+            for left_operand in [whole_p, whole_ds] {
+                clear(left_operand, layout, left, tile.len(), &part);
+            }
             if n == 0 {
                 continue;
             }
+            let (first, column) = if form == Form::Pair { (0, 0) } else { (part.start, left) };
             let (at, end) = (first * ld + column, (first + n - 1) * ld + column + LANES);
             let (s, d) = (&mut scores[at..end], &mut d_scores[at..end]);
-            let (keys, values) =
-                (inputs.rows(inputs.k, block.kv_head, seen.start), inputs.rows(inputs.v, block.kv_head, seen.start));
-            let over_size = Size { m: n, n: LANES, k: size };
-            product(s, ld, false, keys, View::new(&q_panels[strip * panel..], LANES), over_size);
-            product(d, ld, false, values, View::new(&d_o_panels[strip * panel..], LANES), over_size);
-            let mask = inputs.mask(block, rows, &seen);
-            softmax_backward(Scores { data: s, ld }, Scores { data: d, ld }, mask.as_ref(), inputs.config.softcap, &facts[strip]);
-            let over_keys = Size { m: size, n: LANES, k: n };
-            let dq = &mut dq_panels[strip * panel..(strip + 1) * panel];
-            product_transposed(dq, LANES, true, keys, View::new(d, ld), over_keys);
+            let over_size = Size { m: n, n: LANES, k: words };
+            let of_part = |tile| View::new(tile, words);
+            product(form, s, ld, false, of_part(&keys[part.start * words..]), View::new(&q_panels[strip * panel..], LANES), over_size);
+            product(form, d, ld, false, of_part(&values[part.start * words..]), View::new(&d_o_panels[strip * panel..], LANES), over_size);
+            let mask = inputs.mask(block, rows, &(tile.start + part.start..tile.start + part.end));
+            softmax_backward(Scores { data: s, ld }, Scores { data: d, ld }, mask.as_ref(), rule, &facts[strip]);
+            let mut by_key = &keys[part.start * words..];
+            if form == Form::Pair {
+                let left = part.start * layout.stride + left;
+                pair_lanes(s, &mut p[left..], layout.stride);
+                pair_lanes(d, &mut ds[left..], layout.stride);
+                pair_rows(d);
+                by_key = &key_pairs[part.start / 2 * size..];
+            }
+            let over_keys = Size { m: size, n: LANES, k: form.words(n) };
+            let dq = &mut dq_panels[strip * LANES * size..][..LANES * size];
+            product_transposed(form, dq, LANES, true, View::new(by_key, size), View::new(d, ld), over_keys);
         }
-        add_tile(inputs, block, &tile, rows, (dv, dk), (scores, d_scores), (d_o, q));
+        let left = if form == Form::Pair { (&*p, &*ds) } else { (&*scores, &*d_scores) };
+        add_tile(inputs, block, &tile, layout, (dv, dk), left, (d_o, q));
     }
     for (strip, dq) in dq.chunks_mut(LANES * size).enumerate() {
-        from_panel(&dq_panels[strip * panel..], size, &[inputs.config.scale; LANES], dq);
+        let sums = &dq_panels[strip * LANES * size..][..LANES * size];
+        panel_to_rows(sums, size, &[inputs.config.scale; LANES], dq, &mut room[..LANES * size]);
     }
 }
 
@@ -234,10 +307,10 @@ fn load_facts<E: Float>(shared: &Shared<E>, block: &Block, facts: &mut [RowFacts
     }
 }
 
-/// Zeros the strip's column of scores where it was not computed.
-fn clear(scores: &mut [f32], ld: usize, column: usize, keys: usize, computed: Range<usize>) {
+/// Zeros a strip's column of an operand of sums over rows, for the keys that were not computed.
+fn clear(operand: &mut [f32], layout: Layout, column: usize, keys: usize, computed: &Range<usize>) {
     for key in (0..computed.start).chain(computed.end..keys) {
-        scores[key * ld + column..][..LANES].fill(0.0);
+        operand[key * layout.stride + column..][..layout.form.words(LANES)].fill(0.0);
     }
 }
 
@@ -246,27 +319,26 @@ fn add_tile<E: Float>(
     inputs: &Inputs<E>,
     block: &Block,
     tile: &Range<usize>,
-    rows: usize,
+    layout: Layout,
     (dv, dk): (&mut [f32], &mut [f32]),
-    (scores, d_scores): (&[f32], &[f32]),
+    (p, ds): (&[f32], &[f32]),
     (d_o, q): (&[f32], &[f32]),
 ) {
+    let Layout { form, rows, stride, .. } = layout;
     let group = inputs.sizes.group();
     let padded = inputs.sizes.head_size.next_multiple_of(LANES);
-    let all_rows = rows.next_multiple_of(LANES);
-    let ld = score_stride(all_rows / LANES);
     // On the diagonal fewer keys at a time, because rows before a key's own do not see it.
-    let step = if tile.end <= block.key + 1 { tile.len() } else { DIAGONAL };
+    let step = if tile.end <= block.key + 1 { tile.len() } else { diagonal(form) };
     for start in tile.clone().step_by(step) {
         let keys = start..(start + step).min(tile.end);
         let first_row = keys.start.saturating_sub(block.key) * group / LANES * LANES;
-        let size = Size { m: keys.len(), n: LANES, k: rows - first_row };
-        let at = (keys.start - tile.start) * ld + first_row;
+        let size = Size { m: keys.len(), n: LANES, k: form.words(rows - first_row) };
+        let at = (keys.start - tile.start) * stride + form.words(first_row);
         for column in (0..padded).step_by(LANES) {
             let to = (keys.start - block.first_key) * padded + column..(keys.end - block.first_key) * padded;
-            let right = column * all_rows + first_row * LANES;
-            product(&mut dv[to.clone()], padded, true, View::new(&scores[at..], ld), View::new(&d_o[right..], LANES), size);
-            product(&mut dk[to], padded, true, View::new(&d_scores[at..], ld), View::new(&q[right..], LANES), size);
+            let right = column * form.words(layout.all_rows()) + form.words(first_row) * LANES;
+            product(form, &mut dv[to.clone()], padded, true, View::new(&p[at..], stride), View::new(&d_o[right..], LANES), size);
+            product(form, &mut dk[to], padded, true, View::new(&ds[at..], stride), View::new(&q[right..], LANES), size);
         }
     }
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::{
     Config, Sizes,
-    forward::{Block, Inputs, block_queries, by_head, overlap, run},
+    forward::{Block, Inputs, block_queries, overlap, run},
     scratch::with_parts,
     strip::{Rule, add_rows, dot_rows, softmax_row},
 };
@@ -33,8 +33,7 @@ pub(super) fn cached<E: Float>(
     if n <= FEW {
         return few::<E>(q, keys, values, len, sizes, config);
     }
-    let (k, v) = (by_head::<E>(keys, len, sizes)?, by_head::<E>(values, len, sizes)?);
-    let inputs = Inputs::<E> { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, keys: len, sizes, config };
+    let inputs = Inputs::<E>::new(q, keys, values, sizes, config)?;
     let step = block_queries(sizes.group());
     let blocks = (0..sizes.kv_heads).flat_map(|kv_head| {
         (0..n).step_by(step).map(move |start| Block {
@@ -62,7 +61,7 @@ fn few<E: Float>(q: &Tensor, keys: &Tensor, values: &Tensor, len: usize, sizes: 
     let (row, rows) = (size + FACTS, n * group);
     let mut parts = Tensor::empty(q.arena(), DType::F32, [kv_heads, runs, rows, row])?;
     let (q_data, k, v) = (q.as_slice::<E>()?, keys.as_slice::<E>()?, values.as_slice::<E>()?);
-    let rule = Rule::new(config.softcap, E::DTYPE);
+    let rule = Rule::new(config, E::DTYPE);
     parts.as_mut_slice::<f32>()?.par_chunks_mut((rows * row).max(1)).with_max_len(1).enumerate().for_each(|(task, parts)| {
         let (kv_head, start) = (task / runs, first + task % runs * RUN);
         let part = start..(start + RUN).min(len);
@@ -76,7 +75,7 @@ fn few<E: Float>(q: &Tensor, keys: &Tensor, values: &Tensor, len: usize, sizes: 
             let rows = |from| head_rows(from, &keys, kv_head, sizes);
             with_parts([size, keys.len()], |[query, scores]| {
                 for (y, x) in query.iter_mut().zip(q) {
-                    *y = x.to_f32() * config.scale;
+                    *y = x.to_f32();
                 }
                 dot_rows(query, rows(k), kv_heads * size, scores);
                 let (max, sum) = softmax_row(scores, rule);

@@ -6,9 +6,10 @@ use rayon::prelude::*;
 
 use super::{
     Config, Sizes,
+    operands::{load_over_rows, load_rows, pair_rows, panel_to_rows, rows_to_panels},
     scratch::with_parts,
-    strip::{Rule, Running, Scores, Seen, columns_to_panels, from_panel, online_softmax, scale_panel, to_columns, widen},
-    tile::{Size, View, product, product_transposed},
+    strip::{Rule, Running, Scores, Seen, online_softmax, scale_panel},
+    tile::{Form, Size, View, product, product_transposed},
 };
 use crate::{
     DType, Float, Result, Tensor,
@@ -21,7 +22,7 @@ pub(super) fn tile_keys(head_size: usize) -> usize {
     if head_size <= 64 { 96 } else { 48 }
 }
 
-/// Rows of queries (tokens x heads of a group) a block holds, about: each tile of keys is widened once for so many.
+/// Rows of queries (tokens x heads of a group) a block holds, about: each tile of keys is loaded once for so many.
 const ROWS: usize = 192;
 
 /// Queries of one block, which read one key/value head. A row is a (query, head of the group) pair, heads fastest, as q
@@ -39,16 +40,27 @@ pub(super) struct Block {
 
 /// What blocks of one call share.
 pub(super) struct Inputs<'a, E> {
+    /// [T, H, D].
     pub(super) q: &'a [E],
-    /// [K, keys, D].
-    pub(super) k: &'a [f32],
-    pub(super) v: &'a [f32],
-    pub(super) keys: usize,
+    /// [L, K, D].
+    pub(super) k: &'a [E],
+    pub(super) v: &'a [E],
     pub(super) sizes: Sizes,
     pub(super) config: Config,
+    pub(super) form: Form,
 }
 
-impl<E: Float> Inputs<'_, E> {
+impl<'a, E: Float> Inputs<'a, E> {
+    pub(super) fn new(q: &'a Tensor, k: &'a Tensor, v: &'a Tensor, sizes: Sizes, config: Config) -> Result<Self> {
+        let form = Form::of(E::DTYPE);
+        Ok(Self { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, sizes, config, form })
+    }
+
+    /// Words of a row of D elements.
+    pub(super) fn words(&self) -> usize {
+        self.form.words(self.sizes.head_size)
+    }
+
     /// Keys seen by row `row` of the block.
     fn seen(&self, block: &Block, row: usize) -> Range<usize> {
         let key = block.key + row / self.sizes.group();
@@ -75,12 +87,13 @@ impl<E: Float> Inputs<'_, E> {
         })
     }
 
-    /// Widens the block's rows of `from` [T, H, D] to columns of `rows` rows.
-    pub(super) fn load(&self, block: &Block, from: &[E], scale: f32, columns: &mut [f32], rows: usize) {
-        columns.fill(0.0);
-        for (i, query) in block.queries.clone().enumerate() {
-            to_columns(self.query(block, from, query), self.sizes.head_size, scale, i * self.sizes.group(), rows, columns);
+    /// Loads the block's rows of `from` [T, H, D]; zeros behind them.
+    pub(super) fn load(&self, block: &Block, from: &[E], to: &mut [f32]) {
+        let row = self.sizes.group() * self.words();
+        for (query, to) in block.queries.clone().zip(to.chunks_mut(row)) {
+            load_rows(self.form, self.query(block, from, query), self.sizes.head_size, self.sizes.head_size, to);
         }
+        to[block.queries.len() * row..].fill(0.0);
     }
 
     /// The rows of `from` [T, H, D] that belong to one query and the block's key/value head.
@@ -90,27 +103,32 @@ impl<E: Float> Inputs<'_, E> {
         &from[(query * heads + block.kv_head * group) * head_size..][..group * head_size]
     }
 
-    /// Rows from `key` on of one head of `from` (k or v).
-    pub(super) fn rows<'b>(&self, from: &'b [f32], kv_head: usize, key: usize) -> View<'b> {
-        let size = self.sizes.head_size;
-        View::new(&from[(kv_head * self.keys + key) * size..(kv_head + 1) * self.keys * size], size)
+    /// Keys of one head of `from` (k or v), and the distance between them.
+    pub(super) fn keys<'b>(&self, from: &'b [E], kv_head: usize, keys: &Range<usize>) -> (&'b [E], usize) {
+        let Sizes { kv_heads, head_size, .. } = self.sizes;
+        let row = |key| (key * kv_heads + kv_head) * head_size;
+        (&from[row(keys.start)..row(keys.end - 1) + head_size], kv_heads * head_size)
     }
-}
 
-/// The first `keys` rows of `x` [L, K, D] as F32 [K, keys, D]: a tile of one head then lies in one piece.
-pub(super) fn by_head<E: Float>(x: &Tensor, keys: usize, sizes: Sizes) -> Result<Tensor> {
-    const RUN: usize = 64;
-    let Sizes { kv_heads, head_size, .. } = sizes;
-    let mut to = Tensor::empty(x.arena(), DType::F32, [kv_heads, keys, head_size])?;
-    let from = x.as_slice::<E>()?;
-    let heads = to.as_mut_slice::<f32>()?.par_chunks_exact_mut((keys * head_size).max(1)).enumerate();
-    heads.for_each(|(kv_head, to)| {
-        to.par_chunks_mut(RUN * head_size).enumerate().for_each(|(run, to)| {
-            let from = &from[(run * RUN * kv_heads + kv_head) * head_size..];
-            widen(from, kv_heads * head_size, head_size, to);
-        });
-    });
-    Ok(to)
+    /// Loads a tile of k or v as rows.
+    pub(super) fn load_keys(&self, from: &[E], kv_head: usize, tile: &Range<usize>, to: &mut [f32]) {
+        let (from, ld) = self.keys(from, kv_head, tile);
+        load_rows(self.form, from, ld, self.sizes.head_size, &mut to[..tile.len() * self.words()]);
+    }
+
+    /// Loads a tile of k or v for sums over its keys.
+    pub(super) fn load_over_keys(&self, from: &[E], kv_head: usize, tile: &Range<usize>, to: &mut [f32]) {
+        let (from, ld) = self.keys(from, kv_head, tile);
+        load_over_rows(self.form, from, ld, self.sizes.head_size, tile.len(), to);
+    }
+
+    /// The keys of a tile that some rows see, widened to whole words: relative to the tile's first.
+    pub(super) fn part(&self, block: &Block, rows: Range<usize>, tile: &Range<usize>) -> Option<Range<usize>> {
+        let seen = overlap(&self.seen_by(block, rows), tile)?;
+        let each = self.form.each();
+        let end = (seen.end - tile.start).next_multiple_of(each).min(tile.len());
+        Some((seen.start - tile.start) / each * each..end)
+    }
 }
 
 /// Queries of a block when each has `group` heads.
@@ -135,9 +153,7 @@ pub(super) fn documents<E: Float>(
             })
         })
     };
-    let keys = documents.tokens();
-    let (k, v) = (by_head::<E>(k, keys, sizes)?, by_head::<E>(v, keys, sizes)?);
-    let inputs = Inputs::<E> { q: q.as_slice()?, k: k.as_slice()?, v: v.as_slice()?, keys, sizes, config };
+    let inputs = Inputs::<E>::new(q, k, v, sizes, config)?;
     run(&inputs, q, (0..sizes.kv_heads).flat_map(blocks))
 }
 
@@ -189,48 +205,54 @@ pub(super) fn ungroup<E: Float>(from: &[E], to: &mut [E], kv_heads: usize, row: 
 
 /// o and lse of one block: rows x D, and rows.
 fn run_block<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32]) {
-    let size = inputs.sizes.head_size;
-    let rows = lse.len().next_multiple_of(LANES);
-    let (columns, panels) = (rows * size.next_multiple_of(LANES), rows * size);
-    let lengths = [columns, panels, panels, tile_keys(size) * LANES, 2 * rows];
+    let (size, words) = (inputs.sizes.head_size, inputs.words());
+    let (rows, keys) = (lse.len().next_multiple_of(LANES), tile_keys(size));
+    let room = rows * words.max(size);
+    let lengths = [room, rows * words, rows * size, keys * words, inputs.form.words(keys) * size, keys * LANES, 2 * rows];
     with_parts(lengths, |parts| run_parts(inputs, block, o, lse, parts));
 }
 
-fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32], parts: [&mut [f32]; 5]) {
-    let [columns, panels, sums, scores, state] = parts;
+fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32], parts: [&mut [f32]; 7]) {
+    let [room, panels, sums, keys, values, scores, state] = parts;
     let state: &mut [Running] = bytemuck::cast_slice_mut(state);
-    let (size, rows) = (inputs.sizes.head_size, lse.len());
-    let panel = size * LANES;
-    inputs.load(block, inputs.q, inputs.config.scale, columns, state.len() * LANES);
-    columns_to_panels(columns, state.len() * LANES, size, panels);
+    let (form, size, words, rows) = (inputs.form, inputs.sizes.head_size, inputs.words(), lse.len());
+    let loaded = &mut room[..state.len() * LANES * words];
+    inputs.load(block, inputs.q, loaded);
+    rows_to_panels(loaded, words, panels);
     sums.fill(0.0);
     state.fill(Running::START);
-    let rule = Rule::new(inputs.config.softcap, E::DTYPE);
+    // Pairs are rounded when they are made.
+    let rule = Rule::new(inputs.config, if form == Form::Pair { DType::F32 } else { E::DTYPE });
     let all = inputs.seen_by(block, 0..rows);
     for start in all.clone().step_by(tile_keys(size)) {
         let tile = start..(start + tile_keys(size)).min(all.end);
+        inputs.load_keys(inputs.k, block.kv_head, &tile, keys);
+        inputs.load_over_keys(inputs.v, block.kv_head, &tile, values);
         for (strip, state) in state.iter_mut().enumerate() {
             let rows = strip * LANES..((strip + 1) * LANES).min(rows);
-            let Some(seen) = overlap(&inputs.seen_by(block, rows.clone()), &tile) else { continue };
-            let (keys, values) =
-                (inputs.rows(inputs.k, block.kv_head, seen.start), inputs.rows(inputs.v, block.kv_head, seen.start));
-            let n = seen.len();
+            let Some(part) = inputs.part(block, rows.clone(), &tile) else { continue };
+            let n = part.len();
             let scores = &mut scores[..n * LANES];
-            let query = View::new(&panels[strip * panel..], LANES);
-            product(scores, LANES, false, keys, query, Size { m: n, n: LANES, k: size });
-            let mask = inputs.mask(block, rows, &seen);
+            let query = View::new(&panels[strip * LANES * words..], LANES);
+            product(form, scores, LANES, false, View::new(&keys[part.start * words..], words), query, Size { m: n, n: LANES, k: words });
+            let mask = inputs.mask(block, rows, &(tile.start + part.start..tile.start + part.end));
             let shrink = online_softmax(Scores { data: scores, ld: LANES }, mask.as_ref(), rule, state);
-            let sums = &mut sums[strip * panel..(strip + 1) * panel];
+            let sums = &mut sums[strip * LANES * size..][..LANES * size];
             if shrink != [1.0; LANES] {
                 scale_panel(sums, &shrink);
             }
-            product_transposed(sums, LANES, true, values, View::new(scores, LANES), Size { m: size, n: LANES, k: n });
+            if form == Form::Pair {
+                pair_rows(scores);
+            }
+            let values = View::new(&values[part.start / form.each() * size..], size);
+            product_transposed(form, sums, LANES, true, values, View::new(scores, LANES), Size { m: size, n: LANES, k: form.words(n) });
         }
     }
     for (strip, state) in state.iter().enumerate() {
         let rows = strip * LANES..((strip + 1) * LANES).min(rows);
         let factor = state.sum.map(|sum| 1.0 / sum);
-        from_panel(&sums[strip * panel..], size, &factor, &mut o[rows.start * size..rows.end * size]);
+        let sums = &sums[strip * LANES * size..][..LANES * size];
+        panel_to_rows(sums, size, &factor, &mut o[rows.start * size..rows.end * size], &mut room[..LANES * size]);
         for (lane, lse) in lse[rows].iter_mut().enumerate() {
             *lse = state.max[lane] + state.sum[lane].ln();
         }

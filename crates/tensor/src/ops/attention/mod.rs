@@ -17,9 +17,10 @@
 //! head g. Saved for backward: q, k, v, o, lse. The T x T matrix never exists: a tile of it does, per thread (Dao 2023,
 //! "FlashAttention-2"; online softmax of Milakov and Gimelshein 2018).
 //!
-//! Arithmetic is in f32 whatever the activations' type. For 16-bit activations the unnormalised probabilities
+//! Sums are in f32 whatever the activations' type. For 16-bit activations the unnormalised probabilities
 //! exp(z - running maximum) are rounded to that type's precision before they multiply v in the forward pass, as the
-//! reference's flash attention does (their sum is of the unrounded ones); the backward pass rounds only what it returns.
+//! reference's flash attention does (their sum is of the unrounded ones). In the backward pass p and ds are rounded to bf16 for
+//! bf16 activations on processors that multiply pairs of those, as on a GPU; else it rounds only what it returns.
 //! Results do not depend on the number of threads.
 
 mod backward;
@@ -27,6 +28,7 @@ mod cuda;
 mod decode;
 mod forward;
 mod hopper;
+mod operands;
 mod scratch;
 mod strip;
 #[cfg(test)]

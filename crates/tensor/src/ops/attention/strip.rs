@@ -1,5 +1,6 @@
 //! What happens to a strip of scores: [`LANES`] rows of queries side by side, keys below each other.
 
+use super::Config;
 use crate::{
     DType, Float,
     ops::{
@@ -46,31 +47,40 @@ impl Running {
     pub(super) const START: Self = Self { max: [f32::MIN; LANES], sum: [0.0; LANES] };
 }
 
-/// How scores become probabilities.
+/// How products q · k become probabilities.
 #[derive(Clone, Copy)]
 pub(super) struct Rule {
+    /// Factor of the products.
+    pub(super) scale: f32,
     pub(super) softcap: Option<f32>,
     /// Low bits of an f32 that probabilities lose: 16 for bf16, 13 for f16, 0 for f32.
     pub(super) dropped_bits: u32,
 }
 
 impl Rule {
-    pub(super) fn new(softcap: Option<f32>, dtype: DType) -> Self {
+    pub(super) fn new(config: Config, dtype: DType) -> Self {
         let dropped_bits = match dtype {
             DType::Bf16 => 16,
             DType::F16 => 13,
             _ => 0,
         };
-        Self { softcap, dropped_bits }
+        Self { scale: config.scale, softcap: config.softcap, dropped_bits }
+    }
+
+    /// The score of a product.
+    #[inline(always)]
+    fn score(self, product: f32) -> f32 {
+        let s = product * self.scale;
+        self.softcap.map_or(s, |cap| softcap(s, cap))
     }
 }
 
 multiversion! {
-    /// Takes scores into the running softmax and leaves exp(z - max) in their place; returns the factor by which sums taken
+    /// Takes products q · k into the running softmax and leaves exp(z - max) in their place; returns the factor by which sums taken
     /// under the earlier maximum shrink.
     pub(super) fn online_softmax(scores: Scores, seen: Option<&Seen>, rule: Rule, running: &mut Running) -> Lane<f32> {
         let mut scores = scores;
-        cap_and_mask(&mut scores, seen, rule.softcap, f32::NEG_INFINITY);
+        scale_and_mask(&mut scores, seen, rule);
         let mut max = running.max;
         for row in scores.rows() {
             for lane in 0..LANES {
@@ -103,13 +113,19 @@ multiversion! {
     }
 }
 
-/// Caps the scores and writes `hidden` where a key is not seen.
+/// Products become scores, -inf where a key is not seen.
 #[inline(always)]
-fn cap_and_mask(scores: &mut Scores, seen: Option<&Seen>, cap: Option<f32>, hidden: f32) {
-    if let Some(cap) = cap {
+fn scale_and_mask(scores: &mut Scores, seen: Option<&Seen>, rule: Rule) {
+    if rule.softcap.is_some() {
         for row in scores.rows() {
             for x in row {
-                *x = softcap(*x, cap);
+                *x = rule.score(*x);
+            }
+        }
+    } else {
+        for row in scores.rows() {
+            for x in row {
+                *x *= rule.scale;
             }
         }
     }
@@ -118,7 +134,7 @@ fn cap_and_mask(scores: &mut Scores, seen: Option<&Seen>, cap: Option<f32>, hidd
             let key = key as i32;
             for (lane, x) in row.iter_mut().enumerate() {
                 let visible = seen.first[lane] <= key && key <= seen.last[lane];
-                *x = if visible { *x } else { hidden };
+                *x = if visible { *x } else { f32::NEG_INFINITY };
             }
         }
     }
@@ -180,12 +196,10 @@ multiversion! {
 }
 
 multiversion! {
-    /// Scores of one query become exp(z - max); returns max and the sum.
+    /// Products of one query become exp(z - max); returns max and the sum.
     pub(super) fn softmax_row(scores: &mut [f32], rule: Rule) -> (f32, f32) {
-        if let Some(cap) = rule.softcap {
-            for s in scores.iter_mut() {
-                *s = softcap(*s, cap);
-            }
+        for s in scores.iter_mut() {
+            *s = rule.score(*s);
         }
         let max = scores.iter().fold(f32::MIN, |a, &b| if b > a { b } else { a });
         for s in scores.iter_mut() {
@@ -217,10 +231,11 @@ impl RowFacts {
 }
 
 multiversion! {
-    /// Scores become probabilities, and `d` (the gradients of the probabilities) becomes the gradients of the uncapped scores.
-    pub(super) fn softmax_backward(scores: Scores, d: Scores, seen: Option<&Seen>, cap: Option<f32>, facts: &RowFacts) {
+    /// Products q · k become probabilities, and `d` (the gradients of the probabilities) becomes the gradients of the uncapped
+    /// scores.
+    pub(super) fn softmax_backward(scores: Scores, d: Scores, seen: Option<&Seen>, rule: Rule, facts: &RowFacts) {
         let (mut scores, mut d) = (scores, d);
-        cap_and_mask(&mut scores, seen, cap, f32::NEG_INFINITY);
+        scale_and_mask(&mut scores, seen, rule);
         for (row, d) in scores.rows().zip(d.rows()) {
             for lane in 0..LANES {
                 let z = row[lane];
@@ -228,7 +243,7 @@ multiversion! {
                 let ds = p * (d[lane] - facts.delta[lane]);
                 row[lane] = p;
                 // A hidden score is -inf: its slope would be NaN.
-                d[lane] = match cap {
+                d[lane] = match rule.softcap {
                     Some(cap) => if p > 0.0 { ds * slope(z, cap) } else { ds },
                     None => ds,
                 };
@@ -243,60 +258,6 @@ fn round(x: f32, bits: u32) -> f32 {
     let raw = x.to_bits();
     let rounded = raw.wrapping_add((1 << (bits - 1)) - 1 + ((raw >> bits) & 1)) >> bits << bits;
     if x.is_nan() { x } else { f32::from_bits(rounded) }
-}
-
-multiversion! {
-    /// Widens rows of `size` elements, `ld` apart, to rows without gaps.
-    pub(super) fn widen<E: Float>(from: &[E], ld: usize, size: usize, to: &mut [f32]) {
-        for (from, to) in from.chunks(ld).zip(to.chunks_exact_mut(size)) {
-            for (y, x) in to.iter_mut().zip(from) {
-                *y = x.to_f32();
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// Widens rows of `size` elements, times `scale`, to columns of [`LANES`]: element (row, d) of `from` goes to
-    /// `[d / LANES][first + row][d % LANES]`, where each column has `rows` rows.
-    pub(super) fn to_columns<E: Float>(from: &[E], size: usize, scale: f32, first: usize, rows: usize, columns: &mut [f32]) {
-        for (row, from) in from.chunks_exact(size).enumerate() {
-            for (column, from) in from.chunks(LANES).enumerate() {
-                let to = &mut columns[(column * rows + first + row) * LANES..][..from.len()];
-                for (y, x) in to.iter_mut().zip(from) {
-                    *y = x.to_f32() * scale;
-                }
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// Columns of `rows` rows (a multiple of [`LANES`]) to panels of [`LANES`] rows: (row, d) goes to
-    /// `[row / LANES][d][row % LANES]`.
-    pub(super) fn columns_to_panels(columns: &[f32], rows: usize, size: usize, panels: &mut [f32]) {
-        for (strip, panel) in panels.chunks_exact_mut(LANES * size).enumerate() {
-            for (column, panel) in panel.chunks_mut(LANES * LANES).enumerate() {
-                let from: &[f32] = &columns[(column * rows + strip * LANES) * LANES..][..LANES * LANES];
-                for (d, to) in panel.chunks_exact_mut(LANES).enumerate() {
-                    for lane in 0..LANES {
-                        to[lane] = from[lane * LANES + d];
-                    }
-                }
-            }
-        }
-    }
-}
-
-multiversion! {
-    /// One panel (`[d][lane]`) times a factor a lane, to rows of `size` elements; `rows` may hold fewer than [`LANES`].
-    pub(super) fn from_panel<E: Float>(panel: &[f32], size: usize, factor: &Lane<f32>, rows: &mut [E]) {
-        for (lane, row) in rows.chunks_exact_mut(size).enumerate() {
-            for (d, y) in row.iter_mut().enumerate() {
-                *y = E::from_f32(panel[d * LANES + lane] * factor[lane]);
-            }
-        }
-    }
 }
 
 multiversion! {
@@ -324,22 +285,6 @@ mod tests {
             assert_eq!(round(x, 16), bf16::from_f32(x).to_f32());
             let y = 0.01 + x;
             assert_eq!(round(y, 13), half::f16::from_f32(y).to_f32());
-        }
-    }
-
-    #[test]
-    fn panels_go_there_and_back() {
-        for size in [1, 5, 16, 21] {
-            let rows = 2 * LANES;
-            let from: Vec<f32> = (0..rows * size).map(|i| i as f32).collect();
-            let mut columns = vec![0.0; rows * size.next_multiple_of(LANES)];
-            to_columns(&from[..3 * size], size, 2.0, 0, rows, &mut columns);
-            to_columns(&from[3 * size..], size, 2.0, 3, rows, &mut columns);
-            let mut panels = vec![0.0; rows * size];
-            columns_to_panels(&columns, rows, size, &mut panels);
-            let mut back = vec![0.0f32; 3 * size];
-            from_panel(&panels[LANES * size..], size, &[0.5; LANES], &mut back);
-            assert_eq!(back, from[LANES * size..(LANES + 3) * size]);
         }
     }
 }

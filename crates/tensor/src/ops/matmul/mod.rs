@@ -122,6 +122,11 @@ pub(crate) fn gemm(
     gemm_with(Kernel::best(precision), c, accumulate, m, n, segments, bias, precision);
 }
 
+/// `dst[s * width + lane] = src[lane * ld + s]` for `lanes <= width` rows of `steps` words.
+pub(crate) fn transpose(src: &[f32], ld: usize, lanes: usize, steps: usize, dst: &mut [f32], width: usize) {
+    Kernel::best(Precision::F32).transpose(src, ld, lanes, steps, dst, width);
+}
+
 /// [`gemm`] on a given instruction set.
 fn gemm_with(
     kernel: Kernel,

@@ -12,6 +12,9 @@ const AVX2_ROWS: usize = 6;
 /// Rows of sums, of one 512-bit register each: enough to hide the latency of two multiply-add units.
 const AVX512_ROWS: usize = 12;
 
+/// The same for pairs of bf16: a power of two, as the sizes of heads and tiles mostly are.
+const PAIRS_ROWS: usize = 16;
+
 macro_rules! product {
     ($(#[$meta:meta])* $name:ident, $features:literal, $inner:ident, $rows:ident, $micro:ident, [$($rest:literal)*]) => {
         $(#[$meta])*
@@ -46,6 +49,11 @@ product!(
 product!(
     /// c (+)= a b with 512-bit registers.
     avx512, "avx512f,avx2,fma", avx512_panels, AVX512_ROWS, avx512_micro, [1 2 3 4 5 6 7 8 9 10 11]
+);
+
+product!(
+    /// c (+)= a b over pairs of bf16.
+    pairs, "avx512f,avx512bf16,avx2,fma", pairs_panels, PAIRS_ROWS, pairs_micro, [1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]
 );
 
 /// # Safety
@@ -96,6 +104,34 @@ unsafe fn avx512_micro<const ROWS: usize>(c: *mut f32, product: &Product, row: u
             let y = _mm512_loadu_ps(b);
             for (r, sum) in sums.iter_mut().enumerate() {
                 *sum = _mm512_fmadd_ps(_mm512_set1_ps(*a.add(r * product.row + at)), y, *sum);
+            }
+            at += product.step;
+            b = b.wrapping_add(product.b.ld);
+        }
+        for (r, sum) in sums.into_iter().enumerate() {
+            let out = c.add((row + r) * product.ldc + column);
+            let sum = if product.accumulate { _mm512_add_ps(_mm512_loadu_ps(out), sum) } else { sum };
+            _mm512_storeu_ps(out, sum);
+        }
+    }
+}
+
+/// # Safety
+/// As [`avx2_micro`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]
+unsafe fn pairs_micro<const ROWS: usize>(c: *mut f32, product: &Product, row: usize, column: usize) {
+    let mut sums = [_mm512_setzero_ps(); ROWS];
+    // SAFETY: the caller's promise. Casts between vectors keep the bits, and every pattern of bits is a vector of bf16.
+    unsafe {
+        let a = product.a.as_ptr().add(row * product.row).cast::<i32>();
+        let mut b = product.b.data.as_ptr().add(column);
+        let mut at = 0;
+        for _ in 0..product.size.k {
+            let y = std::mem::transmute::<__m512, __m512bh>(_mm512_loadu_ps(b));
+            for (r, sum) in sums.iter_mut().enumerate() {
+                let x = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*a.add(r * product.row + at)));
+                *sum = _mm512_dpbf16_ps(*sum, x, y);
             }
             at += product.step;
             b = b.wrapping_add(product.b.ld);

@@ -15,7 +15,7 @@ mod avx512bf16;
 mod portable;
 
 use super::Precision;
-use crate::ops::simd::{Level, level};
+use crate::ops::simd::{Level, level, multiplies_pairs};
 use half::bf16;
 
 /// The most words a tile of any instruction set has.
@@ -68,7 +68,7 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => level() == Level::Avx512,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512Bf16 => Self::Avx512.detected() && is_x86_feature_detected!("avx512bf16"),
+            Self::Avx512Bf16 => multiplies_pairs(),
         }
     }
 
