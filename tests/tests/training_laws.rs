@@ -116,7 +116,7 @@ fn checkpointed_step_is_bitwise_equal() {
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
         for dropout in [0.0, 0.3] {
             let plain = gradients(Checkpointing::None, dropout, dtype);
-            let mix = Mix { everything: 1, products: 0, products_on_host: 1, inputs_on_host: true };
+            let mix = Mix { everything: 1, products: 0, attention_on_host: 1, inputs_on_host: true };
             for checkpointing in
                 [Checkpointing::Selective, Checkpointing::Full, Checkpointing::Offload, Checkpointing::Mixed(mix)]
             {

@@ -198,7 +198,8 @@ impl Base {
     /// # Errors
     /// As [`Transformer::load`].
     pub(crate) fn load(self, arena: &Arena, precision: &Precision, max_positions: usize) -> Result<Transformer> {
-        let options = LoadOptions { quant: precision.quant, compute_dtype: precision.compute_dtype, max_positions, blocks_on_host: 0 };
+        let options =
+            LoadOptions { quant: precision.quant, compute_dtype: precision.compute_dtype, max_positions, blocks_on_host: 0 };
         let bar = ui::Bar::new("loading", self.config.tensors().len());
         let model = Transformer::load(&self.checkpoint, arena, &options, &mut |done, _| bar.set(done, "tensors"));
         bar.finish();

@@ -71,15 +71,39 @@ impl Block {
         keys: Keys<'_>,
         dropout: Option<Rng>,
     ) -> Result<[Var; 2]> {
+        let [x, a] = self.attention_part(tape, shared, documents, x, a, keys, dropout)?;
+        self.mlp_part(tape, shared, x, Some(a), dropout)
+    }
+
+    /// (x, a) to (x + a, a').
+    pub(crate) fn attention_part<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        shared: &'m Shared,
+        documents: &Documents,
+        x: Var,
+        a: Option<Var>,
+        keys: Keys<'_>,
+        dropout: Option<Rng>,
+    ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
-        let [x, h] = match a {
-            Some(a) => ops::residual_rms_norm(tape, x, a, &self.input_norm, shared.norm)?,
-            None => ops::fork_rms_norm(tape, x, &self.input_norm, shared.norm)?,
-        };
+        let [x, h] = normed(tape, x, a, &self.input_norm, shared)?;
         let qkv = forward_fused(tape, [&self.q_proj, &self.k_proj, &self.v_proj], h, rng(0))?;
         let o = self.attend(tape, shared, documents, qkv, keys)?;
-        let a = self.o_proj.forward(tape, o, rng(1))?;
-        let [x, h] = ops::residual_rms_norm(tape, x, a, &self.post_attention_norm, shared.norm)?;
+        Ok([x, self.o_proj.forward(tape, o, rng(1))?])
+    }
+
+    /// (x, a) to (x + a, a''): a is what attention adds, unless x has it already.
+    pub(crate) fn mlp_part<'m>(
+        &'m self,
+        tape: &mut Tape<'m>,
+        shared: &'m Shared,
+        x: Var,
+        a: Option<Var>,
+        dropout: Option<Rng>,
+    ) -> Result<[Var; 2]> {
+        let rng = |index: u64| dropout.map(|rng| rng.stream(index));
+        let [x, h] = normed(tape, x, a, &self.post_attention_norm, shared)?;
         let [gate, up] = forward_fused(tape, [&self.gate_proj, &self.up_proj], h, rng(2))?;
         let m = ops::glu(tape, gate, up, shared.activation)?;
         let a = if tape.is_replaying() {
@@ -138,6 +162,14 @@ impl Block {
 
     pub(crate) fn linears(&self) -> [&Linear; 7] {
         [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj]
+    }
+}
+
+/// The residual stream with `a` added, and its norm.
+fn normed(tape: &mut Tape<'_>, x: Var, a: Option<Var>, norm: &Leaf, shared: &Shared) -> Result<[Var; 2]> {
+    match a {
+        Some(a) => ops::residual_rms_norm(tape, x, a, norm, shared.norm),
+        None => ops::fork_rms_norm(tape, x, norm, shared.norm),
     }
 }
 

@@ -1,8 +1,12 @@
 //! What is kept of a forward pass for the backward pass, block by block.
 
+use nibble_lora::Linear;
 use nibble_tensor::Device;
 
 use crate::{Transformer, config::ModelConfig};
+
+/// The share of the host link's rate that copies beside kernels are planned with.
+const LINK_SHARE: f64 = 0.9;
 
 /// What is kept of the forward pass for the backward pass. Every choice gives bitwise the same gradients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,8 +33,8 @@ pub struct Mix {
     pub everything: usize,
     /// Those before them, which keep the outputs of their products.
     pub products: usize,
-    /// Of the rest, spread evenly: those whose products' outputs wait on the host.
-    pub products_on_host: usize,
+    /// Of the rest, spread evenly: those whose attention's values wait on the host, so that only their MLP runs again.
+    pub attention_on_host: usize,
     /// Whether the rest keep their input on the host.
     pub inputs_on_host: bool,
 }
@@ -40,6 +44,8 @@ pub struct Mix {
 pub(crate) enum Keep {
     Everything,
     Products,
+    /// Outputs of the attention's products, and the MLP's input.
+    Attention,
     Input,
 }
 
@@ -75,10 +81,10 @@ impl Mix {
             return BlockPlan { keep: Keep::Products, on_host: false };
         }
         let rest = blocks - self.everything - self.products;
-        // Block `index` of the rest is the first at which its share of the products on the host reaches a whole one.
-        let share = |count: usize| count * self.products_on_host / rest;
+        // Those at which the share of the rest reaches one more whole block.
+        let share = |count: usize| count * self.attention_on_host / rest;
         if share(index + 1) > share(index) {
-            return BlockPlan { keep: Keep::Products, on_host: true };
+            return BlockPlan { keep: Keep::Attention, on_host: true };
         }
         BlockPlan { keep: Keep::Input, on_host: self.inputs_on_host }
     }
@@ -86,7 +92,7 @@ impl Mix {
     /// Whether anything waits on the host.
     #[must_use]
     pub fn uses_host(self) -> bool {
-        self.inputs_on_host || self.products_on_host > 0
+        self.inputs_on_host || self.attention_on_host > 0
     }
 }
 
@@ -94,9 +100,11 @@ impl Mix {
 fn kept(config: &ModelConfig, keep: Keep) -> usize {
     let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q, kv) = (config.num_attention_heads * d, 2 * config.num_key_value_heads * d);
-    let products = 2 * c + 2 * q + kv + 2 * f;
+    let attention = 2 * c + 2 * q + kv;
+    let products = attention + 2 * f;
     match keep {
         Keep::Input => c,
+        Keep::Attention => attention,
         Keep::Products => products,
         Keep::Everything => products + 2 * c + f,
     }
@@ -124,13 +132,20 @@ impl Transformer {
             let everything = within(room - blocks * products, everything - products);
             return Mix { everything, products: blocks - everything, ..Mix::default() };
         }
-        if room >= blocks * input {
-            let products = within(room - blocks * input, products - input);
+        let attention = bytes(Keep::Attention);
+        if room >= blocks * input + attention {
+            let products = within(room - blocks * input - attention, products - input);
             return Mix { products, ..self.on_host(tokens, blocks - products, false) };
         }
-        // Two tensors are on their way at once.
-        let products = within(room.saturating_sub(2 * products), products);
+        // What is on its way takes memory: a block's values.
+        let products = within(room.saturating_sub(attention), products);
         Mix { products, ..self.on_host(tokens, blocks - products, true) }
+    }
+
+    /// Bytes of the device that tensors on their way to and from the host may take beside the newest one.
+    pub(crate) fn offload_window(&self, mix: Mix, tokens: usize) -> usize {
+        let elements = if mix.attention_on_host > 0 { kept(self.config(), Keep::Attention) } else { 0 };
+        tokens * self.compute_dtype().size() * elements
     }
 
     /// Bytes of the device that activations of `tokens` tokens take: what blocks keep, and one block that runs backward.
@@ -143,19 +158,18 @@ impl Transformer {
         tokens * self.compute_dtype().size() * (elements + working_set(config))
     }
 
-    /// How many of `blocks` can send their products' outputs to the host in the time that all of them run forward.
+    /// How many of `blocks` can send their attention's values to the host in the time that all of them run forward.
     fn on_host(&self, tokens: usize, blocks: usize, inputs_on_host: bool) -> Mix {
         let Device::Cuda(device) = self.arena().device() else { return Mix { inputs_on_host, ..Mix::default() } };
         let config = self.config();
-        let size = self.compute_dtype().size();
-        let (input, products) = (size * kept(config, Keep::Input), size * kept(config, Keep::Products));
-        let linears: usize = self.linears().map(nibble_lora::Linear::sizes).map(|(out, inputs)| out * inputs).sum();
-        let seconds = (2 * linears / config.num_hidden_layers.max(1)) as f64 / device.matmul_rate();
-        let carried = seconds * device.link_rate() * (tokens * blocks) as f64;
-        let inputs = if inputs_on_host { (tokens * blocks * input) as f64 } else { 0.0 };
-        let each = (tokens * (products - if inputs_on_host { input } else { 0 })) as f64;
-        let products_on_host = (((carried - inputs) / each).max(0.0) as usize).min(blocks);
-        Mix { products_on_host, inputs_on_host, ..Mix::default() }
+        let bytes = |keep| tokens * self.compute_dtype().size() * kept(config, keep);
+        let linears: usize = self.linears().map(Linear::sizes).map(|(out, inputs)| out * inputs).sum();
+        let flops = 2 * tokens * linears / config.num_hidden_layers.max(1) * blocks;
+        let carried = LINK_SHARE * device.link_rate() * flops as f64 / device.matmul_rate();
+        let input = if inputs_on_host { bytes(Keep::Input) } else { 0 };
+        let left = (carried as usize).saturating_sub(blocks * input);
+        let attention_on_host = left.checked_div(bytes(Keep::Attention) - input).unwrap_or(0).min(blocks);
+        Mix { attention_on_host, inputs_on_host, ..Mix::default() }
     }
 }
 
@@ -169,8 +183,8 @@ mod tests {
 
     #[test]
     fn the_last_blocks_keep_most_and_the_hosts_share_is_spread_over_the_first() {
-        let mix = Mix { everything: 1, products: 2, products_on_host: 2, inputs_on_host: true };
-        let (input, sent) = ((Keep::Input, true), (Keep::Products, true));
+        let mix = Mix { everything: 1, products: 2, attention_on_host: 2, inputs_on_host: true };
+        let (input, sent) = ((Keep::Input, true), (Keep::Attention, true));
         let kept = [(Keep::Products, false), (Keep::Products, false), (Keep::Everything, false)];
         assert_eq!(plans(mix, 9), [&[input, input, sent, input, input, sent][..], &kept].concat());
     }

@@ -179,19 +179,25 @@ impl Transformer {
     ) -> Result<Var> {
         stream.expect_within(self.config.vocab_size, self.max_positions())?;
         let mix = checkpointing.mix(self.blocks.len());
-        let offload = mix.uses_host().then(|| Offload::new(&self.host, &self.arena, 0));
+        let tokens = stream.documents.tokens();
+        let offload = mix.uses_host().then(|| Offload::new(&self.host, &self.arena, self.offload_window(mix, tokens)));
         let mut x = self.embed(tape, &stream.tokens)?;
         let mut a = None;
         for (i, block) in self.blocks.iter().enumerate() {
             let rng = dropout.map(|rng| rng.stream(i as u64));
             let plan = mix.of_block(i, self.blocks.len());
             tape.set_offload(offload.clone().filter(|_| plan.on_host));
-            tape.set_recomputing(plan.keep == Keep::Products);
+            tape.set_recomputing(matches!(plan.keep, Keep::Products | Keep::Attention));
             // A block whose weights leave after it has run cannot lend them to a backward pass.
             let keep = if block.host_bases().next().is_some() { Keep::Input } else { plan.keep };
             let [next, added] = match keep {
                 Keep::Everything | Keep::Products => {
                     block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?
+                }
+                Keep::Attention => {
+                    let [x, a] = block.attention_part(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?;
+                    let x = ops::residual(tape, x, a)?;
+                    self.checkpointed_mlp(tape, block, x, rng)?
                 }
                 Keep::Input => {
                     let x = match a {
@@ -226,6 +232,15 @@ impl Transformer {
             block.forward(tape, shared, &documents, x, None, Keys::Stream, rng)
         };
         Ok(tape.checkpoint([x], trains, run)?)
+    }
+
+    /// An MLP of which only the residual stream before it is kept.
+    fn checkpointed_mlp<'m>(&'m self, tape: &mut Tape<'m>, block: &'m Block, x: Var, rng: Option<Rng>) -> Result<[Var; 2]> {
+        let run = move |tape: &mut Tape<'m>, [x]: [Var; 1]| {
+            tape.set_recomputing(true);
+            block.mlp_part(tape, &self.shared, x, None, rng)
+        };
+        Ok(tape.checkpoint([x], block.trains(), run)?)
     }
 
     /// Weights from the host for block `index`, which runs, and `next`, which runs after it; those of others go.

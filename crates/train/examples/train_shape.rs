@@ -2,11 +2,7 @@
 //! light, peak memory.
 //!
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
-<<<<<<< HEAD
-//! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--blocks-on-host 0] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu] [--flops 790e12] [--profile 1] [--generate 128]`
-=======
 //! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu|plan] [--flops 790e12] [--profile 1] [--generate 128]`
->>>>>>> plan
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
@@ -154,21 +150,13 @@ fn main() -> Result<()> {
     let config = shape(&name)?;
     let flops = flops_per_token(&config, length);
     let vocab = config.vocab_size;
-<<<<<<< HEAD
-    let limit: f64 = options.get("memory", f64::INFINITY)?;
-    let arena = arena(&device, (limit * 1e9) as usize)?;
-    let begin = Instant::now();
-    let load = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: options.get("blocks-on-host", 0)? };
-    let mut model = Transformer::random(config, &arena, &load, 0)?;
-=======
->>>>>>> plan
     let adapter = AdapterConfig {
         r: options.get("rank", 16)?,
         lora_alpha: 32.0,
         target_modules: Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned())),
         ..AdapterConfig::default()
     };
-    let load = LoadOptions { quant, compute_dtype, max_positions: length };
+    let load = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: options.get("blocks-on-host", 0)? };
     let train = TrainConfig { checkpointing, max_steps: Some(steps + 1), ..TrainConfig::default() };
     if device == "plan" {
         let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), train };

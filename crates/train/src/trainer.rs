@@ -77,11 +77,7 @@ impl Trainer {
         let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
         let grads = params.zero_grads()?;
-<<<<<<< HEAD
-        let optimizer = Optimizer::new(model.arena(), &layout(&params), config.optim.config(config.weight_decay))?;
-=======
         let optimizer = optimizer(&model, &params, &config)?;
->>>>>>> plan
         let schedule = config.schedule(max_steps)?;
         let loss_scale = if model.compute_dtype() == DType::F16 { Some(LossScale::new(model.arena())?) } else { None };
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
@@ -331,7 +327,6 @@ fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
     data.batches_per_epoch().div_ceil(config.gradient_accumulation_steps)
 }
 
-<<<<<<< HEAD
 /// The optimizer that `config` names, with its states.
 pub(crate) fn optimizer(model: &Transformer, params: &ParamStore, config: &TrainConfig) -> Result<Optimizer> {
     Ok(Optimizer::new(model.arena(), &layout(params), config.optim.config(config.weight_decay))?)
@@ -339,16 +334,6 @@ pub(crate) fn optimizer(model: &Transformer, params: &ParamStore, config: &Train
 
 /// The parameters as the optimizer sees them: biases and norms do not decay, as in the Trainer.
 fn layout(params: &ParamStore) -> Layout {
-=======
-/// The optimizer that `config` names, with its states.
-pub(crate) fn optimizer(model: &Transformer, params: &ParamStore, config: &TrainConfig) -> Result<Optimizer> {
-    let constants = config.optim.config(config.weight_decay);
-    Ok(Optimizer::new(model.arena(), params.numel(), constants, &no_decay(params))?)
-}
-
-/// Ranges of the flat buffer that do not decay: biases and norms, as in the Trainer.
-fn no_decay(params: &ParamStore) -> Vec<Range<usize>> {
->>>>>>> plan
     let exempt = |name: &str| name.rsplit('.').next() == Some("bias") || name.contains("norm.");
     Layout::new(params.params().iter().map(|param| (param.shape, !exempt(&param.name))))
 }

@@ -37,7 +37,12 @@ fn h200() -> &'static Gpu {
 fn qlora(checkpointing: Checkpointing) -> Setup {
     let target_modules = Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned()));
     Setup {
-        load: LoadOptions { quant: Some(QuantConfig::default()), compute_dtype: DType::Bf16, max_positions: 0 },
+        load: LoadOptions {
+            quant: Some(QuantConfig::default()),
+            compute_dtype: DType::Bf16,
+            max_positions: 0,
+            blocks_on_host: 0,
+        },
         adapter: Some(AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }),
         documents: Vec::new(),
         train: TrainConfig { checkpointing, ..TrainConfig::default() },
@@ -138,7 +143,8 @@ fn the_longest_and_the_largest_fit_and_a_little_more_does_not() {
 
 #[test]
 fn methods_take_more_the_more_they_train() {
-    let load = LoadOptions { quant: Some(QuantConfig::default()), compute_dtype: DType::Bf16, max_positions: 0 };
+    let load =
+        LoadOptions { quant: Some(QuantConfig::default()), compute_dtype: DType::Bf16, max_positions: 0, blocks_on_host: 0 };
     let request = Request::new(load);
     let peaks = plan::Method::ALL.map(|method| {
         let planned = MethodPlan::new(&small(), h200(), 1 << 26, &request, method).unwrap();
