@@ -1,12 +1,12 @@
 //! Optimizer steps over the 168 M values of a rank-64 adapter of Llama-3-8B: milliseconds, GB/s, and the share of the copy rate
 //! measured in the same run.
 //!
-//! `cargo run --release -p nibble-optim --example bench_optim -- [--device cuda|cpu] [--layers 32] [--steps 20] [--only NAME]`
+//! `cargo run --release -p nibble-optim --example bench_optim -- [--device cuda|cpu] [--layers 32] [--steps 20] [--only NAME] [--page BYTES]`
 #![allow(clippy::print_stdout)]
 
 use std::time::Instant;
 
-use nibble_optim::{Layout, Optimizer, OptimizerName};
+use nibble_optim::{Layout, Optimizer, OptimizerName, Paging};
 use nibble_tensor::{
     Arena, DType, Device, Rng, Shape, Tensor,
     cuda::{
@@ -77,16 +77,57 @@ fn copy_rate(arena: &Arena, len: usize) -> Result<f64> {
     Ok(rate)
 }
 
-/// Bytes a second to and from the host.
-fn link_rates(arena: &Arena) -> Result<()> {
-    let Device::Cuda(device) = arena.device() else { return Ok(()) };
+/// Bytes a second to the host, from it, and each way when both go at once.
+fn link_rates(arena: &Arena) -> Result<[f64; 3]> {
+    let Device::Cuda(device) = arena.device() else { return Ok([f64::INFINITY; 3]) };
     let len = 64 << 20;
-    let mut tensor = Tensor::zeros(arena, DType::F32, [len])?;
-    let mut pinned = Pinned::new(device, 4 * len)?;
-    let there = seconds(arena, 4, || Ok(pinned.send(&mut tensor)?))?;
-    let back = seconds(arena, 4, || Ok(pinned.fetch(&tensor)?))?;
-    let rate = |time: f64| 4.0 * len as f64 / time / 1e9;
-    println!("host link: {:.1} GB/s to the device, {:.1} GB/s from it", rate(there), rate(back));
+    let (mut first, second) = (Tensor::zeros(arena, DType::F32, [len])?, Tensor::zeros(arena, DType::F32, [len])?);
+    let (mut source, mut target) = (Pinned::new(device, 4 * len)?, Pinned::new(device, 4 * len)?);
+    let there = seconds(arena, 4, || Ok(source.send(&mut first)?))?;
+    let back = seconds(arena, 4, || Ok(target.fetch(&second)?))?;
+    let both = seconds(arena, 4, || {
+        source.send_beside(&mut first)?;
+        target.fetch(&second)?;
+        Ok(source.join()?)
+    })?;
+    let rates = [there, back, both].map(|time| 4.0 * len as f64 / time);
+    let [there, back, both] = rates.map(|rate| rate / 1e9);
+    println!("host link: {there:.1} GB/s to the device, {back:.1} GB/s from it, {both:.1} GB/s each way at once");
+    Ok(rates)
+}
+
+/// Seconds a step.
+fn time(arena: &Arena, optimizer: &mut Optimizer, buffers: &mut (Tensor, Tensor), steps: usize) -> Result<f64> {
+    let (params, grads) = buffers;
+    seconds(arena, steps, || Ok(optimizer.step(params, grads, 1e-4, 1.0)?))
+}
+
+/// An optimizer in pages, with all, half or none of them on the device.
+fn paged(
+    arena: &Arena,
+    layout: &Layout,
+    name: OptimizerName,
+    buffers: &mut (Tensor, Tensor),
+    (steps, link): (usize, [f64; 3]),
+) -> Result<()> {
+    let config = name.config(0.01);
+    let all = config.state_bytes(layout);
+    let page: usize = option("--page", "8388608").parse()?;
+    let file = (arena.device() == Device::Cpu).then(|| std::env::temp_dir().join("bench_optim.pages"));
+    for (share, budget) in [("all", 2 * all), ("half", all / 2), ("none", 4 * page)] {
+        let paging = Paging { device_memory: Some(budget), file: file.clone(), page: Some(page) };
+        let mut optimizer = Optimizer::paged(arena, layout, config, &paging)?;
+        let time = time(arena, &mut optimizer, buffers, steps)?;
+        let (pages, resident) = optimizer.pages().unwrap_or((1, 1));
+        let away = all as f64 * (pages - resident) as f64 / pages as f64;
+        println!(
+            "RESULT {name}, {share} of its states on the device ({resident} of {pages} pages): {:.3} ms; {:.1} GB/s each way over the link, {:.0} % of its rate one way, {:.0} % of its rate both ways",
+            time * 1e3,
+            away / time / 1e9,
+            100.0 * away / time / link[0].min(link[1]),
+            100.0 * away / time / link[2]
+        );
+    }
     Ok(())
 }
 
@@ -97,12 +138,15 @@ fn main() -> Result<()> {
     let n = layout.numel();
     println!("{:.1} M values", n as f64 / 1e6);
     let rate = copy_rate(&arena, n)?;
-    link_rates(&arena)?;
-    let (mut params, grads) = (random(&arena, n, 1)?, random(&arena, n, 2)?);
+    let link = link_rates(&arena)?;
+    let mut buffers = (random(&arena, n, 1)?, random(&arena, n, 2)?);
     for name in OptimizerName::ALL.into_iter().filter(|name| name.as_str().contains(&only)) {
+        if name.is_paged() {
+            paged(&arena, &layout, name, &mut buffers, (steps, link))?;
+            continue;
+        }
         let config = name.config(0.01);
-        let mut optimizer = Optimizer::new(&arena, &layout, config)?;
-        let time = seconds(&arena, steps, || Ok(optimizer.step(&mut params, &grads, 1e-4, 1.0)?))?;
+        let time = time(&arena, &mut Optimizer::new(&arena, &layout, config)?, &mut buffers, steps)?;
         // Parameters and states are read and written, gradients read.
         let bytes = 12.0 * n as f64 + 2.0 * config.state_bytes(&layout) as f64;
         println!(

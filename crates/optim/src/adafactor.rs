@@ -34,9 +34,9 @@ impl Default for AdafactorConfig {
 
 impl AdafactorConfig {
     pub(crate) fn check(&self, of: &'static str) -> Result<()> {
-        let above_zero = |option, found: f64| match found.is_finite() && found > 0.0 {
-            true => Ok(()),
-            false => Err(Error::Option { of, option, expected: "finite and above 0", found }),
+        let above_zero = |option, found: f64| {
+            let fits = found.is_finite() && found > 0.0;
+            if fits { Ok(()) } else { Err(Error::Option { of, option, expected: "finite and above 0", found }) }
         };
         above_zero("eps", self.eps)?;
         above_zero("clip_threshold", self.clip_threshold)?;

@@ -47,6 +47,27 @@ pub enum Error {
         /// The value given.
         found: String,
     },
+    /// The file that pages live in cannot hold them.
+    #[error("optim_page_file: `{}` cannot hold pages of {bytes} bytes: {source}", path.display())]
+    PageFile {
+        /// The file.
+        path: std::path::PathBuf,
+        /// Bytes that were to be held, read or written.
+        bytes: u64,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// A page file with a GPU, whose pages live in memory.
+    #[error("optim_page_file: on a GPU pages are in the host's memory, and take no file")]
+    PageFileOnGpu,
+    /// Less of the device than the pages need that visit it at once.
+    #[error("optim_device_memory: expected room for two pages, at least {expected} bytes, found {found}")]
+    DeviceMemory {
+        /// Bytes of two pages.
+        expected: usize,
+        /// Bytes given.
+        found: usize,
+    },
     /// A number outside what the option takes.
     #[error("{of}: `{option}` must be {expected}, found {found}")]
     Option {

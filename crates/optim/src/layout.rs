@@ -89,7 +89,6 @@ impl Layout {
         self.pieces.iter().filter(|piece| !piece.decayed).map(|piece| piece.range.clone()).collect()
     }
 
-    #[cfg(test)]
     /// Consecutive layouts of about `page` elements (a multiple of 256), cut where blocks begin; offsets start at 0 in each.
     pub(crate) fn cut(&self, page: usize) -> Vec<Self> {
         let (mut pages, mut now, mut held) = (Vec::new(), Vec::new(), 0);

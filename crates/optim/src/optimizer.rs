@@ -3,9 +3,10 @@
 use nibble_tensor::{Arena, Device, Owner, Tensor};
 
 use crate::{
-    Error, OptimizerConfig, Result, StateMismatch,
+    Error, OptimizerConfig, Paging, Result, StateMismatch,
     captured::StepMemory,
     layout::Layout,
+    paged::Paged,
     plan::{Now, Plan, Spec},
 };
 
@@ -13,11 +14,20 @@ use crate::{
 #[derive(Debug)]
 pub struct Optimizer {
     config: OptimizerConfig,
-    plan: Plan,
+    numel: usize,
     specs: Vec<Spec>,
-    states: Vec<Tensor>,
+    states: States,
     steps: u32,
     memory: Option<StepMemory>,
+}
+
+/// Where the states are.
+#[derive(Debug)]
+enum States {
+    /// On the device, a tensor each.
+    Whole(Box<Plan>, Vec<Tensor>),
+    /// In pages.
+    Paged(Paged),
 }
 
 impl Optimizer {
@@ -26,12 +36,37 @@ impl Optimizer {
     /// # Errors
     /// [`Error::Option`], or out of memory.
     pub fn new(arena: &Arena, layout: &Layout, config: OptimizerConfig) -> Result<Self> {
+        Self::with(arena, layout, config, None)
+    }
+
+    /// The same with states in pages, as far as they do not fit into what `paging` lets them take of the device. Steps are bit
+    /// for bit those of [`Optimizer::new`].
+    ///
+    /// # Errors
+    /// Also [`Error::DeviceMemory`], [`Error::PageFile`], [`Error::PageFileOnGpu`].
+    pub fn paged(arena: &Arena, layout: &Layout, config: OptimizerConfig, paging: &Paging) -> Result<Self> {
+        Self::with(arena, layout, config, Some(paging))
+    }
+
+    fn with(arena: &Arena, layout: &Layout, config: OptimizerConfig, paging: Option<&Paging>) -> Result<Self> {
         config.check()?;
         let _scope = arena.scope(Owner::Optimizer);
-        let plan = Plan::new(arena, layout, &config)?;
         let specs = config.specs(layout);
-        let states = specs.iter().map(|spec| Ok(Tensor::zeros(arena, spec.dtype, [spec.len])?)).collect::<Result<Vec<_>>>()?;
-        Ok(Self { config, plan, specs, states, steps: 0, memory: StepMemory::new(arena)? })
+        let paged = paging.map(|paging| Paged::new(arena, layout, &config, paging)).transpose()?.flatten();
+        let zeros = |spec: &Spec| Ok(Tensor::zeros(arena, spec.dtype, [spec.len])?);
+        let states = if let Some(paged) = paged {
+            States::Paged(paged)
+        } else {
+            let plan = Box::new(Plan::new(arena, layout, &config)?);
+            States::Whole(plan, specs.iter().map(zeros).collect::<Result<_>>()?)
+        };
+        Ok(Self { config, numel: layout.numel(), specs, states, steps: 0, memory: StepMemory::new(arena)? })
+    }
+
+    /// Pages of the states, and how many of them stay on the device; nothing when all of it does.
+    #[must_use]
+    pub fn pages(&self) -> Option<(usize, usize)> {
+        if let States::Paged(paged) = &self.states { Some(paged.count()) } else { None }
     }
 
     /// One update of `params` (F32 \[len\]) with gradients `grad_scale` · `grads`; `grad_scale` is the clipping factor.
@@ -83,15 +118,20 @@ impl Optimizer {
             (None, Some(memory)) => Now::Device(memory.values()),
             (None, None) => return Ok(()),
         };
-        let states = self.states.iter_mut().map(|state| Ok(state.view_mut()?)).collect::<Result<Vec<_>>>()?;
-        self.config.update(&self.plan, now, params.view_mut()?, grads, states)
+        match &mut self.states {
+            States::Paged(paged) => paged.update(&self.config, now, params, grads),
+            States::Whole(plan, states) => {
+                let states = states.iter_mut().map(|state| Ok(state.view_mut()?)).collect::<Result<Vec<_>>>()?;
+                self.config.update(plan, now, params.view_mut()?, grads, states)
+            }
+        }
     }
 
     fn expect(&self, params: &Tensor, grads: &Tensor, lr: f64) -> Result<()> {
         let name = self.config.name();
         expect_at_least_zero(name, "learning_rate", lr)?;
-        params.expect_shape(name, "params", [self.plan.numel()])?;
-        Ok(grads.expect_shape(name, "grads", [self.plan.numel()])?)
+        params.expect_shape(name, "params", [self.numel])?;
+        Ok(grads.expect_shape(name, "grads", [self.numel])?)
     }
 
     /// Where [`Optimizer::apply`] leaves the gradient's norm, on a GPU: see [`nibble_tensor::ops::step`].
@@ -107,13 +147,18 @@ impl Optimizer {
     }
 
     /// The states under the names of torch (`exp_avg`, `exp_avg_sq`, `momentum_buffer`: as long as the parameters) or of
-    /// bitsandbytes (`state1`, `absmax1`, ...: see [`nibble_tensor::ops::dynamic8`]), sharing the optimizer's memory: they are
-    /// to be dropped before the next step.
+    /// bitsandbytes (`state1`, `absmax1`, ...: see [`nibble_tensor::ops::dynamic8`]). Where they are not in pages they share the
+    /// optimizer's memory: they are to be dropped before the next step. From pages they are copied to the host's memory.
     ///
     /// # Errors
-    /// None so far.
+    /// [`Error::PageFile`], [`Error::Tensor`].
     pub fn state(&self) -> Result<Vec<(&'static str, Tensor)>> {
-        Ok(self.specs.iter().zip(&self.states).map(|(spec, state)| (spec.name, state.clone())).collect())
+        match &self.states {
+            States::Whole(_, states) => {
+                Ok(self.specs.iter().zip(states).map(|(spec, state)| (spec.name, state.clone())).collect())
+            }
+            States::Paged(paged) => paged.gather(&self.specs),
+        }
     }
 
     /// Continues from a saved state: what [`Optimizer::state`] and [`Optimizer::steps`] gave.
@@ -122,8 +167,13 @@ impl Optimizer {
     /// [`Error::State`] with every missing, unknown or misshapen tensor; nothing is changed then.
     pub fn load_state(&mut self, steps: u32, state: &[(&str, &Tensor)]) -> Result<()> {
         let saved = fitting(self.config.name(), &self.specs, state)?;
-        for (own, saved) in self.states.iter_mut().zip(saved) {
-            own.copy_rows(0, &saved.to_arena(own.arena())?)?;
+        match &mut self.states {
+            States::Whole(_, states) => {
+                for (own, saved) in states.iter_mut().zip(saved) {
+                    own.copy_rows(0, &saved.to_arena(own.arena())?)?;
+                }
+            }
+            States::Paged(paged) => paged.scatter(&saved)?,
         }
         self.steps = steps;
         Ok(())

@@ -118,6 +118,29 @@ impl<'a> TensorMut<'a> {
         Ok((Self::new(first, dtype, [len].into(), device), Self::new(rest, dtype, [total - len].into(), device)))
     }
 
+    /// Bytes as tensors of these types and lengths, each from a multiple of [`TensorMut::ALIGN`] on.
+    ///
+    /// # Errors
+    /// [`Error::DType`] unless these are bytes, [`Error::Shape`] when there are too few.
+    pub fn carve(self, parts: impl IntoIterator<Item = (DType, usize)>) -> Result<Vec<Self>> {
+        if self.dtype != DType::U8 {
+            return Err(Error::DType { op: "carve", operand: "self", expected: DType::U8.name(), found: self.dtype });
+        }
+        let device = self.device;
+        let (mut rest, mut carved) = (self, Vec::new());
+        for (dtype, len) in parts {
+            let bytes = len * dtype.size();
+            let (part, tail) = rest.split(bytes)?;
+            carved.push(Self::new(part.memory, dtype, [len].into(), device));
+            let gap = (bytes.next_multiple_of(Self::ALIGN) - bytes).min(tail.shape.numel());
+            rest = tail.split(gap)?.1;
+        }
+        Ok(carved)
+    }
+
+    /// What [`TensorMut::carve`] begins tensors at multiples of, in bytes.
+    pub const ALIGN: usize = 256;
+
     /// The same view for a shorter time, to hand it on and keep it.
     pub fn reborrow(&mut self) -> TensorMut<'_> {
         let memory = match &mut self.memory {

@@ -422,7 +422,7 @@ impl Gpu {
     }
 }
 
-fn new_stream() -> Result<sys::CUstream> {
+pub(super) fn new_stream() -> Result<sys::CUstream> {
     let mut stream = std::ptr::null_mut();
     let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
     // SAFETY: a context is bound; `stream` outlives the call.

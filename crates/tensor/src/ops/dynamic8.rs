@@ -246,9 +246,13 @@ multiversion! {
         let absmax = f32::from_bits(x.iter().map(|x| x.to_bits() & 0x7fff_ffff).max().unwrap_or(0));
         let scale = 1.0 / absmax;
         if absmax > 0.0 && scale.is_finite() {
-            x.iter_mut().for_each(|x| *x *= scale);
+            for x in x {
+                *x *= scale;
+            }
         } else if absmax > 0.0 {
-            x.iter_mut().for_each(|x| *x /= absmax);
+            for x in x {
+                *x /= absmax;
+            }
         }
         absmax
     }
@@ -258,6 +262,7 @@ multiversion! {
     fn encode(search: &Search, y: &[f32], codes: &mut [u8]) {
         let (shift, first, low_bits) = (search.shift, search.first, (1 << search.shift) - 1);
         for (code, y) in codes.iter_mut().zip(y) {
+            #[allow(clippy::manual_clamp)] // what is no number becomes 1, and its key one of the table
             let bits = y.abs().min(1.0).max(LEAST).to_bits();
             let negative = y.to_bits() >> 31;
             let key = (bits >> shift) - first + negative * search.negative;

@@ -1,0 +1,136 @@
+//! States in pages: the same steps, from less memory.
+
+mod common;
+
+use common::arena;
+use nibble_optim::{Error, Layout, Optimizer, OptimizerConfig, OptimizerName, Paging};
+use nibble_tensor::{Device, Rng, Shape, Tensor};
+
+/// Parameters of these sizes, every second one without decay.
+const SIZES: [usize; 5] = [300, 40_000, 7, 9_001, 5_000];
+/// Small, so that there are many.
+const PAGE: usize = 16 << 10;
+
+fn layout() -> Layout {
+    Layout::new(SIZES.iter().enumerate().map(|(i, &size)| (Shape::from([size]), i % 2 == 0)))
+}
+
+fn normal(seed: u64) -> Tensor {
+    let len = SIZES.iter().sum();
+    let values: Vec<f32> = (0..len as u64).map(|i| Rng::new(seed).normal(i)).collect();
+    Tensor::from_slice(&arena(), &values, [len]).unwrap()
+}
+
+fn configs() -> Vec<OptimizerConfig> {
+    OptimizerName::ALL.into_iter().filter(|name| name.is_paged()).map(|name| name.config(0.1)).collect()
+}
+
+fn folder(name: &str) -> std::path::PathBuf {
+    let folder = std::env::temp_dir().join(format!("nibble-pages-{}-{name}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// Everything resident, some of it, two pages of it.
+fn budgets(config: &OptimizerConfig) -> [usize; 3] {
+    let all = config.state_bytes(&layout());
+    [all, all / 2, 2 * (PAGE + 2048)]
+}
+
+/// Pages for the device that the tests run on: in a file on the CPU.
+fn paging(budget: usize, folder: &std::path::Path, name: &str) -> Paging {
+    let file = (arena().device() == Device::Cpu).then(|| folder.join(name));
+    Paging { device_memory: Some(budget), file, page: Some(PAGE) }
+}
+
+fn run(optimizer: &mut Optimizer, params: &mut Tensor, seeds: std::ops::Range<u64>) {
+    for seed in seeds {
+        optimizer.step(params, &normal(seed), 1e-2, 0.5).unwrap();
+    }
+}
+
+fn bits(tensor: &Tensor) -> Vec<u32> {
+    tensor.to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect()
+}
+
+fn state_bits(optimizer: &Optimizer) -> Vec<(&'static str, Vec<u32>)> {
+    let bits = |state: &Tensor| match state.to_vec::<u8>() {
+        Ok(codes) => codes.into_iter().map(u32::from).collect(),
+        Err(_) => bits(state),
+    };
+    optimizer.state().unwrap().iter().map(|(name, state)| (*name, bits(state))).collect()
+}
+
+#[test]
+fn paged_steps_and_states_are_bit_for_bit_those_without_pages() {
+    let folder = folder("steps");
+    for config in configs() {
+        let (mut whole, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
+        run(&mut whole, &mut want, 1..5);
+        for budget in budgets(&config) {
+            let paging = paging(budget, &folder, "pages");
+            let (mut paged, mut found) = (Optimizer::paged(&arena(), &layout(), config, &paging).unwrap(), normal(0));
+            run(&mut paged, &mut found, 1..5);
+            assert_eq!(bits(&found), bits(&want), "{config:?} {budget} {:?}", paged.pages());
+            assert_eq!(state_bits(&paged), state_bits(&whole), "{config:?} {budget}");
+            if budget < config.state_bytes(&layout()) {
+                let (pages, resident) = paged.pages().unwrap();
+                assert!(pages > 3 && resident < pages, "{pages} {resident}");
+                // What two pages leave may still hold the last one, which is short.
+                assert!(budget > 4 * PAGE || resident <= 1, "{resident}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_state_goes_from_pages_to_none_and_back() {
+    let folder = folder("state");
+    for config in configs() {
+        let (mut straight, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
+        run(&mut straight, &mut want, 1..7);
+
+        let paging = paging(2 * (PAGE + 2048), &folder, "pages");
+        let load = |to: &mut Optimizer, from: &Optimizer| {
+            let state = from.state().unwrap();
+            to.load_state(from.steps(), &state.iter().map(|(name, state)| (*name, state)).collect::<Vec<_>>()).unwrap();
+        };
+        let mut params = normal(0);
+        let mut first = Optimizer::paged(&arena(), &layout(), config, &paging).unwrap();
+        run(&mut first, &mut params, 1..3);
+        let mut second = Optimizer::new(&arena(), &layout(), config).unwrap();
+        load(&mut second, &first);
+        run(&mut second, &mut params, 3..5);
+        let mut third = Optimizer::paged(&arena(), &layout(), config, &paging).unwrap();
+        load(&mut third, &second);
+        run(&mut third, &mut params, 5..7);
+        assert_eq!(bits(&params), bits(&want), "{config:?}");
+    }
+}
+
+#[test]
+fn what_cannot_hold_the_pages_is_one_error() {
+    if arena().device() != Device::Cpu {
+        let config = OptimizerName::PagedAdamW8bit.config(0.0);
+        let little = Paging { device_memory: Some(PAGE), file: None, page: Some(PAGE) };
+        let error = Optimizer::paged(&arena(), &layout(), config, &little).map(drop).unwrap_err();
+        assert!(matches!(error, Error::DeviceMemory { found: PAGE, .. }), "{error}");
+        return;
+    }
+    let (folder, config) = (folder("errors"), OptimizerName::PagedAdamW32bit.config(0.0));
+    let refused = |file: &std::path::Path| {
+        let paging = Paging { device_memory: None, file: Some(file.to_owned()), page: Some(PAGE) };
+        Optimizer::paged(&arena(), &layout(), config, &paging).map(drop).unwrap_err().to_string()
+    };
+    let used = folder.join("used");
+    std::fs::write(&used, "precious").unwrap();
+    assert!(refused(&used).contains("it exists, and is not empty"));
+    assert_eq!(std::fs::read(&used).unwrap(), b"precious");
+    assert!(refused(&folder.join("missing/pages")).starts_with("optim_page_file: `"));
+    // A disk that is always full.
+    let full = std::path::Path::new("/dev/full");
+    if full.exists() {
+        let error = refused(full);
+        assert!(error.starts_with("optim_page_file: `/dev/full` cannot hold pages of "), "{error}");
+    }
+}
