@@ -213,12 +213,17 @@ impl Base {
 
     /// One line about it.
     pub(crate) fn describe(&self) -> String {
-        let parameters: usize = self.config.tensors().iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
-        let family = format!("{:?}", self.config.family).to_lowercase();
-        let ModelConfig { num_hidden_layers, .. } = &self.config;
-        let millions = parameters as f64 / 1e6;
-        format!("{} ({family}, {num_hidden_layers} blocks, {millions:.1} M parameters)", self.source.name)
+        format!("{} ({})", self.source.name, describe(&self.config))
     }
+}
+
+/// Family, blocks and parameters of a model.
+pub(crate) fn describe(config: &ModelConfig) -> String {
+    let parameters: usize = config.tensors().iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
+    let family = format!("{:?}", config.family).to_lowercase();
+    let ModelConfig { num_hidden_layers, .. } = config;
+    let millions = parameters as f64 / 1e6;
+    format!("{family}, {num_hidden_layers} blocks, {millions:.1} M parameters")
 }
 
 /// Opens an adapter's folder.

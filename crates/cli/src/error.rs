@@ -44,6 +44,9 @@ pub(crate) enum CliError {
     /// `--compute-dtype bf16` on a GPU that has none.
     #[error("`--compute-dtype bf16`: {device} computes in float16 and float32 only")]
     NoBf16 { device: String },
+    /// A GPU that is not in the table.
+    #[error("unknown GPU `{name}`: the nearest is `{nearest}`")]
+    UnknownGpu { name: String, nearest: &'static str },
     /// More positions than the model has.
     #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
     MaxLength { limit: usize, found: usize },
@@ -107,6 +110,7 @@ impl CliError {
             Self::AdapterFlags { .. } => {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }
+            Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
             Self::Stopped { saved, .. } => {
                 Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))

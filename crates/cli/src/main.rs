@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, Parser as _};
 
 use args::{Cli, Command};
-use commands::{doctor, eval, generate, merge, quickstart, train};
+use commands::{doctor, eval, generate, merge, plan, quickstart, train};
 use error::Result;
 
 /// How a command ended that did not fail.
@@ -66,6 +66,7 @@ fn run(command: &Command) -> Result<Ending> {
         Command::Quickstart(args) => quickstart::run(args),
         Command::Generate(args) => generate::run(args).map(|()| Ending::Done),
         Command::Eval(args) => eval::run(args).map(|()| Ending::Done),
+        Command::Plan(args) => plan::run(args).map(|()| Ending::Done),
         Command::Merge(args) => merge::run(args).map(|()| Ending::Done),
         Command::Doctor(args) => doctor::run(args).map(|()| Ending::Done),
     }

@@ -83,7 +83,7 @@ pub(crate) fn only_gguf(folder: &Path) -> Option<PathBuf> {
 }
 
 /// A name on the Hub, unless the text is plainly a path.
-fn hub_name(model: &str) -> Option<ModelName> {
+pub(crate) fn hub_name(model: &str) -> Option<ModelName> {
     let is_path = model.starts_with(['.', '/', '~']) || model.contains('\\') || model.ends_with('/');
     if is_path { None } else { model.parse().ok() }
 }

@@ -81,12 +81,12 @@ impl Error {
     /// Whether a device had no more memory.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
-        let error = match self {
-            Self::Tensor(error)
-            | Self::Model(nibble_model::Error::Tensor(error))
-            | Self::Adapter(nibble_lora::Error::Tensor(error))
-            | Self::Optim(nibble_optim::Error::Tensor(error)) => error,
-            _ => return false,
+        let (Self::Tensor(error)
+        | Self::Model(nibble_model::Error::Tensor(error))
+        | Self::Adapter(nibble_lora::Error::Tensor(error))
+        | Self::Optim(nibble_optim::Error::Tensor(error))) = self
+        else {
+            return false;
         };
         matches!(error, nibble_tensor::Error::OutOfMemory { .. })
     }

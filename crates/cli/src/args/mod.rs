@@ -6,6 +6,7 @@ mod eval;
 mod generate;
 mod merge;
 mod parse;
+mod plan;
 mod quickstart;
 mod train;
 
@@ -14,6 +15,8 @@ pub(crate) use doctor::DoctorArgs;
 pub(crate) use eval::EvalArgs;
 pub(crate) use generate::GenerateArgs;
 pub(crate) use merge::{MergeArgs, MergeBase, MergeDtype};
+pub(crate) use parse::bytes as parse_bytes;
+pub(crate) use plan::PlanArgs;
 pub(crate) use quickstart::QuickstartArgs;
 pub(crate) use train::{GradientCheckpointing, TrainArgs};
 
@@ -25,6 +28,8 @@ Examples:
       A small model, trained for a minute on this machine: see that it works.
   nibble train --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl --output my-adapter
       QLoRA: the model in 4 bits, adapters on all its linear layers.
+  nibble plan --model HuggingFaceTB/SmolLM2-135M-Instruct --gpu 8GiB
+      What that takes, and what fits: before anything is loaded.
   nibble generate --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my-adapter --prompt 'Hello!'
       Ask the result.
   nibble merge --model HuggingFaceTB/SmolLM2-135M-Instruct --adapter my-adapter --output my-model
@@ -51,6 +56,7 @@ pub(crate) enum Command {
     Generate(GenerateArgs),
     Eval(EvalArgs),
     Merge(MergeArgs),
+    Plan(PlanArgs),
     Doctor(DoctorArgs),
 }
 

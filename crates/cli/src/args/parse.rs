@@ -80,7 +80,7 @@ fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> Result<f64,
 }
 
 /// Bytes with a unit: `24GiB`, `500 MB`, `1.5g` (binary unless the unit is MB, GB or KB).
-pub(super) fn bytes(text: &str) -> Result<usize, String> {
+pub(crate) fn bytes(text: &str) -> Result<usize, String> {
     let expected = || format!("expected a size such as 8GiB or 500MB, found `{text}`");
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());

@@ -71,7 +71,30 @@ impl Setup {
     }
 }
 
+/// What owners are shown as, in this order.
+pub const COMPONENTS: [&str; 7] =
+    ["base weights", "embeddings", "trained weights", "gradients", "optimizer", "activations", "scratch and the rest"];
+
 impl Footprint {
+    /// Bytes at the peak by [`COMPONENTS`].
+    #[must_use]
+    pub fn components(&self) -> [usize; COMPONENTS.len()] {
+        let mut all = [0; COMPONENTS.len()];
+        for (owner, bytes) in &self.owners {
+            let component = match owner {
+                Owner::BaseWeights => 0,
+                Owner::Embeddings => 1,
+                Owner::Trained => 2,
+                Owner::Gradients => 3,
+                Owner::Optimizer => 4,
+                Owner::Activations(_) => 5,
+                _ => 6,
+            };
+            all[component] += bytes;
+        }
+        all
+    }
+
     /// Bytes that one kind of owner holds at the peak.
     #[must_use]
     pub fn of(&self, wanted: impl Fn(Owner) -> bool) -> usize {

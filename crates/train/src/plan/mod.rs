@@ -9,11 +9,13 @@ mod footprint;
 mod gpu;
 mod report;
 mod shapes;
+mod sizes;
 mod speed;
 
 pub use fit::{MOST_TOKENS, largest_batch, longest, needed};
-pub use footprint::{Document, Footprint, Setup, footprint};
+pub use footprint::{COMPONENTS, Document, Footprint, Setup, footprint};
 pub use gpu::{GPUS, Gpu, RESERVED, find_gpu, nearest_gpu};
 pub use report::{MODES, Method, MethodPlan, Mode, Request};
 pub use shapes::{NAMED_SIZES, named_size};
+pub use sizes::{SizeRow, size_table};
 pub use speed::tokens_per_second;

@@ -16,6 +16,7 @@ use nibble_train::Trainer;
 pub(super) use interrupt::Interrupt;
 pub(super) use run::{Tuning, fine_tune};
 use settings::Settings;
+pub(super) use settings::modules;
 
 use crate::{
     Ending,

@@ -131,7 +131,7 @@ fn adapter_config(args: &TrainArgs) -> AdapterConfig {
 }
 
 /// Names with commas between, unless it is `all-linear` or has a character that only regular expressions have.
-fn modules(text: &str) -> TargetModules {
+pub(in crate::commands) fn modules(text: &str) -> TargetModules {
     let is_pattern =
         text == TargetModules::ALL_LINEAR || text.contains(['*', '+', '?', '(', ')', '[', ']', '{', '}', '|', '^', '$', '\\']);
     if is_pattern {

@@ -57,6 +57,15 @@ impl Cache {
         Ok(fetched(snapshot))
     }
 
+    /// The config of a revision that was fetched, whole or in part.
+    pub(super) fn config(&self, model: &ModelName) -> std::result::Result<PathBuf, HubProblem> {
+        let reference = fs::read_to_string(self.folder.join("refs").join(&model.revision)).ok();
+        let commit = reference.as_deref().map_or(&model.revision[..], str::trim);
+        let path = self.snapshot(commit).join(super::CONFIG);
+        let missing = || HubProblem::Offline { file: super::CONFIG.to_owned(), cache: self.root.clone() };
+        if path.is_file() { Ok(path) } else { Err(missing()) }
+    }
+
     /// Notes which commit a branch or tag was.
     pub(super) fn write_ref(&self, revision: &str, commit: &str) -> Result<()> {
         if revision == commit {

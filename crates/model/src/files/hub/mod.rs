@@ -50,6 +50,8 @@ impl std::fmt::Debug for HubOptions {
     }
 }
 
+const CONFIG: &str = "config.json";
+
 /// How far a download is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress<'a> {
@@ -117,6 +119,27 @@ impl Hub {
         let snapshot = cache.snapshot(&commit);
         let path = model.file.as_ref().map_or(snapshot.clone(), |file| snapshot.join(file));
         Ok(Fetched { path, commit, from_cache: false })
+    }
+
+    /// The path of a model's `config.json`: fetched alone, or found in the cache as in [`Hub::fetch`].
+    ///
+    /// # Errors
+    /// As [`Hub::fetch`].
+    pub fn fetch_config(&self, model: &ModelName, progress: &mut dyn FnMut(Progress<'_>)) -> Result<PathBuf> {
+        let cache = Cache::new(&self.cache_dir, model);
+        let wrap = |problem| Error::Hub { model: model.to_string(), problem };
+        if self.offline {
+            return cache.config(model).map_err(wrap);
+        }
+        match self.list(model) {
+            Ok((commit, _)) => {
+                // The branch is not noted as this commit: its weights are not here.
+                self.file(model, &cache, &commit, CONFIG, progress)?;
+                Ok(cache.snapshot(&commit).join(CONFIG))
+            }
+            Err(problem @ HubProblem::Network { .. }) => cache.config(model).map_err(|_| wrap(problem)),
+            Err(problem) => Err(wrap(problem)),
+        }
     }
 
     /// The revision's commit, and the files of it to fetch.
