@@ -149,7 +149,7 @@ impl Transformer {
         let config = self.config();
         let size = self.compute_dtype().size();
         let (input, products) = (size * kept(config, Keep::Input), size * kept(config, Keep::Products));
-        let linears: usize = self.linears().map(|linear| linear.sizes()).map(|(out, inputs)| out * inputs).sum();
+        let linears: usize = self.linears().map(nibble_lora::Linear::sizes).map(|(out, inputs)| out * inputs).sum();
         let seconds = (2 * linears / config.num_hidden_layers.max(1)) as f64 / device.matmul_rate();
         let carried = seconds * device.link_rate() * (tokens * blocks) as f64;
         let inputs = if inputs_on_host { (tokens * blocks * input) as f64 } else { 0.0 };
