@@ -56,8 +56,9 @@ fn shape(name: &str) -> Result<ModelConfig> {
     Ok(ModelConfig::from_json(&config.to_string(), name)?)
 }
 
-const OPTIONS: [&str; 13] = [
+const OPTIONS: [&str; 14] = [
     "blocks-on-host",
+    "optim",
     "memory",
     "batch",
     "length",
@@ -157,7 +158,8 @@ fn main() -> Result<()> {
         ..AdapterConfig::default()
     };
     let load = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: options.get("blocks-on-host", 0)? };
-    let train = TrainConfig { checkpointing, max_steps: Some(steps + 1), ..TrainConfig::default() };
+    let optim = options.get("optim", TrainConfig::default().optim)?;
+    let train = TrainConfig { checkpointing, optim, max_steps: Some(steps + 1), ..TrainConfig::default() };
     if device == "plan" {
         let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), train };
         return print_plan(&config, &setup.with_documents(batch, length));
