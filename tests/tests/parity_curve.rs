@@ -105,7 +105,7 @@ fn in_bf16_losses_are_within_a_percent_and_do_not_depend_on_what_is_kept() {
     };
     let plain = losses(Checkpointing::None);
     assert_losses("bf16 beside f32", &plain, &expected, 0.01);
-    for checkpointing in [Checkpointing::Selective, Checkpointing::Full, Checkpointing::Offload] {
+    for checkpointing in [Checkpointing::Selective, Checkpointing::Full, Checkpointing::Offload, Checkpointing::Auto] {
         assert_losses(&format!("{checkpointing:?} beside none"), &losses(checkpointing), &plain, 0.002);
     }
 }
