@@ -186,7 +186,7 @@ __device__ __forceinline__ void row_loss(T *x, float *loss, u32 target, const fl
     float at_target[1] = {to_f32(x[target])};
     cap.apply(at_target);
     all.join_all();
-    if (threadIdx.x == 0) *loss = all.most + logf(all.sum) - at_target[0];
+    if (threadIdx.x == 0) *loss = (all.most - at_target[0]) + logf(all.sum);
     if (!want_grad) return;
     const float scale = *scale_at;
     const Gradient<T, CAPPED> gradient = {cap, all.most, scale / all.sum, scale, target};

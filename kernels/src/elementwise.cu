@@ -330,20 +330,20 @@ extern "C" __global__ void __launch_bounds__(512) bias_grad_sum(float *dbias, co
     add_rows(dbias, partials, count, cols);
 }
 
+extern "C" __global__ void __launch_bounds__(256) cast_bf16_f32(float *y, const bf16 *x, u64 n) {
+    cast(y, x, n);
+}
+
+extern "C" __global__ void __launch_bounds__(256) cast_bf16_f16(f16 *y, const bf16 *x, u64 n) {
+    cast(y, x, n);
+}
+
 #if HAS_BF16
 extern "C" __global__ void __launch_bounds__(256) cast_f32_bf16(bf16 *y, const float *x, u64 n) {
     cast(y, x, n);
 }
 
 extern "C" __global__ void __launch_bounds__(256) cast_f16_bf16(bf16 *y, const f16 *x, u64 n) {
-    cast(y, x, n);
-}
-
-extern "C" __global__ void __launch_bounds__(256) cast_bf16_f32(float *y, const bf16 *x, u64 n) {
-    cast(y, x, n);
-}
-
-extern "C" __global__ void __launch_bounds__(256) cast_bf16_f16(f16 *y, const bf16 *x, u64 n) {
     cast(y, x, n);
 }
 

@@ -158,6 +158,16 @@ extern "C" __global__ void __launch_bounds__(128, 8)
     backward(dtable, dy, tokens, scale, rows, cols);
 }
 
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f32_bf16(float *y, const bf16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+    embedding_fwd_f16_bf16(f16 *y, const bf16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    forward(y, table, tokens, scale, rows, cols);
+}
+
 #if HAS_BF16
 extern "C" __global__ void __launch_bounds__(128)
     embedding_fwd_bf16_bf16(bf16 *y, const bf16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
@@ -165,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(128)
 }
 
 extern "C" __global__ void __launch_bounds__(128)
-    embedding_fwd_f32_bf16(float *y, const bf16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
+    embedding_fwd_bf16_f16(bf16 *y, const f16 *table, const u32 *tokens, float scale, u32 rows, u32 cols) {
     forward(y, table, tokens, scale, rows, cols);
 }
 

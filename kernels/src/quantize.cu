@@ -293,12 +293,10 @@ extern "C" __global__ void __launch_bounds__(256)
     quantize(packed, absmax, bad, x, n, block_size, format);
 }
 
-#if HAS_BF16
 extern "C" __global__ void __launch_bounds__(256)
     quantize_bf16(u8 *packed, float *absmax, u64 *bad, const bf16 *x, u64 n, u32 block_size, u32 format) {
     quantize(packed, absmax, bad, x, n, block_size, format);
 }
-#endif
 
 // The mean's threads and its largest length in f32.
 constexpr u32 MEAN_THREADS = 512;

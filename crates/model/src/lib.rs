@@ -22,6 +22,7 @@ pub mod error;
 pub mod files;
 mod generate;
 mod load;
+mod prefetch;
 mod transformer;
 
 pub use checkpointing::{Checkpointing, Mix};

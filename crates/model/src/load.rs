@@ -8,6 +8,7 @@ use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
     Arena, DType, Device, HostPool, Owner, Rng, Tensor,
+    cuda::Pinned,
     ops::{self, attention, glu, rms_norm, rope::RopeTable},
 };
 
@@ -16,6 +17,7 @@ use crate::{
     block::{Block, Shared},
     config::{Activation, ModelConfig, QkNorm, Role},
     files::{Checkpoint, StoredType},
+    prefetch::{BUFFER_BYTES, Prefetch},
 };
 
 /// How a checkpoint is loaded.
@@ -47,7 +49,13 @@ impl Transformer {
     ) -> Result<Self> {
         let config = checkpoint.config()?;
         checkpoint.check(&config)?;
-        Self::build(config, Source::Checkpoint(checkpoint), arena, options, progress)
+        let Device::Cuda(device) = arena.device() else {
+            return Self::build(config, Source::Checkpoint(checkpoint, None), arena, options, progress);
+        };
+        std::thread::scope(|scope| {
+            let ahead = Prefetch::start(scope, checkpoint, &config, move || Ok(Pinned::new(device, BUFFER_BYTES)?));
+            Self::build(config, Source::Checkpoint(checkpoint, Some(ahead)), arena, options, progress)
+        })
     }
 
     /// A model of made-up weights, for benches: speed and memory do not depend on the values.
@@ -104,7 +112,8 @@ impl Transformer {
 
 /// Where the tensors come from.
 enum Source<'a> {
-    Checkpoint(&'a Checkpoint),
+    /// With what is read ahead of it, for a GPU.
+    Checkpoint(&'a Checkpoint, Option<Prefetch<Pinned>>),
     /// Made up, by name.
     Random(HashMap<String, (Vec<usize>, Role)>, Rng),
     /// Memory alone, by name, in the type that it is stored in.
@@ -129,17 +138,17 @@ impl Loader<'_> {
         let features = &config.features;
         let at = |part: &str| format!("model.layers.{index}.{part}");
         let on_host = index < self.options.blocks_on_host;
-        let head_norms = match features.qk_norm {
-            QkNorm::None | QkNorm::Full => None,
-            QkNorm::Head => Some([self.leaf(&at("self_attn.q_norm.weight"))?, self.leaf(&at("self_attn.k_norm.weight"))?]),
-        };
+        // In the order of `ModelConfig::tensors`, in which they are read ahead.
         Ok(Block {
             input_norm: self.leaf(&at("input_layernorm.weight"))?,
             q_proj: self.linear(at("self_attn.q_proj"), features.qkv_bias, on_host)?,
             k_proj: self.linear(at("self_attn.k_proj"), features.qkv_bias, on_host)?,
             v_proj: self.linear(at("self_attn.v_proj"), features.qkv_bias, on_host)?,
+            head_norms: match features.qk_norm {
+                QkNorm::None | QkNorm::Full => None,
+                QkNorm::Head => Some([self.leaf(&at("self_attn.q_norm.weight"))?, self.leaf(&at("self_attn.k_norm.weight"))?]),
+            },
             o_proj: self.linear(at("self_attn.o_proj"), features.o_bias, on_host)?,
-            head_norms,
             post_attention_norm: self.leaf(&at("post_attention_layernorm.weight"))?,
             gate_proj: self.linear(at("mlp.gate_proj"), features.mlp_bias, on_host)?,
             up_proj: self.linear(at("mlp.up_proj"), features.mlp_bias, on_host)?,
@@ -155,7 +164,7 @@ impl Loader<'_> {
     /// A frozen tensor as stored (rounded to bf16 where stored in a block format).
     fn leaf(&mut self, name: &str) -> Result<Leaf> {
         let _scope = self.arena.scope(Owner::Embeddings);
-        let mut tensor = self.dense(name)?;
+        let mut tensor = self.in_compute_dtype(name)?;
         if tensor.dims().len() == 1 {
             // Norms compute with f32 weights: widened once, not in each step.
             tensor = tensor.to_dtype(DType::F32)?;
@@ -168,7 +177,7 @@ impl Loader<'_> {
         let _scope = self.arena.scope(Owner::BaseWeights);
         let name = format!("{path}.weight");
         let weight = match self.options.quant {
-            None => Weight::Dense(self.dense(&name)?),
+            None => Weight::Dense(self.in_compute_dtype(&name)?),
             Some(quant) => self.quantized(&name, &quant)?,
         };
         self.finish(&name)?;
@@ -184,17 +193,18 @@ impl Loader<'_> {
         if on_host { Ok(linear.send_base(self.host)?) } else { Ok(linear) }
     }
 
-    fn quantized(&self, name: &str, quant: &QuantConfig) -> Result<Weight> {
+    fn quantized(&mut self, name: &str, quant: &QuantConfig) -> Result<Weight> {
         let checkpoint = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Checkpoint(checkpoint, _) => *checkpoint,
             Source::Random(shapes, rng) => {
                 let (shape, _) = &shapes[name];
                 return Ok(Weight::random(self.arena, [shape[0], shape[1]], quant, RANDOM_STD, *rng)?);
             }
             Source::Empty(shapes, _) => {
                 // A device quantises what it was sent.
+                let shape = [shapes[name][0], shapes[name][1]];
                 let dense = self.dense(name)?;
-                let weight = Weight::empty(self.arena, [shapes[name][0], shapes[name][1]], quant)?;
+                let weight = Weight::empty(self.arena, shape, quant)?;
                 drop(dense);
                 return Ok(weight);
             }
@@ -222,9 +232,9 @@ impl Loader<'_> {
         Ok(Weight::from_blocks(self.arena, &blocks, [info.shape[0], info.shape[1]])?)
     }
 
-    fn dense(&self, name: &str) -> Result<Tensor> {
+    fn dense(&mut self, name: &str) -> Result<Tensor> {
         let checkpoint = match &self.source {
-            Source::Checkpoint(checkpoint) => checkpoint,
+            Source::Checkpoint(checkpoint, _) => *checkpoint,
             Source::Random(shapes, rng) => return random_dense(self.arena, &shapes[name], *rng),
             Source::Empty(shapes, stored) => {
                 return Ok(match shapes[name][..] {
@@ -235,6 +245,13 @@ impl Loader<'_> {
         };
         let info = checkpoint.info(name)?;
         let numel: usize = info.shape.iter().product();
+        let shaped = |tensor: Tensor| match info.shape[..] {
+            [rows, cols] => tensor.reshape([rows, cols]),
+            _ => Ok(tensor),
+        };
+        if let Some(tensor) = self.read_ahead(name, info.dtype, numel)? {
+            return Ok(shaped(tensor)?);
+        }
         let on_host = self.arena.device() == Device::Cpu;
         let host = if on_host { self.arena.clone() } else { Arena::new(Device::Cpu) };
         let mut tensor = match info.dtype {
@@ -252,15 +269,31 @@ impl Loader<'_> {
         if !on_host {
             tensor = tensor.to_arena(self.arena)?;
         }
-        tensor = match info.shape[..] {
-            [rows, cols] => tensor.reshape([rows, cols])?,
-            _ => tensor,
+        Ok(shaped(tensor)?)
+    }
+
+    /// As stored; a bf16 matrix in f16 where activations are, so that it is not converted in each step.
+    fn in_compute_dtype(&mut self, name: &str) -> Result<Tensor> {
+        let tensor = self.dense(name)?;
+        let converts = self.options.compute_dtype == DType::F16 && tensor.dtype() == DType::Bf16 && tensor.dims().len() == 2;
+        Ok(if converts { tensor.to_dtype(DType::F16)? } else { tensor })
+    }
+
+    /// A tensor on the GPU, if it is the one that was read ahead.
+    fn read_ahead(&mut self, name: &str, stored: StoredType, numel: usize) -> Result<Option<Tensor>> {
+        let Source::Checkpoint(_, Some(ahead)) = &mut self.source else { return Ok(None) };
+        let dtype = match stored {
+            StoredType::BF16 => DType::Bf16,
+            StoredType::F16 => DType::F16,
+            _ => DType::F32,
         };
-        Ok(tensor)
+        let mut tensor = Tensor::empty(self.arena, dtype, [numel])?;
+        let found = ahead.tensor(name, |at, len, buffer| Ok(buffer.send_part(&mut tensor, at, len)?))?;
+        Ok(found.then_some(tensor))
     }
 
     fn finish(&mut self, name: &str) -> Result<()> {
-        if let Source::Checkpoint(checkpoint) = &self.source {
+        if let Source::Checkpoint(checkpoint, _) = &self.source {
             checkpoint.release(name)?;
         }
         self.done += 1;

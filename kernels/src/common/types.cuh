@@ -1,7 +1,7 @@
 // Fixed-width integers, and bf16 and f16 as plain 16-bit storage: all arithmetic is in f32.
 //
 // The sources include nothing but each other, so that NVRTC alone compiles them. A value is rounded to nearest even when it is
-// stored. bf16 conversions need sm_80; sm_75 compiles the f16 and f32 kernels alone (HAS_BF16).
+// stored. Conversions to bf16 need sm_80; sm_75 compiles the kernels alone that write none (HAS_BF16).
 #pragma once
 
 using i8 = signed char;

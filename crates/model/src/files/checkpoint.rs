@@ -163,6 +163,31 @@ impl Checkpoint {
         Ok(&self.files[entry.file].bytes()[entry.range.clone()])
     }
 
+    /// Whether the stored bytes are the elements as they are read, in their order: floats of 16 or 32 bits, and no rows that
+    /// a GGUF file has elsewhere.
+    #[must_use]
+    pub fn is_plain(&self, name: &str) -> bool {
+        let plain = |entry: &Entry| {
+            let floats = matches!(entry.stored, StoredType::BF16 | StoredType::F16 | StoredType::F32);
+            floats && entry.interleaved.is_none() && cfg!(target_endian = "little")
+        };
+        self.entries.get(name).is_some_and(plain)
+    }
+
+    /// Copies bytes of a tensor from its byte `at` on, as they are stored: what [`bytes`](Self::bytes) shows, read by all cores.
+    ///
+    /// # Errors
+    /// [`Error::UnknownTensor`], [`Error::BufferLength`] beyond the tensor's end, [`Error::Io`].
+    pub fn read_stored(&self, name: &str, at: usize, out: &mut [u8]) -> Result<()> {
+        let entry = self.entry(name)?;
+        let left = entry.range.len().saturating_sub(at);
+        if out.len() > left {
+            return Err(Error::BufferLength { name: name.to_owned(), expected: left, found: out.len() });
+        }
+        let io = |source| Error::Io { op: "read", path: self.path.clone(), source };
+        self.files[entry.file].read_at((entry.range.start + at) as u64, out).map_err(io)
+    }
+
     /// Reads a whole tensor as f32: 16-bit elements exactly, GGUF's quantised types rounded to bf16.
     ///
     /// # Errors

@@ -231,7 +231,8 @@ impl Blas {
         let a = layout(input, a_rows, a_cols, gemm.a.ld)?;
         let b = layout(input, b_rows, b_cols, gemm.b.ld)?;
         let c = layout(output, gemm.n, gemm.m, gemm.ldc)?;
-        let candidates = self.heuristics(description, [a, b, c], aligned)?;
+        let alignment = [gemm.input, gemm.output].map(|dtype| if aligned { 16 } else { dtype.size() as u32 });
+        let candidates = self.heuristics(description, [a, b, c], alignment)?;
         let Some(&first) = candidates.first() else {
             return Err(Error::Cuda { call: "cublasLtMatmulAlgoGetHeuristic", reason: "no algorithm serves the product".into() });
         };
@@ -272,21 +273,21 @@ impl Blas {
         &self,
         description: sys::cublasLtMatmulDesc_t,
         [a, b, c]: [sys::cublasLtMatrixLayout_t; 3],
-        aligned: bool,
+        [inputs, outputs]: [u32; 2],
     ) -> Result<Vec<sys::cublasLtMatmulAlgo_t>> {
         let preference = lt::create_matmul_pref().map_err(|error| failed("cublasLtMatmulPreferenceCreate", error))?;
-        let (most, alignment): (usize, u32) = (WORKSPACE, if aligned { 16 } else { 2 });
+        let most: usize = WORKSPACE;
         let attributes = [
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-            sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+            (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, inputs),
+            (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, inputs),
+            (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, outputs),
+            (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, outputs),
         ];
         // SAFETY: the preference was just made; the values outlive the calls, which copy them.
         let found = unsafe {
             let workspace = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(preference, workspace, (&raw const most).cast(), 8).and_then(|()| {
-                attributes.into_iter().try_for_each(|attribute| {
+                attributes.into_iter().try_for_each(|(attribute, alignment)| {
                     lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)
                 })
             })

@@ -74,6 +74,25 @@ impl Pinned {
         check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream) })
     }
 
+    /// As [`Pinned::send`], for the first `len` bytes here and those of `tensor` from byte `at` on.
+    ///
+    /// # Errors
+    /// As [`Pinned::send`].
+    pub fn send_part(&mut self, tensor: &mut Tensor, at: usize, len: usize) -> Result<()> {
+        self.expect_len(len)?;
+        let bytes = tensor.numel() * tensor.dtype().size();
+        if at.checked_add(len).is_none_or(|end| end > bytes) {
+            let expected = "bytes within the tensor";
+            return Err(crate::Error::Argument { op: "pinned", argument: "at", expected, found: at });
+        }
+        self.device.bind()?;
+        let (target, stream) = (tensor.address_mut()? + at as u64, self.device.gpu().stream);
+        // SAFETY: this value owns `len` bytes here, the tensor as many from `at` on.
+        check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(target, self.address.cast(), len, stream) })?;
+        // SAFETY: event and stream live.
+        check("cuEventRecord", unsafe { sys::cuEventRecord(self.event, stream) })
+    }
+
     /// Waits for the last copy.
     ///
     /// # Errors
