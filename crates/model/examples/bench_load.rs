@@ -140,7 +140,7 @@ fn main() -> Result<()> {
         let begin = Instant::now();
         let checkpoint = Checkpoint::open(folder)?;
         let compute_dtype = if device == Device::Cpu { DType::F32 } else { DType::Bf16 };
-        let options = LoadOptions { quant: Some(QuantConfig::default()), compute_dtype, max_positions: 2048 };
+        let options = LoadOptions { quant: Some(QuantConfig::default()), compute_dtype, max_positions: 2048, blocks_on_host: 0 };
         let model = Transformer::load(&checkpoint, &arena, &options, &mut |_, _| {})?;
         if let Device::Cuda(device) = device {
             device.synchronize()?;

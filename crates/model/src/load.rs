@@ -202,9 +202,9 @@ impl Loader<'_> {
             }
             Source::Empty(shapes, _) => {
                 // A device quantises what it was sent.
-                let sizes = [shapes[name][0], shapes[name][1]];
+                let shape = [shapes[name][0], shapes[name][1]];
                 let dense = self.dense(name)?;
-                let weight = Weight::empty(self.arena, sizes, quant)?;
+                let weight = Weight::empty(self.arena, shape, quant)?;
                 drop(dense);
                 return Ok(weight);
             }

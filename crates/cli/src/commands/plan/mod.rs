@@ -61,7 +61,7 @@ pub(crate) fn run(args: &PlanArgs) -> Result<()> {
             return Err(CliError::NoEffect { flag: "--quant none", with: "nibble plan, which shows LoRA beside QLoRA" });
         }
     };
-    let load = |dtype| LoadOptions { quant: Some(quant), compute_dtype: dtype, max_positions: 0 };
+    let load = |dtype| LoadOptions { quant: Some(quant), compute_dtype: dtype, max_positions: 0, blocks_on_host: 0 };
     let Some(model) = &args.model else {
         return sizes::show(load(DType::Bf16), args);
     };
