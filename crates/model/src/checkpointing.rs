@@ -81,9 +81,7 @@ impl Mix {
             return BlockPlan { keep: Keep::Products, on_host: false };
         }
         let rest = blocks - self.everything - self.products;
-        // Those at which the share of the rest reaches one more whole block.
-        let share = |count: usize| count * self.attention_on_host / rest;
-        if share(index + 1) > share(index) {
+        if is_of_spread(index, self.attention_on_host, rest) {
             return BlockPlan { keep: Keep::Attention, on_host: true };
         }
         BlockPlan { keep: Keep::Input, on_host: self.inputs_on_host }
@@ -94,6 +92,12 @@ impl Mix {
     pub fn uses_host(self) -> bool {
         self.inputs_on_host || self.attention_on_host > 0
     }
+}
+
+/// Whether `index` is one of `some` of `all`, spread evenly: where their share of the first ones reaches one more whole.
+pub(crate) fn is_of_spread(index: usize, some: usize, all: usize) -> bool {
+    let share = |count: usize| count * some / all;
+    share(index + 1) > share(index)
 }
 
 /// Elements that a block keeps for a token, by what it keeps.

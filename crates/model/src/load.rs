@@ -15,6 +15,7 @@ use nibble_tensor::{
 use crate::{
     Result, Transformer,
     block::{Block, Shared},
+    checkpointing::is_of_spread,
     config::{Activation, ModelConfig, QkNorm, Role},
     files::{Checkpoint, StoredType},
     prefetch::{BUFFER_BYTES, Prefetch},
@@ -30,8 +31,8 @@ pub struct LoadOptions {
     pub compute_dtype: DType,
     /// The longest document, in tokens, that rope's table is made for (at most the model's own limit).
     pub max_positions: usize,
-    /// Blocks, from the first on, whose 4-bit codes stay in host memory and come to the device while the block runs. Training
-    /// keeps no more of these than their inputs.
+    /// Blocks, spread evenly, whose 4-bit codes stay in host memory and come to the device while blocks before them run.
+    /// Training keeps no more of these than their inputs.
     pub blocks_on_host: usize,
 }
 
@@ -137,7 +138,7 @@ impl Loader<'_> {
     fn block(&mut self, config: &ModelConfig, index: usize) -> Result<Block> {
         let features = &config.features;
         let at = |part: &str| format!("model.layers.{index}.{part}");
-        let on_host = index < self.options.blocks_on_host;
+        let on_host = is_of_spread(index, self.options.blocks_on_host.min(config.num_hidden_layers), config.num_hidden_layers);
         // In the order of `ModelConfig::tensors`, in which they are read ahead.
         Ok(Block {
             input_norm: self.leaf(&at("input_layernorm.weight"))?,

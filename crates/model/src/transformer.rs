@@ -225,8 +225,7 @@ impl Transformer {
         let block = &self.blocks[index];
         let (shared, documents, trains) = (&self.shared, documents.clone(), block.trains());
         let run = move |tape: &mut Tape<'m>, [x]: [Var; 1]| {
-            let next = if tape.is_replaying() { index.checked_sub(1) } else { Some(index + 1) };
-            self.bring_weights(index, next)?;
+            self.bring_weights(index, tape.is_replaying())?;
             // What is not kept of the block need not be kept while it runs again either.
             tape.set_recomputing(true);
             block.forward(tape, shared, &documents, x, None, Keys::Stream, rng)
@@ -243,12 +242,14 @@ impl Transformer {
         Ok(tape.checkpoint([x], block.trains(), run)?)
     }
 
-    /// Weights from the host for block `index`, which runs, and `next`, which runs after it; those of others go.
-    pub(crate) fn bring_weights(&self, index: usize, next: Option<usize>) -> nibble_tensor::Result<()> {
+    /// Weights from the host for block `index`, which runs, and for the next that has some there; those of others go.
+    pub(crate) fn bring_weights(&self, index: usize, backward: bool) -> nibble_tensor::Result<()> {
+        let waits = |i: &usize| self.blocks[*i].host_bases().next().is_some();
+        let next = if backward { (0..index).rev().find(waits) } else { (index + 1..self.blocks.len()).find(waits) };
         let others = self.blocks.iter().enumerate().filter(|(i, _)| *i != index && Some(*i) != next);
         others.flat_map(|(_, block)| block.host_bases()).try_for_each(HostWeight::forget)?;
-        let running = [Some(index), next].into_iter().flatten().filter_map(|i| self.blocks.get(i));
-        running.flat_map(Block::host_bases).try_for_each(HostWeight::recall)
+        let wanted = [Some(index), next].into_iter().flatten();
+        wanted.flat_map(|i| self.blocks[i].host_bases()).try_for_each(HostWeight::recall)
     }
 
     /// Lets go of weights that came from the host: so that each step begins alike.

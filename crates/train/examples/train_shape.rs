@@ -148,7 +148,9 @@ fn main() -> Result<()> {
         "nf4" => Some(QuantConfig::default()),
         other => return Err(format!("unknown `--quant {other}`: nf4, fp4 or none").into()),
     };
-    let config = shape(&name)?;
+    let mut config = shape(&name)?;
+    // Contexts beyond those that the model was made for are timed as well.
+    config.max_position_embeddings = config.max_position_embeddings.max(length);
     let flops = flops_per_token(&config, length);
     let vocab = config.vocab_size;
     let adapter = AdapterConfig {
