@@ -140,7 +140,13 @@ fn main() -> Result<()> {
     let rate = copy_rate(&arena, n)?;
     let link = link_rates(&arena)?;
     let mut buffers = (random(&arena, n, 1)?, random(&arena, n, 2)?);
+    let mut done = Vec::new();
     for name in OptimizerName::ALL.into_iter().filter(|name| name.as_str().contains(&only)) {
+        // Other names of what has been measured.
+        if done.contains(&(name.config(0.01), name.is_paged())) {
+            continue;
+        }
+        done.push((name.config(0.01), name.is_paged()));
         if name.is_paged() {
             paged(&arena, &layout, name, &mut buffers, (steps, link))?;
             continue;

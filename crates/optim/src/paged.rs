@@ -101,7 +101,8 @@ impl Paged {
         let on_gpu = arena.device() != Device::Cpu;
         let budget = match (paging.device_memory, &paging.file, on_gpu) {
             (_, Some(_), true) => return Err(Error::PageFileOnGpu),
-            (_, None, false) => return Ok(None),
+            (Some(_), None, false) => return Err(Error::NoPageFile),
+            (None, None, false) => return Ok(None),
             (Some(bytes), ..) => bytes,
             (None, Some(_), false) => 0,
             (None, None, true) => arena.room()?.map_or(usize::MAX, |room| room / 2),

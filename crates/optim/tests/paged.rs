@@ -4,7 +4,7 @@ mod common;
 
 use common::arena;
 use nibble_optim::{Error, Layout, Optimizer, OptimizerConfig, OptimizerName, Paging};
-use nibble_tensor::{Device, Rng, Shape, Tensor};
+use nibble_tensor::{Device, Rng, Shape, Tensor, cuda::Graph};
 
 /// Parameters of these sizes, every second one without decay.
 const SIZES: [usize; 5] = [300, 40_000, 7, 9_001, 5_000];
@@ -80,6 +80,58 @@ fn paged_steps_and_states_are_bit_for_bit_those_without_pages() {
                 assert!(budget > 4 * PAGE || resident <= 1, "{resident}");
             }
         }
+    }
+}
+
+/// Four steps on a GPU by `begin` and `apply`; with `captured` the second is recorded, and replayed from then on.
+fn run_on_gpu(optimizer: &mut Optimizer, params: &mut Tensor, captured: bool) {
+    let mut grads = normal(1);
+    let arena = grads.arena().clone();
+    let mut graph = None;
+    for seed in 1..5 {
+        grads.write(&normal(seed).to_f32_vec().unwrap()).unwrap();
+        optimizer.begin(1e-2 / seed as f64).unwrap();
+        if captured && seed == 2 {
+            graph = Some(Graph::capture(&arena, || optimizer.apply(params, &grads, 1.0).map_err(Failed::from)).unwrap().0);
+        }
+        match &graph {
+            Some(graph) => graph.launch().unwrap(),
+            None => optimizer.apply(params, &grads, 1.0).unwrap(),
+        }
+    }
+}
+
+/// An error on its way through a capture.
+#[derive(Debug)]
+struct Failed(#[expect(dead_code, reason = "shown when it is unwrapped")] Error);
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self(error)
+    }
+}
+
+impl From<nibble_tensor::Error> for Failed {
+    fn from(error: nibble_tensor::Error) -> Self {
+        Self(error.into())
+    }
+}
+
+#[test]
+fn captured_steps_are_those_one_by_one_with_pages_and_without() {
+    if arena().device() == Device::Cpu {
+        return;
+    }
+    for config in OptimizerName::ALL.map(|name| name.config(0.1)) {
+        let (mut plain, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
+        run_on_gpu(&mut plain, &mut want, false);
+        let mut captured = normal(0);
+        run_on_gpu(&mut Optimizer::new(&arena(), &layout(), config).unwrap(), &mut captured, true);
+        assert_eq!(bits(&captured), bits(&want), "{config:?}");
+        let paging = Paging { device_memory: Some(3 * (PAGE + 2048)), file: None, page: Some(PAGE) };
+        let mut paged = normal(0);
+        run_on_gpu(&mut Optimizer::paged(&arena(), &layout(), config, &paging).unwrap(), &mut paged, true);
+        assert_eq!(bits(&paged), bits(&want), "{config:?} paged");
     }
 }
 

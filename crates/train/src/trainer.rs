@@ -329,7 +329,11 @@ fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
 
 /// The optimizer that `config` names, with its states.
 pub(crate) fn optimizer(model: &Transformer, params: &ParamStore, config: &TrainConfig) -> Result<Optimizer> {
-    Ok(Optimizer::new(model.arena(), &layout(params), config.optim.config(config.weight_decay))?)
+    let (arena, layout, optim) = (model.arena(), layout(params), config.optimizer()?);
+    if config.optim.is_paged() {
+        return Ok(Optimizer::paged(arena, &layout, optim, &config.optim_paging)?);
+    }
+    Ok(Optimizer::new(arena, &layout, optim)?)
 }
 
 /// The parameters as the optimizer sees them: biases and norms do not decay, as in the Trainer.
