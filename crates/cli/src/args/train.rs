@@ -84,6 +84,9 @@ pub(crate) struct TrainArgs {
     /// Memory of the device that the states of a paged optimizer may take [default: half of what is free]
     #[arg(long, value_name = "SIZE", value_parser = parse::bytes, help_heading = "Training")]
     pub(crate) optim_device_memory: Option<usize>,
+    /// On a GPU, keep the f32 values in the pages of a paged optimizer too; copies in the compute type stay
+    #[arg(long, help_heading = "Training")]
+    pub(crate) optim_page_masters: bool,
     /// On the CPU, a file for the states of a paged optimizer; it is gone after the run
     #[arg(long, value_name = "FILE", help_heading = "Training")]
     pub(crate) optim_page_file: Option<PathBuf>,

@@ -106,6 +106,7 @@ fn refuse_idle_flags(args: &TrainArgs) -> Result<()> {
         let given = [
             ("--optim-device-memory", args.optim_device_memory.is_some()),
             ("--optim-page-file", args.optim_page_file.is_some()),
+            ("--optim-page-masters", args.optim_page_masters),
         ];
         if let Some((flag, _)) = given.into_iter().find(|(_, given)| *given) {
             return Err(CliError::NotPaged { flag, optim: args.optim });
@@ -217,7 +218,7 @@ mod tests {
     fn every_training_flag_reaches_the_config() {
         let flags = "--max-steps 7 --gradient-accumulation-steps 3 --lr 0.5 --lr-scheduler-type cosine --warmup-steps 2 \
                      --weight-decay 0.25 --max-grad-norm 0.3 --optim paged_adamw_8bit --optim-args betas=0.9,0.95 \
-                     --optim-device-memory 1KiB --optim-page-file pages --gradient-checkpointing --seed 9 --logging-steps 4 \
+                     --optim-device-memory 1KiB --optim-page-file pages --optim-page-masters --gradient-checkpointing --seed 9 --logging-steps 4 \
                      --eval-data e --eval-steps 5 --per-device-eval-batch-size 6";
         let config = settings(flags).unwrap().config;
         let expected = TrainConfig {
@@ -233,7 +234,7 @@ mod tests {
             max_grad_norm: 0.3,
             optim: nibble_optim::OptimizerName::PagedAdamW8bit,
             optim_args: "betas=0.9,0.95".to_owned(),
-            optim_paging: Paging { device_memory: Some(1024), file: Some("pages".into()), page: None },
+            optim_paging: Paging { device_memory: Some(1024), file: Some("pages".into()), masters: true, page: None },
             checkpointing: Checkpointing::Full,
             seed: 9,
             logging_steps: 4,
