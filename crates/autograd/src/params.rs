@@ -51,6 +51,8 @@ pub struct ParamStore {
     data: Tensor,
     /// The same values in the type that a GPU multiplies in, as of the last [`ParamStore::prepare`].
     copy: Option<Tensor>,
+    /// Where `data` is of 16 bits, the values that it is rounded from, as of the last [`ParamStore::set_masters`].
+    masters: Option<Tensor>,
     params: Vec<Param>,
 }
 
@@ -90,7 +92,7 @@ impl ParamStoreBuilder {
             self.data.resize(self.len, 0.0);
             Tensor::from_slice(arena, &self.data, [self.len])?
         };
-        Ok(ParamStore { data, copy: None, params: self.params })
+        Ok(ParamStore { data, copy: None, masters: None, params: self.params })
     }
 }
 
@@ -115,7 +117,7 @@ impl ParamStore {
         self.data.numel()
     }
 
-    /// The flat buffer, F32 `[numel]`.
+    /// The flat buffer, F32 `[numel]`; of 16 bits after [`ParamStore::hand_over`].
     #[must_use]
     pub fn data(&self) -> &Tensor {
         &self.data
@@ -123,7 +125,38 @@ impl ParamStore {
 
     /// The flat buffer for the optimizer; [`ParamStore::prepare`] after it has written.
     pub fn data_mut(&mut self) -> &mut Tensor {
+        self.masters = None;
         &mut self.data
+    }
+
+    /// The values in f32, copied to the host.
+    ///
+    /// # Errors
+    /// [`nibble_tensor::Error::DType`] when they have been handed over, and not been set since.
+    pub fn values(&self) -> Result<Vec<f32>> {
+        self.masters.as_ref().unwrap_or(&self.data).to_vec::<f32>()
+    }
+
+    /// Gives the f32 values away and goes on with a copy of them in `dtype`, which whoever has the values keeps up to date.
+    ///
+    /// # Errors
+    /// [`nibble_tensor::Error::DType`] unless `dtype` has 16 bits, [`nibble_tensor::Error::OutOfMemory`].
+    pub fn hand_over(&mut self, dtype: DType) -> Result<Tensor> {
+        if !matches!(dtype, DType::Bf16 | DType::F16) {
+            let expected = "bfloat16 or float16";
+            return Err(nibble_tensor::Error::DType { op: "hand_over", operand: "copy", expected, found: dtype });
+        }
+        let _scope = self.data.arena().scope(Owner::Trained);
+        let copy = match self.copy.take() {
+            Some(copy) if copy.dtype() == dtype => copy,
+            _ => self.data.to_dtype(dtype)?,
+        };
+        Ok(std::mem::replace(&mut self.data, copy))
+    }
+
+    /// After [`ParamStore::hand_over`]: the values as they are now, until [`ParamStore::data_mut`] lets them change.
+    pub fn set_masters(&mut self, values: Tensor) {
+        self.masters = Some(values);
     }
 
     /// Makes the values ready for products with activations of `dtype`: on a GPU, a copy of all of them in that type.
@@ -131,7 +164,7 @@ impl ParamStore {
     /// # Errors
     /// [`nibble_tensor::Error::OutOfMemory`].
     pub fn prepare(&mut self, dtype: DType) -> Result<()> {
-        if self.data.device() == Device::Cpu || dtype == DType::F32 || self.numel() == 0 {
+        if self.data.device() == Device::Cpu || self.data.dtype() != DType::F32 || dtype == DType::F32 || self.numel() == 0 {
             self.copy = None;
             return Ok(());
         }
@@ -232,5 +265,29 @@ impl ParamGrads {
             None => Ok(None),
             Some(param) => Ok(self.get_mut(&[param])?.pop()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_handed_over_leave_a_rounded_copy_and_come_back_for_saving() {
+        let arena = Arena::new(Device::Cpu);
+        let mut builder = ParamStoreBuilder::default();
+        let param = builder.add("a", [2], vec![1.0, 1.001]);
+        let mut store = builder.build(&arena).unwrap();
+        assert!(store.hand_over(DType::F32).is_err());
+        let values = store.hand_over(DType::Bf16).unwrap();
+        assert_eq!(values.to_vec::<f32>().unwrap(), [1.0, 1.001]);
+        let leaf = Leaf::Param(param);
+        assert_eq!(store.operand(&leaf, DType::Bf16).unwrap().to_f32_vec().unwrap(), [1.0, 1.0]);
+        assert_eq!((store.numel(), store.zero_grads().unwrap().flat().dtype()), (2, DType::F32));
+        assert!(store.values().is_err(), "rounded values are not saved as if they were whole");
+        store.set_masters(values);
+        assert_eq!(store.values().unwrap(), [1.0, 1.001]);
+        store.data_mut();
+        assert!(store.values().is_err());
     }
 }

@@ -8,6 +8,7 @@ use nibble_model::{
     Error as ModelError,
     error::{GgufProblem, HubProblem},
 };
+use nibble_optim::{Error as OptimError, OptimizerName};
 use nibble_tensor::Error as TensorError;
 use nibble_train::Error as TrainError;
 
@@ -41,6 +42,9 @@ pub(crate) enum CliError {
     /// A flag that would change nothing.
     #[error("`{flag}` has no effect with `{with}`")]
     NoEffect { flag: &'static str, with: &'static str },
+    /// A flag of paged optimizers with another.
+    #[error("`{flag}` has no effect with `--optim {optim}`, whose states have no pages")]
+    NotPaged { flag: &'static str, optim: OptimizerName },
     /// `--compute-dtype bf16` on a GPU that has none.
     #[error("`--compute-dtype bf16`: {device} computes in float16 and float32 only")]
     NoBf16 { device: String },
@@ -111,6 +115,7 @@ impl CliError {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
+            Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
             Self::Stopped { saved, .. } => {
                 Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
@@ -132,7 +137,7 @@ impl CliError {
             Self::Tensor(error) => is_out_of_memory(error),
             Self::Model(error) => model(error),
             Self::Train(error) => match &**error {
-                TrainError::Tensor(error) | TrainError::Optim(nibble_optim::Error::Tensor(error)) => is_out_of_memory(error),
+                TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => is_out_of_memory(error),
                 TrainError::Model(error) => model(error),
                 _ => false,
             },
@@ -162,6 +167,13 @@ fn train_hint(error: &TrainError) -> Option<String> {
         TrainError::NonFinite { .. } => Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into()),
         TrainError::NothingTrains => Some("choose `--target-modules all-linear`".into()),
         TrainError::TooLong { .. } => Some("cut long rows with `--max-length`".into()),
+        TrainError::Optim(OptimError::PageFile { .. }) => {
+            Some("give `--optim-page-file` a new file on a disk with more room, or take an 8-bit optimizer".into())
+        }
+        TrainError::Optim(OptimError::DeviceMemory { .. }) => {
+            Some("give `--optim-device-memory` more; without it, half of what is free is taken".into())
+        }
+        TrainError::Optim(OptimError::NoPageFile) => Some("name one with `--optim-page-file`".into()),
         TrainError::Data(error) => data_hint(error),
         TrainError::Model(error) => model_hint(error),
         TrainError::Adapter(error) => adapter_hint(error),

@@ -395,3 +395,19 @@ fn a_memory_limit_below_what_the_model_takes() {
     assert!(ended.stderr.contains("error: out of memory on cpu") && ended.stderr.contains("hint: "), "{}", ended.stderr);
     assert_eq!(world.entries(), before, "something was left behind");
 }
+
+#[test]
+fn an_optimizer_that_is_not_known_or_cannot_have_its_pages() {
+    let world = World::new();
+    let refuses = |flags: &str, says: &[&str]| world.refuses(&format!("{MODEL} {flags}"), says);
+    refuses("--optim paged_adamw8bit", &["`paged_adamw8bit`", "the nearest name is `paged_adamw_8bit`"]);
+    refuses("--optim adamw_8bit --optim-args beta3=0.9", &["adamw_8bit: takes no argument `beta3`", "`beta1`, `beta2`, `eps`"]);
+    refuses("--optim adamw_8bit --optim-page-file pages", &["`--optim-page-file` has no effect with `--optim adamw_8bit`"]);
+    refuses("--optim paged_adamw_8bit --optim-device-memory 1MiB", &["need a file", "hint: name one with `--optim-page-file`"]);
+    world.write("used", "precious");
+    refuses("--optim paged_adamw_8bit --optim-page-file used", &["`used` cannot hold pages", "it exists, and is not empty"]);
+    // A disk that is always full.
+    if std::path::Path::new("/dev/full").exists() {
+        refuses("--optim paged_adamw_8bit --optim-page-file /dev/full", &["`/dev/full` cannot hold pages of ", "hint: "]);
+    }
+}

@@ -95,6 +95,18 @@ fn memory_options_do_not_change_the_result() {
 }
 
 #[test]
+fn an_optimizer_in_pages_learns_the_same_bytes() {
+    let world = World::new();
+    let adapter = |out: &str| fs::read(world.path(out).join("adapter_model.safetensors")).unwrap();
+    for (whole, paged) in [("adamw_bnb_8bit", "paged_adamw_8bit"), ("adamw_bnb_32bit", "paged_adamw_32bit")] {
+        world.train(whole, &format!("--optim {whole}"));
+        world.train(paged, &format!("--optim {paged} --optim-page-file pages"));
+        assert_eq!(adapter(whole), adapter(paged), "{paged}");
+        assert!(!world.path("pages").exists());
+    }
+}
+
+#[test]
 fn an_adapter_can_be_trained_further() {
     let world = World::new();
     world.train("first", "");

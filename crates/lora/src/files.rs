@@ -95,7 +95,7 @@ pub fn save_adapter(dir: &Path, config: &AdapterConfig, params: &ParamStore) -> 
     std::fs::create_dir_all(dir).map_err(|source| io(dir, source))?;
     let path = dir.join(TENSORS);
     let invalid = |source| Error::Safetensors { path: path.clone(), source };
-    let flat = params.data().to_vec::<f32>()?;
+    let flat = params.values()?;
     let mut views = Vec::with_capacity(params.params().len());
     for param in params.params() {
         let values = &flat[param.offset..param.offset + param.shape.numel()];

@@ -114,10 +114,18 @@ fn paged(
     let all = config.state_bytes(layout);
     let page: usize = option("--page", "8388608").parse()?;
     let file = (arena.device() == Device::Cpu).then(|| std::env::temp_dir().join("bench_optim.pages"));
-    for (share, budget) in [("all", 2 * all), ("half", all / 2), ("none", 4 * page)] {
-        let paging = Paging { device_memory: Some(budget), file: file.clone(), page: Some(page) };
+    let cases =
+        [("all", 2 * all, false), ("half", all / 2, false), ("none", 4 * page, false), ("none, values neither", 4 * page, true)];
+    for (share, budget, masters) in cases.into_iter().filter(|case| !case.2 || file.is_none()) {
+        let paging = Paging { device_memory: Some(budget), file: file.clone(), masters, page: Some(page) };
         let mut optimizer = Optimizer::paged(arena, layout, config, &paging)?;
-        let time = time(arena, &mut optimizer, buffers, steps)?;
+        let (time, all) = if masters {
+            let mut copies = (buffers.0.to_dtype(DType::Bf16)?, buffers.1.clone());
+            optimizer.set_values(&buffers.0)?;
+            (time(arena, &mut optimizer, &mut copies, steps)?, all + 4 * layout.numel())
+        } else {
+            (time(arena, &mut optimizer, buffers, steps)?, all)
+        };
         let (pages, resident) = optimizer.pages().unwrap_or((1, 1));
         let away = all as f64 * (pages - resident) as f64 / pages as f64;
         println!(
@@ -140,7 +148,13 @@ fn main() -> Result<()> {
     let rate = copy_rate(&arena, n)?;
     let link = link_rates(&arena)?;
     let mut buffers = (random(&arena, n, 1)?, random(&arena, n, 2)?);
+    let mut done = Vec::new();
     for name in OptimizerName::ALL.into_iter().filter(|name| name.as_str().contains(&only)) {
+        // Other names of what has been measured.
+        if done.contains(&(name.config(0.01), name.is_paged())) {
+            continue;
+        }
+        done.push((name.config(0.01), name.is_paged()));
         if name.is_paged() {
             paged(&arena, &layout, name, &mut buffers, (steps, link))?;
             continue;

@@ -60,6 +60,12 @@ pub enum Error {
     /// A page file with a GPU, whose pages live in memory.
     #[error("optim_page_file: on a GPU pages are in the host's memory, and take no file")]
     PageFileOnGpu,
+    /// A budget for states on the CPU without a file for the others.
+    #[error("optim_device_memory: on the CPU the pages that do not fit need a file, `optim_page_file`")]
+    NoPageFile,
+    /// Values in pages on the CPU.
+    #[error("optim_page_masters: on the CPU the f32 values themselves are computed with")]
+    MastersOnCpu,
     /// Less of the device than the pages need that visit it at once.
     #[error("optim_device_memory: expected room for two pages, at least {expected} bytes, found {found}")]
     DeviceMemory {

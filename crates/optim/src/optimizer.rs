@@ -1,6 +1,6 @@
 //! An optimizer over one flat buffer.
 
-use nibble_tensor::{Arena, Device, Owner, Tensor};
+use nibble_tensor::{Arena, DType, Device, Owner, Tensor};
 
 use crate::{
     Error, OptimizerConfig, Paging, Result, StateMismatch,
@@ -67,6 +67,39 @@ impl Optimizer {
     #[must_use]
     pub fn pages(&self) -> Option<(usize, usize)> {
         if let States::Paged(paged) = &self.states { Some(paged.count()) } else { None }
+    }
+
+    /// Whether the pages hold the f32 values ([`Paging::masters`]): then [`Optimizer::set_values`] comes before the first step,
+    /// and the params of a step are copies of 16 bits, which it writes.
+    #[must_use]
+    pub fn holds_values(&self) -> bool {
+        matches!(&self.states, States::Paged(paged) if paged.has_masters())
+    }
+
+    /// Takes the values (F32 \[len\]) into the pages.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] when they do not fit.
+    pub fn set_values(&mut self, values: &Tensor) -> Result<()> {
+        values.expect_shape(self.config.name(), "values", [self.numel])?;
+        match &mut self.states {
+            States::Paged(paged) if paged.has_masters() => paged.set_masters(values),
+            _ => Ok(()),
+        }
+    }
+
+    /// The values in the pages, copied to the host; nothing when they are not there.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`].
+    pub fn values(&self) -> Result<Option<Tensor>> {
+        match &self.states {
+            States::Paged(paged) if paged.has_masters() => {
+                let spec = Spec::new("values", DType::F32, self.numel);
+                Ok(paged.gather(&[spec])?.pop().map(|(_, values)| values))
+            }
+            _ => Ok(None),
+        }
     }
 
     /// One update of `params` (F32 \[len\]) with gradients `grad_scale` · `grads`; `grad_scale` is the clipping factor.
@@ -173,7 +206,7 @@ impl Optimizer {
                     own.copy_rows(0, &saved.to_arena(own.arena())?)?;
                 }
             }
-            States::Paged(paged) => paged.scatter(&saved)?,
+            States::Paged(paged) => paged.scatter(&self.specs, &saved)?,
         }
         self.steps = steps;
         Ok(())

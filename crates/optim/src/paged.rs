@@ -4,7 +4,7 @@
 //! A page is the states of a slice of the flat buffer, one after the other. While one slice is updated the page of the next one
 //! comes and that of the one before goes. The updates are those of the whole buffer, slice by slice: bit for bit the same.
 
-use std::path::PathBuf;
+use std::{ops::Range, path::PathBuf};
 
 use nibble_tensor::{
     Arena, DType, Device, Tensor, TensorMut,
@@ -26,6 +26,8 @@ pub struct Paging {
     pub device_memory: Option<usize>,
     /// On the CPU, a file that holds what does not fit; without one all states stay in memory.
     pub file: Option<PathBuf>,
+    /// On a GPU, whether the f32 values live in the pages too: on the device stay copies of 16 bits.
+    pub masters: bool,
     /// Bytes of a page; nothing: 8 MiB.
     pub page: Option<usize>,
 }
@@ -41,6 +43,7 @@ const FEWEST: usize = 2;
 pub(crate) struct Paged {
     visits: Visits,
     pages: Vec<Page>,
+    masters: bool,
 }
 
 /// How pages that are not on the device come there.
@@ -67,6 +70,7 @@ struct Slice {
     /// First element.
     start: usize,
     plan: Plan,
+    /// What lies in its page: the values, if they do, then the states.
     specs: Vec<Spec>,
     /// Of its page.
     bytes: usize,
@@ -89,6 +93,14 @@ impl Spec {
 }
 
 impl Slice {
+    /// Where a tensor of this name lies in the page.
+    fn place(&self, wanted: &Spec) -> Range<usize> {
+        let before = self.specs.iter().take_while(|spec| spec.name != wanted.name);
+        let start = before.map(Spec::padded).sum();
+        let bytes = self.specs.iter().find(|spec| spec.name == wanted.name).map_or(0, Spec::bytes);
+        start..start + bytes
+    }
+
     fn carve<'a>(&self, bytes: TensorMut<'a>) -> Result<Vec<TensorMut<'a>>> {
         Ok(bytes.carve(self.specs.iter().map(|spec| (spec.dtype, spec.len)))?)
     }
@@ -97,11 +109,19 @@ impl Slice {
 impl Paged {
     /// Pages for `layout`; nothing when all states may stay on the device.
     pub(crate) fn new(arena: &Arena, layout: &Layout, config: &OptimizerConfig, paging: &Paging) -> Result<Option<Self>> {
-        let total = config.state_bytes(layout);
         let on_gpu = arena.device() != Device::Cpu;
+        if paging.masters && !on_gpu {
+            return Err(Error::MastersOnCpu);
+        }
+        let specs = |layout: &Layout| {
+            let values = paging.masters.then(|| Spec::new("values", DType::F32, layout.numel()));
+            values.into_iter().chain(config.specs(layout)).collect::<Vec<_>>()
+        };
+        let total = specs(layout).iter().map(Spec::bytes).sum();
         let budget = match (paging.device_memory, &paging.file, on_gpu) {
             (_, Some(_), true) => return Err(Error::PageFileOnGpu),
-            (_, None, false) => return Ok(None),
+            (Some(_), None, false) => return Err(Error::NoPageFile),
+            (None, None, false) => return Ok(None),
             (Some(bytes), ..) => bytes,
             (None, Some(_), false) => 0,
             (None, None, true) => arena.room()?.map_or(usize::MAX, |room| room / 2),
@@ -110,7 +130,7 @@ impl Paged {
             return Ok(None);
         }
         let layouts = layout.cut(page_elements(layout, total, paging.page.unwrap_or(PAGE)));
-        let sizes: Vec<usize> = layouts.iter().map(|layout| config.specs(layout).iter().map(Spec::padded).sum()).collect();
+        let sizes: Vec<usize> = layouts.iter().map(|layout| specs(layout).iter().map(Spec::padded).sum()).collect();
         let largest = sizes.iter().copied().max().unwrap_or(0);
         let visiting = if on_gpu { visitors(budget, largest)? } else { FEWEST };
         let mut left = budget.saturating_sub(visiting * largest);
@@ -128,7 +148,7 @@ impl Paged {
                 Device::Cuda(device) => Home::Pinned(Pinned::new(device, bytes)?),
                 _ => Home::File(at),
             };
-            let (plan, specs) = (Plan::new(arena, layout, config)?, config.specs(layout));
+            let (plan, specs) = (Plan::new(arena, layout, config)?, specs(layout));
             pages.push(Page { slice: Slice { start, plan, specs, bytes }, home });
             start += layout.numel();
             at += bytes as u64;
@@ -142,7 +162,7 @@ impl Paged {
             (_, Some(file)) => Visits::File { file, buffers: [buffer()?, buffer()?] },
             _ => Visits::None,
         };
-        Ok(Some(Self { visits, pages }))
+        Ok(Some(Self { visits, pages, masters: paging.masters }))
     }
 
     /// One update of the whole buffer.
@@ -152,7 +172,7 @@ impl Paged {
         for ((start, shape), params) in parts.iter().zip(params.views_mut(&parts)?) {
             slices.push((Some(params), grads.view(*start, *shape)?));
         }
-        let work = Work { config, now, slices };
+        let work = Work { config, now, slices, masters: self.masters };
         match &mut self.visits {
             Visits::Pinned { pager, slots } => work.beside_copies(&mut self.pages, pager, slots),
             Visits::File { file, buffers } => work.beside_file(&mut self.pages, file, buffers),
@@ -160,14 +180,18 @@ impl Paged {
         }
     }
 
-    /// The states as tensors of the host, under their names.
+    /// Whether the values are in the pages.
+    pub(crate) fn has_masters(&self) -> bool {
+        self.masters
+    }
+
+    /// What the pages hold under these names as tensors of the host.
     pub(crate) fn gather(&self, specs: &[Spec]) -> Result<Vec<(&'static str, Tensor)>> {
         let mut states: Vec<Vec<u8>> = specs.iter().map(|spec| Vec::with_capacity(spec.bytes())).collect();
         for page in &self.pages {
-            let (bytes, mut at) = (self.read(page)?, 0);
-            for (state, spec) in states.iter_mut().zip(&page.slice.specs) {
-                state.extend_from_slice(&bytes[at..at + spec.bytes()]);
-                at += spec.padded();
+            let bytes = self.read(page)?;
+            for (state, wanted) in states.iter_mut().zip(specs) {
+                state.extend_from_slice(&bytes[page.slice.place(wanted)]);
             }
         }
         let host = Arena::new(Device::Cpu);
@@ -181,8 +205,8 @@ impl Paged {
         specs.iter().zip(states).map(tensor).collect()
     }
 
-    /// Takes the states over, which are in the order of the specs and as long.
-    pub(crate) fn scatter(&mut self, states: &[&Tensor]) -> Result<()> {
+    /// Takes over what `specs` name, which is as long.
+    pub(crate) fn scatter(&mut self, specs: &[Spec], states: &[&Tensor]) -> Result<()> {
         let bytes = |state: &&Tensor| match state.dtype() {
             DType::U8 => state.to_vec::<u8>(),
             _ => Ok(state.to_vec::<f32>()?.into_iter().flat_map(f32::to_ne_bytes).collect()),
@@ -190,12 +214,29 @@ impl Paged {
         let states = states.iter().map(bytes).collect::<Result<Vec<_>, _>>()?;
         let mut done = vec![0; states.len()];
         for i in 0..self.pages.len() {
+            let mut page = self.read(&self.pages[i])?;
+            for ((state, done), spec) in states.iter().zip(&mut done).zip(specs) {
+                let place = self.pages[i].slice.place(spec);
+                let next = *done + place.len();
+                page[place].copy_from_slice(&state[*done..next]);
+                *done = next;
+            }
+            self.write(i, &page)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the values over, page by page.
+    pub(crate) fn set_masters(&mut self, values: &Tensor) -> Result<()> {
+        if matches!(values.device(), Device::Cuda(device) if device.is_dry()) {
+            return Ok(());
+        }
+        for i in 0..self.pages.len() {
             let slice = &self.pages[i].slice;
-            let (mut page, mut at) = (vec![0; slice.bytes], 0);
-            for ((state, done), spec) in states.iter().zip(&mut done).zip(&slice.specs) {
-                page[at..at + spec.bytes()].copy_from_slice(&state[*done..*done + spec.bytes()]);
-                *done += spec.bytes();
-                at += spec.padded();
+            let part = values.view(slice.start, [slice.plan.numel()])?.to_vec::<f32>()?;
+            let mut page = self.read(&self.pages[i])?;
+            for (to, value) in page[..4 * part.len()].as_chunks_mut::<4>().0.iter_mut().zip(part) {
+                *to = value.to_ne_bytes();
             }
             self.write(i, &page)?;
         }
@@ -271,6 +312,7 @@ struct Work<'a> {
     config: &'a OptimizerConfig,
     now: Now<'a>,
     slices: Vec<(Option<TensorMut<'a>>, Tensor)>,
+    masters: bool,
 }
 
 impl Work<'_> {
@@ -278,7 +320,13 @@ impl Work<'_> {
     fn update(&mut self, i: usize, slice: &Slice, bytes: &mut Tensor) -> Result<()> {
         let (params, grads) = &mut self.slices[i];
         let Some(params) = params.take() else { return Ok(()) };
-        self.config.update(&slice.plan, self.now, params, grads, slice.carve(bytes.view_mut()?)?)
+        let mut states = slice.carve(bytes.view_mut()?)?;
+        if !self.masters {
+            return self.config.update(&slice.plan, self.now, params, grads, states);
+        }
+        let mut values = states.remove(0);
+        self.config.update(&slice.plan, self.now, values.reborrow(), grads, states)?;
+        Ok(values.convert_into(params)?)
     }
 
     /// The pages that are on the device.

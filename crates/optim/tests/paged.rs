@@ -4,7 +4,7 @@ mod common;
 
 use common::arena;
 use nibble_optim::{Error, Layout, Optimizer, OptimizerConfig, OptimizerName, Paging};
-use nibble_tensor::{Device, Rng, Shape, Tensor};
+use nibble_tensor::{DType, Device, Rng, Shape, Tensor, cuda::Graph};
 
 /// Parameters of these sizes, every second one without decay.
 const SIZES: [usize; 5] = [300, 40_000, 7, 9_001, 5_000];
@@ -40,7 +40,7 @@ fn budgets(config: &OptimizerConfig) -> [usize; 3] {
 /// Pages for the device that the tests run on: in a file on the CPU.
 fn paging(budget: usize, folder: &std::path::Path, name: &str) -> Paging {
     let file = (arena().device() == Device::Cpu).then(|| folder.join(name));
-    Paging { device_memory: Some(budget), file, page: Some(PAGE) }
+    Paging { device_memory: Some(budget), file, masters: false, page: Some(PAGE) }
 }
 
 fn run(optimizer: &mut Optimizer, params: &mut Tensor, seeds: std::ops::Range<u64>) {
@@ -83,6 +83,81 @@ fn paged_steps_and_states_are_bit_for_bit_those_without_pages() {
     }
 }
 
+/// Four steps on a GPU by `begin` and `apply`; with `captured` the second is recorded, and replayed from then on.
+fn run_on_gpu(optimizer: &mut Optimizer, params: &mut Tensor, captured: bool) {
+    let mut grads = normal(1);
+    let arena = grads.arena().clone();
+    let mut graph = None;
+    for seed in 1..5 {
+        grads.write(&normal(seed).to_f32_vec().unwrap()).unwrap();
+        optimizer.begin(1e-2 / seed as f64).unwrap();
+        if captured && seed == 2 {
+            graph = Some(Graph::capture(&arena, || optimizer.apply(params, &grads, 1.0).map_err(Failed::from)).unwrap().0);
+        }
+        match &graph {
+            Some(graph) => graph.launch().unwrap(),
+            None => optimizer.apply(params, &grads, 1.0).unwrap(),
+        }
+    }
+}
+
+/// An error on its way through a capture.
+#[derive(Debug)]
+struct Failed(#[expect(dead_code, reason = "shown when it is unwrapped")] Error);
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self(error)
+    }
+}
+
+impl From<nibble_tensor::Error> for Failed {
+    fn from(error: nibble_tensor::Error) -> Self {
+        Self(error.into())
+    }
+}
+
+#[test]
+fn captured_steps_are_those_one_by_one_with_pages_and_without() {
+    if arena().device() == Device::Cpu {
+        return;
+    }
+    for config in OptimizerName::ALL.map(|name| name.config(0.1)) {
+        let (mut plain, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
+        run_on_gpu(&mut plain, &mut want, false);
+        let mut captured = normal(0);
+        run_on_gpu(&mut Optimizer::new(&arena(), &layout(), config).unwrap(), &mut captured, true);
+        assert_eq!(bits(&captured), bits(&want), "{config:?}");
+        let paging = Paging { device_memory: Some(3 * (PAGE + 2048)), file: None, masters: false, page: Some(PAGE) };
+        let mut paged = normal(0);
+        run_on_gpu(&mut Optimizer::paged(&arena(), &layout(), config, &paging).unwrap(), &mut paged, true);
+        assert_eq!(bits(&paged), bits(&want), "{config:?} paged");
+    }
+}
+
+#[test]
+fn values_in_pages_are_those_outside_bit_for_bit() {
+    let paging = Paging { masters: true, ..paging(3 * (2 * PAGE + 4096), &folder("values"), "pages") };
+    if arena().device() == Device::Cpu {
+        let config = OptimizerName::PagedAdamW8bit.config(0.1);
+        let error = Optimizer::paged(&arena(), &layout(), config, &paging).map(drop).unwrap_err();
+        assert!(matches!(error, Error::MastersOnCpu), "{error}");
+        return;
+    }
+    for config in configs() {
+        let (mut plain, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
+        run(&mut plain, &mut want, 1..4);
+        let mut optimizer = Optimizer::paged(&arena(), &layout(), config, &paging).unwrap();
+        assert!(optimizer.holds_values());
+        optimizer.set_values(&normal(0)).unwrap();
+        let mut copy = normal(0).to_dtype(DType::Bf16).unwrap();
+        run(&mut optimizer, &mut copy, 1..4);
+        assert_eq!(bits(&optimizer.values().unwrap().unwrap()), bits(&want), "{config:?}");
+        assert_eq!(bits(&copy), bits(&want.to_dtype(DType::Bf16).unwrap()), "{config:?}");
+        assert_eq!(state_bits(&optimizer), state_bits(&plain), "{config:?}");
+    }
+}
+
 #[test]
 fn a_state_goes_from_pages_to_none_and_back() {
     let folder = folder("state");
@@ -112,14 +187,14 @@ fn a_state_goes_from_pages_to_none_and_back() {
 fn what_cannot_hold_the_pages_is_one_error() {
     if arena().device() != Device::Cpu {
         let config = OptimizerName::PagedAdamW8bit.config(0.0);
-        let little = Paging { device_memory: Some(PAGE), file: None, page: Some(PAGE) };
+        let little = Paging { device_memory: Some(PAGE), file: None, masters: false, page: Some(PAGE) };
         let error = Optimizer::paged(&arena(), &layout(), config, &little).map(drop).unwrap_err();
         assert!(matches!(error, Error::DeviceMemory { found: PAGE, .. }), "{error}");
         return;
     }
     let (folder, config) = (folder("errors"), OptimizerName::PagedAdamW32bit.config(0.0));
     let refused = |file: &std::path::Path| {
-        let paging = Paging { device_memory: None, file: Some(file.to_owned()), page: Some(PAGE) };
+        let paging = Paging { device_memory: None, file: Some(file.to_owned()), masters: false, page: Some(PAGE) };
         Optimizer::paged(&arena(), &layout(), config, &paging).map(drop).unwrap_err().to_string()
     };
     let used = folder.join("used");

@@ -2,7 +2,10 @@
 
 use std::marker::PhantomData;
 
-use crate::{DType, Device, Element, Error, Result, Shape};
+use crate::{
+    DType, Device, Element, Error, Result, Shape,
+    cuda::{Arg, Grid, suffix},
+};
 
 /// A part of a tensor borrowed for writing: gradients of one parameter inside the flat buffer of all.
 #[derive(Debug)]
@@ -140,6 +143,28 @@ impl<'a> TensorMut<'a> {
 
     /// What [`TensorMut::carve`] begins tensors at multiples of, in bytes.
     pub const ALIGN: usize = 256;
+
+    /// Writes the elements (F32) over `out`, in its type (rounded to nearest even), on a GPU.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the numbers of elements differ, [`Error::DType`] unless `out` is F32 or of 16 bits, [`Error::Argument`] on
+    /// the CPU.
+    pub fn convert_into(&mut self, mut out: TensorMut<'_>) -> Result<()> {
+        const OP: &str = "convert_into";
+        let n = self.shape.numel();
+        out.expect_shape(OP, "out", [n])?;
+        let Device::Cuda(device) = self.device else {
+            return Err(Error::Argument { op: OP, argument: "device", expected: "a GPU", found: 0 });
+        };
+        if self.dtype != DType::F32 {
+            return Err(Error::DType { op: OP, operand: "self", expected: DType::F32.name(), found: self.dtype });
+        }
+        if out.dtype == DType::F32 {
+            return device.copy(out.address()?, self.address()?, 4 * n);
+        }
+        let args = [Arg::write_view(&mut out)?, Arg::Pointer(self.address()?), Arg::U64(n as u64)];
+        device.launch(&format!("cast_f32_{}", suffix(OP, out.dtype)?), Grid::over(n, 4096, 256), &args)
+    }
 
     /// The same view for a shorter time, to hand it on and keep it.
     pub fn reborrow(&mut self) -> TensorMut<'_> {

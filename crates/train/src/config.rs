@@ -1,7 +1,7 @@
 //! The settings of a run, in the names of Hugging Face's `TrainingArguments`.
 
 use nibble_model::Checkpointing;
-use nibble_optim::{LrSchedule, OptimizerName, ScheduleName, ScheduleOptions};
+use nibble_optim::{LrSchedule, OptimizerConfig, OptimizerName, Paging, ScheduleName, ScheduleOptions};
 
 use crate::{Error, Result};
 
@@ -30,6 +30,10 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// The optimizer.
     pub optim: OptimizerName,
+    /// Its constants where they differ from the Trainer's defaults ([`OptimizerConfig::with_args`]).
+    pub optim_args: String,
+    /// Where the states of a paged optimizer may be.
+    pub optim_paging: Paging,
     /// What is kept of the forward pass.
     pub checkpointing: Checkpointing,
     /// Seed of dropout.
@@ -57,6 +61,8 @@ impl Default for TrainConfig {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
             optim: OptimizerName::AdamWTorchFused,
+            optim_args: String::new(),
+            optim_paging: Paging::default(),
             checkpointing: Checkpointing::Selective,
             seed: 42,
             logging_steps: 1,
@@ -98,6 +104,14 @@ impl TrainConfig {
             return Err(Error::Setting { option: "num_train_epochs", expected: "above 0", found: "0".to_owned() });
         }
         Ok(())
+    }
+
+    /// The optimizer's constants.
+    ///
+    /// # Errors
+    /// [`Error::Optim`] for arguments that it does not take, or out of range.
+    pub fn optimizer(&self) -> Result<OptimizerConfig> {
+        Ok(self.optim.config(self.weight_decay).with_args(&self.optim_args)?)
     }
 
     /// The learning rates of a run of `max_steps`.

@@ -68,7 +68,7 @@ impl Trainer {
     ///
     /// # Errors
     /// [`Error::NothingTrains`], [`Error::Setting`], [`Error::TooLong`], out of memory.
-    pub fn new(model: Transformer, params: ParamStore, data: DataLoader, config: TrainConfig) -> Result<Self> {
+    pub fn new(model: Transformer, mut params: ParamStore, data: DataLoader, config: TrainConfig) -> Result<Self> {
         config.validate()?;
         if params.numel() == 0 {
             return Err(Error::NothingTrains);
@@ -77,7 +77,7 @@ impl Trainer {
         let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
         let grads = params.zero_grads()?;
-        let optimizer = optimizer(&model, &params, &config)?;
+        let optimizer = optimizer(&model, &mut params, &config)?;
         let schedule = config.schedule(max_steps)?;
         let loss_scale = if model.compute_dtype() == DType::F16 { Some(LossScale::new(model.arena())?) } else { None };
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
@@ -109,6 +109,17 @@ impl Trainer {
     #[must_use]
     pub fn params(&self) -> &ParamStore {
         &self.params
+    }
+
+    /// Makes the f32 values those of [`Trainer::params`], where they live in the optimizer's pages: before they are saved.
+    ///
+    /// # Errors
+    /// What reading the pages returns.
+    pub fn gather_params(&mut self) -> Result<()> {
+        if let Some(values) = self.optimizer.values()? {
+            self.params.set_masters(values);
+        }
+        Ok(())
     }
 
     /// The gradients of the last step, before clipping; times the loss scale, with gradients in f16.
@@ -328,8 +339,20 @@ fn steps_per_epoch(data: &DataLoader, config: &TrainConfig) -> usize {
 }
 
 /// The optimizer that `config` names, with its states.
-pub(crate) fn optimizer(model: &Transformer, params: &ParamStore, config: &TrainConfig) -> Result<Optimizer> {
-    Ok(Optimizer::new(model.arena(), &layout(params), config.optim.config(config.weight_decay))?)
+pub(crate) fn optimizer(model: &Transformer, params: &mut ParamStore, config: &TrainConfig) -> Result<Optimizer> {
+    let (arena, layout, optim) = (model.arena(), layout(params), config.optimizer()?);
+    if !config.optim.is_paged() {
+        return Ok(Optimizer::new(arena, &layout, optim)?);
+    }
+    if config.optim_paging.masters && model.compute_dtype() == DType::F32 {
+        let found = DType::F32.name().to_owned();
+        return Err(Error::Setting { option: "optim_page_masters", expected: "a compute type of 16 bits", found });
+    }
+    let mut optimizer = Optimizer::paged(arena, &layout, optim, &config.optim_paging)?;
+    if optimizer.holds_values() {
+        optimizer.set_values(&params.hand_over(model.compute_dtype())?)?;
+    }
+    Ok(optimizer)
 }
 
 /// The parameters as the optimizer sees them: biases and norms do not decay, as in the Trainer.

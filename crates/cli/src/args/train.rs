@@ -75,9 +75,21 @@ pub(crate) struct TrainArgs {
     /// The norm that gradients are clipped to; 0 leaves them
     #[arg(long, value_name = "X", value_parser = parse::not_negative, allow_negative_numbers = true, default_value = "1", help_heading = "Training")]
     pub(crate) max_grad_norm: f64,
-    /// The optimizer, as Hugging Face names it
+    /// The optimizer, as Hugging Face names it: adamw_torch, adamw_8bit, paged_adamw_8bit, lion_8bit, adafactor, sgd, ...
     #[arg(long, value_name = "NAME", default_value = "adamw_torch", help_heading = "Training")]
     pub(crate) optim: OptimizerName,
+    /// Constants of the optimizer, such as "betas=0.9,0.95 eps=1e-6 decay=before"
+    #[arg(long, value_name = "KEY=VALUE,...", default_value = "", hide_default_value = true, help_heading = "Training")]
+    pub(crate) optim_args: String,
+    /// Memory of the device that the states of a paged optimizer may take [default: half of what is free]
+    #[arg(long, value_name = "SIZE", value_parser = parse::bytes, help_heading = "Training")]
+    pub(crate) optim_device_memory: Option<usize>,
+    /// On a GPU, keep the f32 values in the pages of a paged optimizer too; copies in the compute type stay
+    #[arg(long, help_heading = "Training")]
+    pub(crate) optim_page_masters: bool,
+    /// On the CPU, a file for the states of a paged optimizer; it is gone after the run
+    #[arg(long, value_name = "FILE", help_heading = "Training")]
+    pub(crate) optim_page_file: Option<PathBuf>,
     /// What of the forward pass is computed again in the backward pass, to save memory; the bare flag means full, which costs
     /// about a third more time
     #[arg(long, value_enum, value_name = "KIND", num_args = 0..=1, default_value_t, default_missing_value = "full", help_heading = "Training")]

@@ -46,6 +46,12 @@ impl Pager {
     /// # Errors
     /// [`crate::Error::Cuda`].
     pub fn new(device: CudaDevice, slots: usize) -> Result<Self> {
+        if device.is_dry() {
+            let none = std::ptr::null_mut;
+            let slots = (0..slots).map(|_| Slot { arrived: none(), done: none(), left: none(), leaving: false }).collect();
+            let stream = std::ptr::null_mut();
+            return Ok(Self { device, there: stream, back: stream, begun: none(), slots });
+        }
         device.bind()?;
         let slot = || Ok(Slot { arrived: new_event()?, done: new_event()?, left: new_event()?, leaving: false });
         let slots = (0..slots).map(|_| slot()).collect::<Result<_>>()?;
@@ -63,8 +69,11 @@ impl Pager {
     /// # Errors
     /// [`crate::Error::Cuda`].
     pub fn begin(&mut self) -> Result<()> {
-        self.device.bind()?;
         self.slots.iter_mut().for_each(|slot| slot.leaving = false);
+        if self.device.is_dry() {
+            return Ok(());
+        }
+        self.device.bind()?;
         record(self.begun, self.device.gpu().stream)?;
         wait(self.there, self.begun)
     }
@@ -74,12 +83,15 @@ impl Pager {
     /// # Errors
     /// [`crate::Error::Argument`] when it does not fit, [`crate::Error::Cuda`].
     pub fn load(&mut self, slot: usize, page: &Pinned, place: &mut Tensor) -> Result<()> {
+        let bytes = fitting(page, place)?;
+        if self.device.is_dry() {
+            return Ok(());
+        }
         self.device.bind()?;
         let (there, slot) = (self.there, &self.slots[slot]);
         if slot.leaving {
             wait(there, slot.left)?;
         }
-        let bytes = fitting(page, place)?;
         let target = place.address_mut()?;
         // SAFETY: the page owns `bytes` bytes here, the tensor at least as many there.
         check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(target, page.address.cast(), bytes, there) })?;
@@ -91,6 +103,9 @@ impl Pager {
     /// # Errors
     /// [`crate::Error::Cuda`].
     pub fn arrive(&self, slot: usize) -> Result<()> {
+        if self.device.is_dry() {
+            return Ok(());
+        }
         self.device.bind()?;
         wait(self.device.gpu().stream, self.slots[slot].arrived)
     }
@@ -100,11 +115,14 @@ impl Pager {
     /// # Errors
     /// As [`Pager::load`].
     pub fn unload(&mut self, slot: usize, page: &mut Pinned, place: &Tensor) -> Result<()> {
+        let bytes = fitting(page, place)?;
+        if self.device.is_dry() {
+            return Ok(());
+        }
         self.device.bind()?;
         let (kernels, back, slot) = (self.device.gpu().stream, self.back, &mut self.slots[slot]);
         record(slot.done, kernels)?;
         wait(back, slot.done)?;
-        let bytes = fitting(page, place)?;
         // SAFETY: the page owns `bytes` bytes here, the tensor at least as many there.
         check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(page.address.cast(), place.address()?, bytes, back) })?;
         slot.leaving = true;
@@ -116,6 +134,9 @@ impl Pager {
     /// # Errors
     /// [`crate::Error::Cuda`].
     pub fn end(&mut self) -> Result<()> {
+        if self.device.is_dry() {
+            return Ok(());
+        }
         self.device.bind()?;
         let kernels = self.device.gpu().stream;
         self.slots.iter().filter(|slot| slot.leaving).try_for_each(|slot| wait(kernels, slot.left))
@@ -144,7 +165,7 @@ fn wait(stream: sys::CUstream, event: sys::CUevent) -> Result<()> {
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        if self.device.bind().is_err() || self.device.synchronize().is_err() {
+        if self.device.is_dry() || self.device.bind().is_err() || self.device.synchronize().is_err() {
             return;
         }
         let events = self.slots.iter().flat_map(|slot| [slot.arrived, slot.done, slot.left]).chain([self.begun]);

@@ -126,7 +126,7 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
         None => model.train_all()?,
     };
     let mut grads = params.zero_grads()?;
-    let mut optimizer = optimizer(&model, &params, &setup.train)?;
+    let mut optimizer = optimizer(&model, &mut params, &setup.train)?;
     let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok(params.numel()) };
     let parts = Parts {
         model: &model,

@@ -145,7 +145,8 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
     Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place })
 }
 
-fn save(trainer: &Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {
+fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {
+    trainer.gather_params()?;
     let folder = staging.path();
     let config = saved_config(tuning.adapter, tuning.source, trainer.params());
     save_adapter(folder, &config, trainer.params())?;

@@ -3,7 +3,7 @@
 use nibble_data::{LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, TargetModules};
 use nibble_model::Checkpointing;
-use nibble_optim::ScheduleName;
+use nibble_optim::{Paging, ScheduleName};
 use nibble_train::TrainConfig;
 
 use crate::{
@@ -73,8 +73,9 @@ impl Settings {
             seed: args.seed,
         };
         let config = train_config(args);
-        // A schedule that cannot be is said before anything is read.
+        // A schedule or an optimizer that cannot be is said before anything is read.
         config.schedule(1)?;
+        config.optimizer()?;
         Ok(Self {
             precision: Precision::from_args(&args.precision)?,
             adapter: if args.adapter.is_some() { None } else { Some(adapter_config(args)) },
@@ -100,6 +101,16 @@ fn refuse_idle_flags(args: &TrainArgs) -> Result<()> {
     let flags: Vec<_> = given.into_iter().filter_map(|(flag, given)| given.then_some(flag)).collect();
     if let Some(adapter) = args.adapter.clone().filter(|_| !flags.is_empty()) {
         return Err(CliError::AdapterFlags { flags, adapter });
+    }
+    if !args.optim.is_paged() {
+        let given = [
+            ("--optim-device-memory", args.optim_device_memory.is_some()),
+            ("--optim-page-file", args.optim_page_file.is_some()),
+            ("--optim-page-masters", args.optim_page_masters),
+        ];
+        if let Some((flag, _)) = given.into_iter().find(|(_, given)| *given) {
+            return Err(CliError::NotPaged { flag, optim: args.optim });
+        }
     }
     let with = "--lr-scheduler-type constant";
     if args.lr_scheduler_type == ScheduleName::Constant {
@@ -153,6 +164,8 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
         weight_decay: args.weight_decay,
         max_grad_norm: args.max_grad_norm,
         optim: args.optim,
+        optim_args: args.optim_args.clone(),
+        optim_paging: Paging { device_memory: args.optim_device_memory, file: args.optim_page_file.clone(), ..Paging::default() },
         checkpointing: match args.gradient_checkpointing {
             GradientCheckpointing::None => Checkpointing::None,
             GradientCheckpointing::Selective => Checkpointing::Selective,
@@ -193,9 +206,19 @@ mod tests {
     }
 
     #[test]
+    fn an_optimizer_takes_its_own_arguments_and_pages_if_it_has_any() {
+        let error = |flags| settings(flags).unwrap_err().to_string();
+        assert!(error("--optim lion_8bit --optim-args eps=1").contains("takes no argument `eps`"));
+        assert!(error("--optim adamw_8bit --optim-device-memory 1GiB").contains("--optim-device-memory"));
+        assert!(error("--optim adamw_8bit --optim-page-file f").contains("--optim-page-file"));
+        assert!(settings("--optim adafactor --optim-args clip_threshold=2").is_ok());
+    }
+
+    #[test]
     fn every_training_flag_reaches_the_config() {
         let flags = "--max-steps 7 --gradient-accumulation-steps 3 --lr 0.5 --lr-scheduler-type cosine --warmup-steps 2 \
-                     --weight-decay 0.25 --max-grad-norm 0.3 --optim sgd --gradient-checkpointing --seed 9 --logging-steps 4 \
+                     --weight-decay 0.25 --max-grad-norm 0.3 --optim paged_adamw_8bit --optim-args betas=0.9,0.95 \
+                     --optim-device-memory 1KiB --optim-page-file pages --optim-page-masters --gradient-checkpointing --seed 9 --logging-steps 4 \
                      --eval-data e --eval-steps 5 --per-device-eval-batch-size 6";
         let config = settings(flags).unwrap().config;
         let expected = TrainConfig {
@@ -209,7 +232,9 @@ mod tests {
             warmup_ratio: 0.0,
             weight_decay: 0.25,
             max_grad_norm: 0.3,
-            optim: nibble_optim::OptimizerName::Sgd,
+            optim: nibble_optim::OptimizerName::PagedAdamW8bit,
+            optim_args: "betas=0.9,0.95".to_owned(),
+            optim_paging: Paging { device_memory: Some(1024), file: Some("pages".into()), masters: true, page: None },
             checkpointing: Checkpointing::Full,
             seed: 9,
             logging_steps: 4,
