@@ -266,8 +266,24 @@ fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut
             let (s, d) = (&mut scores[at..end], &mut d_scores[at..end]);
             let over_size = Size { m: n, n: LANES, k: words };
             let of_part = |tile| View::new(tile, words);
-            product(form, s, ld, false, of_part(&keys[part.start * words..]), View::new(&q_panels[strip * panel..], LANES), over_size);
-            product(form, d, ld, false, of_part(&values[part.start * words..]), View::new(&d_o_panels[strip * panel..], LANES), over_size);
+            product(
+                form,
+                s,
+                ld,
+                false,
+                of_part(&keys[part.start * words..]),
+                View::new(&q_panels[strip * panel..], LANES),
+                over_size,
+            );
+            product(
+                form,
+                d,
+                ld,
+                false,
+                of_part(&values[part.start * words..]),
+                View::new(&d_o_panels[strip * panel..], LANES),
+                over_size,
+            );
             let mask = inputs.mask(block, rows, &(tile.start + part.start..tile.start + part.end));
             softmax_backward(Scores { data: s, ld }, Scores { data: d, ld }, mask.as_ref(), rule, &facts[strip]);
             let mut by_key = &keys[part.start * words..];

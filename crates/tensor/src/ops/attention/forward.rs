@@ -234,7 +234,15 @@ fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut
             let n = part.len();
             let scores = &mut scores[..n * LANES];
             let query = View::new(&panels[strip * LANES * words..], LANES);
-            product(form, scores, LANES, false, View::new(&keys[part.start * words..], words), query, Size { m: n, n: LANES, k: words });
+            product(
+                form,
+                scores,
+                LANES,
+                false,
+                View::new(&keys[part.start * words..], words),
+                query,
+                Size { m: n, n: LANES, k: words },
+            );
             let mask = inputs.mask(block, rows, &(tile.start + part.start..tile.start + part.end));
             let shrink = online_softmax(Scores { data: scores, ld: LANES }, mask.as_ref(), rule, state);
             let sums = &mut sums[strip * LANES * size..][..LANES * size];
@@ -245,7 +253,15 @@ fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut
                 pair_rows(scores);
             }
             let values = View::new(&values[part.start / form.each() * size..], size);
-            product_transposed(form, sums, LANES, true, values, View::new(scores, LANES), Size { m: size, n: LANES, k: form.words(n) });
+            product_transposed(
+                form,
+                sums,
+                LANES,
+                true,
+                values,
+                View::new(scores, LANES),
+                Size { m: size, n: LANES, k: form.words(n) },
+            );
         }
     }
     for (strip, state) in state.iter().enumerate() {
