@@ -205,11 +205,12 @@ fn check_labels(h: &Tensor, weight: &Tensor, labels: &Labels) -> Result<()> {
 mod cuda;
 
 mod cpu {
+    use half::bf16;
     use rayon::prelude::*;
 
     use super::{Config, Labels, Output, Result, Shape, Tensor, Trained};
     use crate::{
-        DType, Error,
+        DType, Error, Float,
         dtype::with_float,
         ops::{
             matmul::{self, Operand, Precision, Segment, Source, gemm},
@@ -282,6 +283,14 @@ mod cpu {
         if dtype == DType::F16 { Precision::F32 } else { precision(dtype) }
     }
 
+    /// What [`rows_loss`] left of the logits: for activations of bf16, rows of it in the first half of their place.
+    fn gradient(logits: &[f32], vocab: usize, dtype: DType) -> Source<'_> {
+        match dtype {
+            DType::Bf16 => Source::Bf16 { data: bytemuck::cast_slice(logits), ld: 2 * vocab },
+            _ => Source::F32 { data: logits, ld: vocab },
+        }
+    }
+
     pub(super) fn forward(h: &Tensor, weight: &Tensor, labels: &Labels, config: Config, want_dh: bool) -> Result<Output> {
         let trained = &labels.trained;
         let (vocab, inputs) = (weight.dims()[0], weight.dims()[1]);
@@ -299,9 +308,9 @@ mod cpu {
         let mut d_rows = Tensor::empty(h.arena(), h.dtype(), if want_dh { Shape::from([step, inputs]) } else { [0].into() })?;
         for trained in trained.chunks(step) {
             let logits = chunk.compute(trained)?;
-            loss += rows_loss(logits, trained, labels.gradient_scale(), config, want_dh);
+            loss += rows_loss(logits, trained, labels.gradient_scale(), config, want_dh.then_some(h.dtype()));
             let Some(dh) = &mut dh else { continue };
-            let gradient = Source::F32 { data: logits, ld: vocab };
+            let gradient = gradient(logits, vocab, h.dtype());
             let segment = Segment { a: Operand::new(gradient), b: Operand::new(dense(weight)?), k: vocab, scale: 1.0 };
             let precision = gradient_precision(h.dtype());
             let to = first_rows(output(&mut d_rows)?, trained.len() * inputs);
@@ -340,8 +349,8 @@ mod cpu {
         let step = chunk_rows(trained.len(), vocab);
         let mut chunk = Chunk::new(h, weight, step)?;
         for trained in trained.chunks(step) {
-            rows_loss(chunk.compute(trained)?, trained, labels.gradient_scale(), config, true);
-            let gradient = Source::F32 { data: chunk.logits.as_slice()?, ld: vocab };
+            rows_loss(chunk.compute(trained)?, trained, labels.gradient_scale(), config, Some(h.dtype()));
+            let gradient = gradient(chunk.logits.as_slice()?, vocab, h.dtype());
             let segment =
                 Segment { a: Operand::transpose(gradient), b: Operand::new(dense(&chunk.rows)?), k: trained.len(), scale: 1.0 };
             gemm(matmul::Output::F32(dweight), true, vocab, inputs, &[segment], None, gradient_precision(h.dtype()));
@@ -360,8 +369,9 @@ mod cpu {
         Ok(logits)
     }
 
-    /// Σ (ln Σ exp z - z[label]) in order of the rows; with `gradient`, the logits become the gradient of the loss.
-    fn rows_loss(logits: &mut [f32], trained: &[Trained], scale: f32, config: Config, gradient: bool) -> f64 {
+    /// Σ (ln Σ exp z - z[label]) in order of the rows; with `gradient`, the logits become the gradient of the loss, for
+    /// activations of that type.
+    fn rows_loss(logits: &mut [f32], trained: &[Trained], scale: f32, config: Config, gradient: Option<DType>) -> f64 {
         let vocab = logits.len() / trained.len();
         let mut losses = [0.0; MOST_ROWS];
         let rows = logits.par_chunks_exact_mut(vocab).zip(trained).zip(&mut losses[..trained.len()]);
@@ -371,12 +381,21 @@ mod cpu {
             }
             let (max, sum) = sum_exp(row);
             *loss = f64::from(max) + sum.ln() - f64::from(row[label]);
-            if gradient {
-                let at_label = row[label];
-                softmax_gradient(row, max, (f64::from(scale) / sum) as f32, config.softcap);
-                let p = f64::from(exp(at_label - max)) / sum;
-                let slope = config.softcap.map_or(1.0, |cap| slope(at_label, cap));
-                row[label] = (f64::from(scale) * (p - 1.0)) as f32 * slope;
+            let at_label = row[label];
+            let slope = config.softcap.map_or(1.0, |cap| slope(at_label, cap));
+            let p = f64::from(exp(at_label - max)) / sum;
+            let of_label = (f64::from(scale) * (p - 1.0)) as f32 * slope;
+            let factor = (f64::from(scale) / sum) as f32;
+            match gradient {
+                Some(DType::Bf16) => {
+                    narrow_softmax_gradient(row, max, factor, config.softcap);
+                    bytemuck::cast_slice_mut(row)[label] = bf16::from_f32(of_label);
+                }
+                Some(_) => {
+                    softmax_gradient(row, max, factor, config.softcap);
+                    row[label] = of_label;
+                }
+                None => {}
             }
         });
         losses[..trained.len()].iter().sum()
@@ -441,14 +460,35 @@ mod cpu {
     multiversion! {
         /// z becomes exp(z - max) factor, times the slope of the cap.
         fn softmax_gradient(row: &mut [f32], max: f32, factor: f32, cap: Option<f32>) {
-            if let Some(cap) = cap {
-                for z in row {
-                    *z = exp(*z - max) * factor * slope(*z, cap);
+            gradients(row, max, factor, cap);
+        }
+    }
+
+    multiversion! {
+        /// The same rounded to bf16, into the first half of the row.
+        fn narrow_softmax_gradient(row: &mut [f32], max: f32, factor: f32, cap: Option<f32>) {
+            for start in (0..row.len()).step_by(2 * LANES) {
+                let mut values = [0.0; 2 * LANES];
+                let values = &mut values[..usize::min(2 * LANES, row.len() - start)];
+                values.copy_from_slice(&row[start..][..values.len()]);
+                gradients(values, max, factor, cap);
+                let to = &mut bytemuck::cast_slice_mut::<f32, bf16>(row)[start..][..values.len()];
+                for (y, x) in to.iter_mut().zip(values) {
+                    *y = Float::from_f32(*x);
                 }
-            } else {
-                for z in row {
-                    *z = exp(*z - max) * factor;
-                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn gradients(row: &mut [f32], max: f32, factor: f32, cap: Option<f32>) {
+        if let Some(cap) = cap {
+            for z in row {
+                *z = exp(*z - max) * factor * slope(*z, cap);
+            }
+        } else {
+            for z in row {
+                *z = exp(*z - max) * factor;
             }
         }
     }

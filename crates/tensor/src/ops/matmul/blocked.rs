@@ -6,14 +6,16 @@ use super::tiles::{Panels, Tiles, add};
 use super::{Output, Problem, aliases, each_chunk};
 use std::ops::Range;
 
-/// Most columns of `b` packed at once (with 320 steps, 1.25 MiB: it stays in a last-level cache that others use too).
-const COLUMNS: usize = 1024;
+/// Most columns of `b` packed at once (with 320 steps, 2.5 MiB: it stays in a last-level cache that others use too).
+const COLUMNS: usize = 2048;
 /// Most words of staged sums: more rows mean fewer columns at once.
 const STAGE: usize = 1 << 22;
 /// Most rows of a task (with 320 steps, 240 KiB: half of a second-level cache of 512 KiB).
 const TASK_ROWS: usize = 192;
 /// Most columns of a task, where tasks are over columns.
 const TASK_COLUMNS: usize = 256;
+/// Tasks of a thread: one that was late takes fewer.
+const TASKS: usize = 4;
 /// Multiply-adds under which waking another thread costs more than it saves.
 pub(super) const SERIAL_WORK: usize = 1 << 16;
 /// Most words of a whole packed `a`.
@@ -189,8 +191,13 @@ fn over_columns(problem: &Problem, plan: &Plan, c: &mut Output, threads: usize) 
 
 /// Rows or columns of a task: several tasks for each thread if there are enough, of equal size, whole tiles.
 pub(super) fn task_size(len: usize, most: usize, unit: usize, threads: usize) -> usize {
-    let units = len.div_ceil(unit);
-    let tasks = len.div_ceil(most).next_multiple_of(threads).max(2 * threads);
-    let size = if threads == 1 { usize::max(1, most / unit) } else { units.div_ceil(tasks) };
+    let size =
+        if threads == 1 { usize::max(1, most / unit) } else { len.div_ceil(unit).div_ceil(task_count(len, most, threads)) };
     size * unit
+}
+
+/// Tasks of at most `most` rows or columns: several for each thread.
+pub(super) fn task_count(len: usize, most: usize, threads: usize) -> usize {
+    let tasks = len.div_ceil(most);
+    if threads == 1 { tasks } else { tasks.next_multiple_of(threads).max(TASKS * threads) }
 }

@@ -4,7 +4,7 @@
 //! right operands are packed first, together; then each task takes some rows through all products: it packs each block of
 //! each input once, and runs the tiles of every product that reads it. Threads meet twice a call, however many products.
 
-use super::blocked::{SERIAL_WORK, task_size};
+use super::blocked::{SERIAL_WORK, task_count};
 use super::kernels::Kernel;
 use super::pack::{Packer, Piece};
 use super::scratch::{self, Role};
@@ -66,12 +66,10 @@ fn gemm_rows_with(kernel: Kernel, m: usize, inputs: &[Input], mut products: Vec<
     let threads = if m * plan.words > SERIAL_WORK { rayon::current_num_threads() } else { 1 };
     scratch::with(Role::B, plan.words, |b| {
         pack_right(&plan, &products, precision, b);
-        let size = task_size(m, ROWS, plan.kernel.mr(), threads);
+        let bounds = row_bounds(m, plan.kernel.mr(), threads);
         let shared = Shared { plan: &plan, inputs, early, precision, m, b };
-        let (tasks, facts) = row_tasks(products, m.div_ceil(size), size);
-        let run = |(i, mut task): (usize, Vec<Output>)| {
-            shared.run(i * size..usize::min((i + 1) * size, m), &facts, &mut task);
-        };
+        let (tasks, facts) = row_tasks(products, &bounds);
+        let run = |(i, mut task): (usize, Vec<Output>)| shared.run(bounds[i]..bounds[i + 1], &facts, &mut task);
         if threads > 1 {
             tasks.into_par_iter().with_max_len(1).enumerate().for_each(run);
         } else {
@@ -219,19 +217,30 @@ fn pack_right(plan: &Plan, products: &[Product], precision: Precision, b: &mut [
 }
 
 /// What a task must know of a product beside its rows of the result.
+#[derive(Clone, Copy)]
 struct Facts<'a> {
     n: usize,
     bias: Option<&'a [f32]>,
 }
 
+/// Where tasks begin, and the end: whole tiles, as even as can be; what is left of the last tile goes to the last task.
+fn row_bounds(m: usize, unit: usize, threads: usize) -> Vec<usize> {
+    let units = usize::max(1, m / unit);
+    let tasks = task_count(m, ROWS, threads).min(units);
+    (0..tasks).map(|i| units * i / tasks * unit).chain([m]).collect()
+}
+
 /// The products' rows by task.
-fn row_tasks(products: Vec<Product<'_>>, count: usize, rows: usize) -> (Vec<Vec<Output<'_>>>, Vec<Facts<'_>>) {
-    let mut tasks: Vec<Vec<Output>> = (0..count).map(|_| Vec::with_capacity(products.len())).collect();
+fn row_tasks<'a>(products: Vec<Product<'a>>, bounds: &[usize]) -> (Vec<Vec<Output<'a>>>, Vec<Facts<'a>>) {
+    let mut tasks: Vec<Vec<Output>> = bounds[1..].iter().map(|_| Vec::with_capacity(products.len())).collect();
     let mut facts = Vec::with_capacity(products.len());
     for product in products {
         facts.push(Facts { n: product.n, bias: product.bias });
-        for (task, piece) in tasks.iter_mut().zip(product.c.pieces(rows * product.n)) {
+        let mut rest = product.c;
+        for (task, bounds) in tasks.iter_mut().zip(bounds.windows(2)) {
+            let (piece, after) = rest.split_at((bounds[1] - bounds[0]) * product.n);
             task.push(piece);
+            rest = after;
         }
     }
     (tasks, facts)
@@ -270,7 +279,11 @@ impl Shared<'_> {
     fn stage(&self, j: usize, c: &Output, facts: &Facts) -> Option<usize> {
         let uses = &self.plan.uses[j];
         let several_blocks = uses.first().map(|at| at.block) != uses.last().map(|at| at.block);
-        let direct = matches!(c, Output::F32(_)) && !(aliases(facts.n) && several_blocks);
+        let direct = match c {
+            Output::F32(_) => !(aliases(facts.n) && several_blocks),
+            Output::Bf16(_) => !several_blocks,
+            Output::F16(_) => false,
+        };
         (!direct).then(|| if aliases(facts.n) { facts.n + 16 } else { facts.n })
     }
 }
@@ -341,14 +354,23 @@ impl Task<'_, '_, '_> {
         if panels.is_empty() {
             return;
         }
-        let n = self.facts[j].n;
+        let Facts { n, bias } = self.facts[j];
         let add = uses[0].block < block;
-        let (sums, ldc) = sums(&mut self.c[j], self.stages[j], self.staged[j], n);
-        Tiles { kernel: plan.kernel, panels: &panels, rows: self.rows.len(), columns: n, ldc, add }.run(sums);
+        let tiles = |ldc| Tiles { kernel: plan.kernel, panels: &panels, rows: self.rows.len(), columns: n, ldc, add };
+        match (self.staged[j], &mut self.c[j]) {
+            (None, Output::Bf16(c)) => tiles(n).run_narrow(c, bias),
+            (staged, c) => {
+                let (sums, ldc) = sums(c, self.stages[j], staged, n);
+                tiles(ldc).run(sums);
+            }
+        }
     }
 
     /// Adds the bias, and moves staged sums to the result.
     fn finish(&mut self, j: usize) {
+        if let (None, Output::Bf16(_)) = (self.staged[j], &self.c[j]) {
+            return; // done with the tiles
+        }
         let Facts { n, bias } = self.facts[j];
         let (sums, ldc) = sums(&mut self.c[j], self.stages[j], self.staged[j], n);
         if let Some(bias) = bias {

@@ -221,14 +221,18 @@ impl Output<'_> {
 }
 
 impl Output<'_> {
-    /// Pieces of `len` elements, the last one shorter.
-    fn pieces(self, len: usize) -> Vec<Self> {
+    /// The first `len` elements and the others.
+    fn split_at(self, len: usize) -> (Self, Self) {
         match self {
-            Self::F32(c) => c.chunks_mut(len).map(Output::F32).collect(),
-            Self::Bf16(c) => c.chunks_mut(len).map(Output::Bf16).collect(),
-            Self::F16(c) => c.chunks_mut(len).map(Output::F16).collect(),
+            Self::F32(c) => both(c.split_at_mut(len), Output::F32),
+            Self::Bf16(c) => both(c.split_at_mut(len), Output::Bf16),
+            Self::F16(c) => both(c.split_at_mut(len), Output::F16),
         }
     }
+}
+
+fn both<T, U>((a, b): (T, T), f: impl Fn(T) -> U) -> (U, U) {
+    (f(a), f(b))
 }
 
 /// Rows of f32 this far apart share one set of a first-level cache.

@@ -60,7 +60,12 @@ impl<'a> Packer<'a> {
     /// The packer of one operand that no segment holds: of `lanes` rows, or of columns for the right operand.
     pub(super) fn of_operand(kernel: Kernel, precision: Precision, right: bool, lanes: usize) -> Self {
         let width = if right { kernel.nr() } else { kernel.mr() };
-        Self { kernel, precision, segments: &[], right, scales: true, lanes, width }
+        Self { right, ..Self::of_width(kernel, precision, width, lanes) }
+    }
+
+    /// The packer of a right operand in panels of another width.
+    pub(super) fn of_width(kernel: Kernel, precision: Precision, width: usize, lanes: usize) -> Self {
+        Self { kernel, precision, segments: &[], right: true, scales: true, lanes, width }
     }
 
     /// Words that the panels of `lanes` lanes over `steps` steps take.

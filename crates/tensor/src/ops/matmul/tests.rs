@@ -279,6 +279,22 @@ fn every_source_and_transposition_fits_every_path() {
 }
 
 #[test]
+fn every_kernel_transposes_what_there_is() {
+    for (lanes, steps, width) in [(1, 1, 1), (6, 9, 6), (14, 33, 14), (16, 16, 16), (21, 8, 32), (64, 16, 64), (3, 40, 16)] {
+        let ld = steps + 3;
+        let src = values(lanes * ld, 1);
+        each_kernel(|kernel, _| {
+            let mut dst = vec![7.0; (steps - 1) * width + lanes];
+            kernel.transpose(&src, ld, lanes, steps, &mut dst, width);
+            for (at, x) in dst.iter().enumerate() {
+                let (step, lane) = (at / width, at % width);
+                assert_eq!(*x, if lane < lanes { src[lane * ld + step] } else { 7.0 }, "{kernel:?} {lanes} {steps} {width}");
+            }
+        });
+    }
+}
+
+#[test]
 fn rows_that_share_cache_sets_are_within_the_bound() {
     for accumulate in [false, true] {
         let mut case = Case::new(90, 1024, one_part(330, DENSE, (Kind::Bf16, true)));

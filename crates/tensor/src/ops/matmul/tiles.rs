@@ -1,6 +1,7 @@
 //! The tiles of a product whose operands lie in panels.
 
 use super::kernels::{Kernel, MAX_TILE, Run};
+use half::bf16;
 
 /// A stretch of the reduction, packed: slivers of `mr` rows of `a`, panels of `nr` columns of `b`, `steps` words each.
 #[derive(Clone, Copy)]
@@ -21,9 +22,55 @@ pub(super) struct Tiles<'a> {
     pub(super) add: bool,
 }
 
+/// A tile's place in the result, of which so many rows and columns exist.
+struct Place {
+    row: usize,
+    column: usize,
+    rows: usize,
+    columns: usize,
+}
+
 impl Tiles<'_> {
-    /// Panels of `b` stay in a near cache while the slivers of `a` pass; each sliver fetches its share of the next panels.
+    /// The sums themselves.
     pub(super) fn run(&self, c: &mut [f32]) {
+        let mut tile = [0.0; MAX_TILE];
+        self.each(|runs, place| {
+            let c = &mut c[place.row * self.ldc + place.column..];
+            let size = self.kernel.fit(place.rows, place.columns);
+            if size == (place.rows, place.columns) {
+                self.kernel.tile(runs, c, self.ldc, self.add, size);
+                return;
+            }
+            self.kernel.tile(runs, &mut tile, size.1, false, size);
+            for (c, tile) in c.chunks_mut(self.ldc).zip(tile.chunks(size.1)).take(place.rows) {
+                if self.add {
+                    add(&mut c[..place.columns], tile);
+                } else {
+                    c[..place.columns].copy_from_slice(&tile[..place.columns]);
+                }
+            }
+        });
+    }
+
+    /// The sums and the bias, rounded: what there was is not added to.
+    pub(super) fn run_narrow(&self, c: &mut [bf16], bias: Option<&[f32]>) {
+        let mut tile = [0.0; MAX_TILE];
+        self.each(|runs, place| {
+            let size = self.kernel.fit(place.rows, place.columns);
+            self.kernel.tile(runs, &mut tile, size.1, false, size);
+            let c = &mut c[place.row * self.ldc + place.column..];
+            for (c, tile) in c.chunks_mut(self.ldc).zip(tile.chunks_mut(size.1)).take(place.rows) {
+                if let Some(bias) = bias {
+                    add(tile, &bias[place.column..][..place.columns]);
+                }
+                self.kernel.narrow_bf16(&tile[..place.columns], &mut c[..place.columns]);
+            }
+        });
+    }
+
+    /// Calls `tile` for each. Panels of `b` stay in a near cache while the slivers of `a` pass; each sliver fetches its share
+    /// of the next panels.
+    fn each(&self, mut tile: impl FnMut(&[Run], Place)) {
         let (mr, nr) = (self.kernel.mr(), self.kernel.nr());
         let slivers = self.rows.div_ceil(mr);
         // A line of a panel for each of a share of its steps.
@@ -35,31 +82,13 @@ impl Tiles<'_> {
                 let (b, ahead) = panels.b[column * panels.steps..].split_at(nr * panels.steps);
                 Run { steps: panels.steps, a: panels.a, a_step: mr, b, ahead }
             }));
+            let columns = usize::min(nr, self.columns - column);
             for row in (0..self.rows).step_by(mr) {
-                let c = &mut c[row * self.ldc + column..];
-                if row + mr <= self.rows && column + nr <= self.columns {
-                    self.kernel.tile(&runs, c, self.ldc, self.add);
-                } else {
-                    self.edge(&runs, c, usize::min(mr, self.rows - row), usize::min(nr, self.columns - column));
-                }
+                tile(&runs, Place { row, column, rows: usize::min(mr, self.rows - row), columns });
                 for (run, &share) in runs.iter_mut().zip(&shares) {
                     run.a = &run.a[mr * run.steps..];
                     run.ahead = run.ahead.get(share..).unwrap_or_default();
                 }
-            }
-        }
-    }
-
-    /// A tile of which only some rows and columns exist.
-    fn edge(&self, runs: &[Run], c: &mut [f32], rows: usize, columns: usize) {
-        let mut tile = [0.0; MAX_TILE];
-        let nr = self.kernel.nr();
-        self.kernel.tile(runs, &mut tile, nr, false);
-        for (c, tile) in c.chunks_mut(self.ldc).zip(tile.chunks(nr)).take(rows) {
-            if self.add {
-                add(&mut c[..columns], tile);
-            } else {
-                c[..columns].copy_from_slice(&tile[..columns]);
             }
         }
     }

@@ -21,6 +21,9 @@ use half::bf16;
 /// The most words a tile of any instruction set has.
 pub(super) const MAX_TILE: usize = 14 * 32;
 
+/// Rows and columns of the tiles of [`Kernel::outer`].
+pub(super) const OUTER: usize = 16;
+
 /// A set of instructions that this machine has: values are made by [`Kernel::available`] and [`Kernel::best`] alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Kernel(Isa);
@@ -93,6 +96,19 @@ macro_rules! by_elements {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::$name($($arg),*) },
+        }
+    };
+}
+
+/// The tile of a size that [`Kernel::fit`] gives.
+#[cfg(target_arch = "x86_64")]
+macro_rules! by_size {
+    ($isa:ident, $size:expr, $($arg:expr),*) => {
+        match ($size.0 == avx512::MR, $size.1 == avx512::NR) {
+            (true, true) => $isa::tile::<{ avx512::MR }, 2>($($arg),*),
+            (true, false) => $isa::tile::<{ avx512::MR }, 1>($($arg),*),
+            (false, true) => $isa::tile::<{ avx512::FEW }, 2>($($arg),*),
+            (false, false) => $isa::tile::<{ avx512::FEW }, 1>($($arg),*),
         }
     };
 }
@@ -172,18 +188,36 @@ impl Kernel {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => 320,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => 800,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => tune("NB_F32", 256),
             _ => 256,
         }
     }
 
-    /// One tile: `c (+)= Σ a b` over the runs; rows of `c` are `ldc` apart and at least `nr` long.
-    pub(super) fn tile(self, runs: &[Run], c: &mut [f32], ldc: usize, add: bool) {
+    /// The smallest tile there is that has so many rows and columns (at least 1, at most `mr` and `nr`).
+    pub(super) fn fit(self, rows: usize, columns: usize) -> (usize, usize) {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 | Isa::Avx512Bf16 => {
+                let rows = if rows <= avx512::FEW { avx512::FEW } else { avx512::MR };
+                (rows, if columns <= avx512::NR / 2 { avx512::NR / 2 } else { avx512::NR })
+            }
+            _ => (self.mr(), self.nr()),
+        }
+    }
+
+    /// One tile: `c (+)= Σ a b` over the runs; rows of `c` are `ldc` apart. `size` is one of [`Kernel::fit`]: the first rows and
+    /// columns of the panels.
+    pub(super) fn tile(self, runs: &[Run], c: &mut [f32], ldc: usize, add: bool, size: (usize, usize)) {
         let (mr, nr) = (self.mr(), self.nr());
         for run in runs.iter().filter(|run| run.steps > 0) {
             assert!(run.a.len() >= (run.steps - 1) * run.a_step + mr, "short panel of a");
             assert!(run.b.len() >= run.steps * nr, "short panel of b");
         }
-        assert!(c.len() >= (mr - 1) * ldc + nr, "short tile of c");
+        assert_eq!(size, self.fit(size.0, size.1), "a tile of another size");
+        assert!(c.len() >= (size.0 - 1) * ldc + size.1, "short tile of c");
         match self.0 {
             Isa::Portable => portable::tile(runs, c, ldc, add),
             #[cfg(target_arch = "x86_64")]
@@ -191,10 +225,24 @@ impl Kernel {
             Isa::Avx2 => unsafe { avx2::tile(runs, c, ldc, add) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx512 => unsafe { avx512::tile(runs, c, ldc, add) },
+            Isa::Avx512 => unsafe { by_size!(avx512, size, runs, c, ldc, add) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Isa::Avx512Bf16 => unsafe { avx512bf16::tile(runs, c, ldc, add) },
+            Isa::Avx512Bf16 => unsafe { by_size!(avx512bf16, size, runs, c, ldc, add) },
+        }
+    }
+
+    /// `c[j * OUTER + i]` = the sum over `k` rows of `a[row * lda + i]` times element j of `b`, for kernels of pairs: `i` up
+    /// to `width` (at most [`OUTER`], 0 beyond), `b` a packed panel of [`OUTER`] columns.
+    pub(super) fn outer(self, a: &[bf16], lda: usize, k: usize, width: usize, b: &[f32], c: &mut [f32; OUTER * OUTER]) {
+        assert!(self.pair() == 2 && width <= OUTER, "a tile of another kernel or width");
+        assert!(k == 0 || a.len() >= (k - 1) * lda + width, "short rows of a");
+        assert!(b.len() >= k.div_ceil(2) * OUTER, "short panel of b");
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the instructions were detected when `self` was made; the lengths were checked above.
+            Isa::Avx512Bf16 => unsafe { avx512bf16::outer(a, lda, k, width, b, c) },
+            _ => unreachable!("only one kernel has pairs"),
         }
     }
 
@@ -205,12 +253,15 @@ impl Kernel {
         }
         assert!(lanes <= width, "more lanes than the panel has");
         assert!(src.len() >= (lanes - 1) * ld + steps, "short rows");
-        assert!(dst.len() >= steps * width, "short panel");
+        assert!(dst.len() >= (steps - 1) * width + lanes, "short panel");
         match self.0 {
             Isa::Portable => portable::transpose(src, ld, 0..lanes, 0..steps, dst, width),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: every other instruction set includes AVX2; the lengths were checked above.
-            _ => unsafe { avx2::transpose(src, ld, lanes, steps, dst, width) },
+            // SAFETY: the instructions were detected when `self` was made; the lengths were checked above.
+            Isa::Avx2 => unsafe { avx2::transpose(src, ld, lanes, steps, dst, width) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Isa::Avx512 | Isa::Avx512Bf16 => unsafe { avx512::transpose(src, ld, lanes, steps, dst, width) },
         }
     }
 
@@ -247,4 +298,8 @@ impl Kernel {
         assert!(low.len() == out.len() && high.len() == out.len(), "pairs of unequal lengths");
         by_elements!(self, pair_bf16(low, high, out));
     }
+}
+
+pub(super) fn tune(name: &str, default: usize) -> usize {
+    std::env::var(name).ok().and_then(|x| x.parse().ok()).unwrap_or(default)
 }
