@@ -3,8 +3,10 @@
 //! Adapters whose A lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product gives the h
 //! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is
 //! one product over K + ΣR columns, for which x is copied beside h; elsewhere y += h Bᵀ reads and writes y once more. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
+//! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
+mod hopper;
 
 use call::{Call, columns, rows, transposed};
 
@@ -163,6 +165,9 @@ impl Call<'_, '_> {
     /// h = dropout(x) Aᵀ of all parts, side by side.
     fn adapter_inputs(&self, h: Matrix) -> Result<()> {
         if let Some(a) = self.all_a()? {
+            if hopper::adapter_inputs(self, a, h)? {
+                return Ok(());
+            }
             return self.gemm([self.tokens, self.ranks, self.inputs], rows(self.x()?)?, transposed(a), h, 1.0, false);
         }
         for ((part, pair), offset) in self.parts.iter().zip(&self.pairs).zip(&self.offsets) {
@@ -223,6 +228,9 @@ impl Call<'_, '_> {
         let side_by_side = addresses.windows(2).all(|pair| pair[0].1 + (pair[0].2 * self.inputs * 4) as u64 == pair[1].1);
         let all = addresses.iter().map(|(_, _, rank)| rank).sum::<usize>() == self.ranks;
         if let (true, Some((_, da, _))) = (self.stacked && side_by_side && all, addresses.first()) {
+            if hopper::add_a_gradient(self, t, *da)? {
+                return Ok(());
+            }
             return self.add_gradient([self.ranks, self.inputs], t, rows(self.x()?)?, *da, 1.0);
         }
         for (i, da, rank) in addresses {
