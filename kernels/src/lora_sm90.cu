@@ -68,17 +68,6 @@ __device__ __forceinline__ void stream(const Buffers<BYTES> &buffers, u32 tiles,
     __syncthreads();
 }
 
-// The sum over the cluster's blocks of four values at an address of shared memory.
-__device__ __forceinline__ float4 cluster_sum(u32 address) {
-    float4 sum = cluster_load(address, 0);
-#pragma unroll
-    for (u32 i = 1; i < SPLIT; i++) {
-        const float4 x = cluster_load(address, i);
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-    }
-    return sum;
-}
-
 template <typename T, u32 N>
 __device__ __forceinline__ void input_product(T *h, T *beside, const TensorMap &x, const TensorMap &a, u32 rows, u32 k, u32 r,
                                               u32 ld_h, u32 ld_beside) {
@@ -118,7 +107,7 @@ __device__ __forceinline__ void input_product(T *h, T *beside, const TensorMap &
     for (u32 i = threadIdx.x; i < 32 * (N / 4); i += THREADS) {
         const u32 row = cluster_rank() * 32 + i / (N / 4), q = i % (N / 4) * 4;
         if (first + row >= rows || q >= r) continue;
-        const float4 sum = cluster_sum(buffers.base + (row * PITCH + q) * 4);
+        const float4 sum = cluster_sum<SPLIT>(buffers.base + (row * PITCH + q) * 4);
         const uint2 packed = make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w));
         *reinterpret_cast<uint2 *>(h + u64(first + row) * ld_h + q) = packed;
         if (beside) *reinterpret_cast<uint2 *>(beside + u64(first + row) * ld_beside + q) = packed;
@@ -164,7 +153,7 @@ __device__ __forceinline__ void input_gradient(float *da, const TensorMap &x, co
     for (u32 i = threadIdx.x; i < r * 8; i += THREADS) {
         const u32 q = i / 8, at = cluster_rank() * 32 + i % 8 * 4, column = first + at;
         if (column >= k) continue;
-        const float4 sum = cluster_sum(buffers.base + (q * PITCH + at) * 4);
+        const float4 sum = cluster_sum<SPLIT>(buffers.base + (q * PITCH + at) * 4);
         float *to = da + u64(q) * k + column;
         to[0] += sum.x, to[1] += sum.y, to[2] += sum.z, to[3] += sum.w;
     }

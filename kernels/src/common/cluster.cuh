@@ -25,3 +25,15 @@ __device__ __forceinline__ float4 cluster_load(u32 address, u32 rank) {
                  : "memory");
     return x;
 }
+
+// The sum over the N blocks of a cluster, in their order, of four f32 at an address of shared memory.
+template <u32 N>
+__device__ __forceinline__ float4 cluster_sum(u32 address) {
+    float4 sum = cluster_load(address, 0);
+#pragma unroll
+    for (u32 i = 1; i < N; i++) {
+        const float4 x = cluster_load(address, i);
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    }
+    return sum;
+}
