@@ -4,7 +4,10 @@
 use nibble_nf4::{QuantConfig, quantize};
 use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor, Weight,
-    ops::linear::{self, Adapter, Part, PartGrads, Saved},
+    ops::{
+        linear::{self, Adapter, Part, PartGrads, Saved},
+        rms_norm,
+    },
 };
 
 /// Layers over one input.
@@ -35,6 +38,15 @@ fn normal(arena: &Arena, seed: u64, shape: [usize; 2], size: f32, dtype: DType) 
     Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape).unwrap().to_dtype(dtype).unwrap().to_arena(arena).unwrap()
 }
 
+/// The norm of made-up rows; with room behind them, as the ops leave it that linear layers read from, or without.
+fn normed(arena: &Arena, seed: u64, shape: [usize; 2], dtype: DType, room: bool) -> Tensor {
+    let x = normal(arena, seed, shape, 1.0, dtype);
+    let ones = Tensor::tiled(arena, &[1.0f32], [shape[1]]).unwrap();
+    let config = rms_norm::Config { eps: 0.0, offset: 0.0 };
+    let room = if room { linear::room(&x) } else { 0 };
+    rms_norm::forward_with_room(&x, &ones, config, room).unwrap().0
+}
+
 /// The layers, their A side by side.
 fn parts(arena: &Arena, case: Case) -> Vec<Part> {
     let Case { inputs, outputs, rank, dtype, .. } = case;
@@ -50,10 +62,10 @@ fn parts(arena: &Arena, case: Case) -> Vec<Part> {
 }
 
 /// dx, then the dA and the dB of all layers.
-fn backward(arena: &Arena, case: Case, x: &Tensor, parts: &[Part], saved: &Saved) -> Vec<Vec<f32>> {
+fn backward(arena: &Arena, case: Case, room: bool, x: &Tensor, parts: &[Part], saved: &Saved) -> Vec<Vec<f32>> {
     let Case { tokens, inputs, outputs, rank, dtype } = case;
     let dys: Vec<Tensor> =
-        outputs.iter().enumerate().map(|(i, &n)| normal(arena, 30 + i as u64, [tokens, n], 1.0, dtype)).collect();
+        outputs.iter().enumerate().map(|(i, &n)| normed(arena, 30 + i as u64, [tokens, n], dtype, room)).collect();
     let a_size = rank * inputs;
     let mut flat = Tensor::zeros(arena, DType::F32, [outputs.len() * a_size + rank * outputs.iter().sum::<usize>()]).unwrap();
     let (mut ranges, mut at) = (Vec::new(), outputs.len() * a_size);
@@ -71,12 +83,12 @@ fn backward(arena: &Arena, case: Case, x: &Tensor, parts: &[Part], saved: &Saved
 }
 
 /// The y of each layer, dx, the dA and the dB of all.
-fn run(arena: &Arena, case: Case) -> Vec<Vec<f32>> {
+fn run(arena: &Arena, case: Case, room: bool) -> Vec<Vec<f32>> {
     let parts = parts(arena, case);
-    let x = normal(arena, 20, [case.tokens, case.inputs], 1.0, case.dtype);
+    let x = normed(arena, 20, [case.tokens, case.inputs], case.dtype, room);
     let (ys, saved) = linear::forward(&x, &parts).unwrap();
-    let gradients = backward(arena, case, &x, &parts, &saved);
-    let again = backward(arena, case, &x, &parts, &linear::forward_unread(&x, &parts).unwrap());
+    let gradients = backward(arena, case, room, &x, &parts, &saved);
+    let again = backward(arena, case, room, &x, &parts, &linear::forward_unread(&x, &parts).unwrap());
     assert!(again == gradients, "{case:?}: other bits without the outputs, or a second time");
     ys.iter().map(|y| y.to_f32_vec().unwrap()).chain(gradients).collect()
 }
@@ -89,12 +101,14 @@ fn layers_with_adapters_on_the_device_are_those_of_the_host() {
         return;
     }
     for case in CASES {
-        let (found, expected) = (run(&arena, case), run(&Arena::new(Device::Cpu), case));
-        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            // Operands and results of 16 bits: a few units in the last place of the largest.
-            let most = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-            let off = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0f32, f32::max);
-            assert!(most > 0.0 && off <= most / 64.0, "{case:?}, result {i}: off by {off} of {most}");
+        let expected = run(&Arena::new(Device::Cpu), case, false);
+        for room in [false, true] {
+            for (i, (found, expected)) in run(&arena, case, room).iter().zip(&expected).enumerate() {
+                // Operands and results of 16 bits: a few units in the last place of the largest.
+                let most = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+                let off = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0f32, f32::max);
+                assert!(most > 0.0 && off <= most / 64.0, "{case:?}, room {room}, result {i}: off by {off} of {most}");
+            }
         }
     }
 }
