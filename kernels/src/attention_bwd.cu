@@ -4,7 +4,7 @@
 //     p_ij = exp(z_ij - lse_i),  ds_ij = p_ij (do_i · v_j - δ_i) (1 - (z_ij / softcap)²)
 //     dv_j = Σ_i p_ij do_i,  dk_j = scale Σ_i ds_ij q_i,  dq_i = scale Σ_j ds_ij k_j         attention_bwd
 //
-// do, dq, o [T, H, D]; dk, dv [T, K, D]; lse, delta F32 [H, T].
+// do, dq, o [T, H, D] (o with a pitch of ld_o >= H D from token to token); dk, dv [T, K, D]; lse, delta F32 [H, T]. T H < 2³².
 //
 // attention_bwd is one launch of two kinds of blocks. A block of grid row y < K owns a tile of keys of key/value head y and
 // walks over the query heads of its group and the query tiles that see it: dk, dv. A block of row K + h owns a tile of queries
@@ -31,7 +31,8 @@
 #include "common/attention.cuh"
 
 template <typename T>
-__device__ __forceinline__ void delta_rows(float *delta, const T *o, const T *d_o, u32 tokens, u32 heads, u32 head_size) {
+__device__ __forceinline__ void delta_rows(float *delta, const T *o, const T *d_o, u32 tokens, u32 heads, u32 head_size,
+                                           u32 ld_o) {
     constexpr u32 N = Pack<T>::N;
     u32 lanes = 32;  // of a row
     while (lanes > 1 && (lanes / 2) * N >= head_size) lanes /= 2;
@@ -41,7 +42,8 @@ __device__ __forceinline__ void delta_rows(float *delta, const T *o, const T *d_
         const u64 row = first + threadIdx.x / lanes;
         float sum = 0.0f;
         for (u32 c = lane * N; c < head_size && row < rows; c += lanes * N) {
-            const Pack<T> a = load16(o + row * head_size + c), b = load16(d_o + row * head_size + c);
+            const u64 at = u64(u32(row) / heads) * ld_o + u32(row) % heads * head_size;
+            const Pack<T> a = load16(o + at + c), b = load16(d_o + row * head_size + c);
 #pragma unroll
             for (u32 e = 0; e < N; e++) sum += to_f32(a.v[e]) * to_f32(b.v[e]);
         }
@@ -315,8 +317,8 @@ __device__ __forceinline__ void bwd_f32(float *dq, float *dk, float *dv, const f
 
 #if HAS_BF16
 extern "C" __global__ void __launch_bounds__(128) attention_delta_bf16(float *delta, const bf16 *o, const bf16 *d_o, u32 tokens,
-                                                                      u32 heads, u32 head_size) {
-    delta_rows(delta, o, d_o, tokens, heads, head_size);
+                                                                      u32 heads, u32 head_size, u32 ld_o) {
+    delta_rows(delta, o, d_o, tokens, heads, head_size, ld_o);
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_bwd_bf16_d32(
@@ -361,8 +363,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_bwd_bf16_d256(
 #endif
 
 extern "C" __global__ void __launch_bounds__(128) attention_delta_f16(float *delta, const f16 *o, const f16 *d_o, u32 tokens,
-                                                                      u32 heads, u32 head_size) {
-    delta_rows(delta, o, d_o, tokens, heads, head_size);
+                                                                      u32 heads, u32 head_size, u32 ld_o) {
+    delta_rows(delta, o, d_o, tokens, heads, head_size, ld_o);
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_bwd_f16_d32(
@@ -406,8 +408,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_bwd_f16_d256(
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_delta_f32(float *delta, const float *o, const float *d_o, u32 tokens,
-                                                                      u32 heads, u32 head_size) {
-    delta_rows(delta, o, d_o, tokens, heads, head_size);
+                                                                      u32 heads, u32 head_size, u32 ld_o) {
+    delta_rows(delta, o, d_o, tokens, heads, head_size, ld_o);
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_bwd_f32_d32(

@@ -19,6 +19,8 @@
 //   k, v: dims (D, K, T), strides (2 D, 2 K D), box (64, 1, 128).
 // Columns beyond D come as zeros, so the instance for 128 serves 72..128, that for 64 serves 8..64 (D a multiple of 8).
 //
+// o has a pitch of ld_o >= H D from token to token.
+//
 // Bytes: q, o once, K and V once a query tile, from L2 mostly. Arithmetic bounds it.
 // Launch: attention_order: grid ceil((T / 128 + docs) / 256), block 256; tables u32 [T / 192 + docs] and two [T / 128 + docs].
 // attention_fwd_sm90: grid min(multiprocessors, (T / (64 GROUPS) + docs) H), block 128 (GROUPS + 1), shared bytes
@@ -159,7 +161,7 @@ __device__ __forceinline__ void pack(u32 (&p)[KEYS / 4], const float (&s)[KEYS /
 }
 
 template <typename T, int D, int GROUPS>
-__device__ __forceinline__ void consume(Shared<D, GROUPS> at, const Work *work, T *o, float *lse, const Sizes &n) {
+__device__ __forceinline__ void consume(Shared<D, GROUPS> at, const Work *work, T *o, float *lse, const Sizes &n, u64 stride) {
     const u32 group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     constexpr u32 ROWS = 64 * GROUPS;
     const u32 turn = 1 + group, other = 1 + (group + 1) % GROUPS;  // named barriers
@@ -241,7 +243,6 @@ __device__ __forceinline__ void consume(Shared<D, GROUPS> at, const Work *work, 
         if (lane == 0) mbarrier_arrive(at.v_empty(kv_at.index));
         kv_at.next();
 
-        const u64 stride = u64(n.heads) * n.head_size;
         float inverse[2];
 #pragma unroll
         for (u32 r = 0; r < 2; r++) {
@@ -259,7 +260,7 @@ __device__ __forceinline__ void consume(Shared<D, GROUPS> at, const Work *work, 
 
 template <typename T, int D, int GROUPS>
 __device__ __forceinline__ void fwd(T *o, float *lse, u32 *counter, const TensorMap &q, const TensorMap &k, const TensorMap &v,
-                                    const u32 *cu_seqlens, const u32 *order, const Sizes &n) {
+                                    const u32 *cu_seqlens, const u32 *order, const Sizes &n, u32 ld_o) {
     extern __shared__ __align__(1024) u8 shared[];
     const Shared<D, GROUPS> at = {shared_address(shared)};
     Work *work = reinterpret_cast<Work *>(shared + at.WORK);
@@ -278,7 +279,7 @@ __device__ __forceinline__ void fwd(T *o, float *lse, u32 *counter, const Tensor
         if (threadIdx.x == 128 * GROUPS) produce(at, work, q, k, v, counter, cu_seqlens, order, n);
     } else {
         registers_more<GROUPS == 2 ? 240 : 160>();
-        consume<T>(at, work, o, lse, n);
+        consume<T>(at, work, o, lse, n, ld_o);
     }
 }
 
@@ -326,31 +327,31 @@ extern "C" __global__ void __launch_bounds__(256) attention_order(u32 *forward_d
 extern "C" __global__ void __launch_bounds__(512, 1) attention_fwd_sm90_bf16_d64(
     bf16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
     const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, float scale, u32 window) {
+    u32 head_size, float scale, u32 window, u32 ld_o) {
     fwd<bf16, 64, 3>(o, lse, counter, q, k, v, cu_seqlens, order,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f}, ld_o);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_fwd_sm90_bf16_d128(
     bf16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
     const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, float scale, u32 window) {
+    u32 head_size, float scale, u32 window, u32 ld_o) {
     fwd<bf16, 128, 2>(o, lse, counter, q, k, v, cu_seqlens, order,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f}, ld_o);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) attention_fwd_sm90_f16_d64(
     f16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
     const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, float scale, u32 window) {
+    u32 head_size, float scale, u32 window, u32 ld_o) {
     fwd<f16, 64, 3>(o, lse, counter, q, k, v, cu_seqlens, order,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f}, ld_o);
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_fwd_sm90_f16_d128(
     f16 *o, float *lse, u32 *counter, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
     const __grid_constant__ TensorMap v, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, float scale, u32 window) {
+    u32 head_size, float scale, u32 window, u32 ld_o) {
     fwd<f16, 128, 2>(o, lse, counter, q, k, v, cu_seqlens, order,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f}, ld_o);
 }

@@ -12,6 +12,11 @@
 // are read again, the last first, from the caches.
 // Launch: block 1024 (or another multiple of 32 from 32 on), grid rows in x (a smaller one takes the rest in turn).
 //
+// cross_entropy_whole_T (16-bit, no cap, vocab a multiple of 8, logits on 16 bytes): the same where a multiprocessor holds a row
+// whole, the first packs of a thread in registers and the others in shared memory. While a row's gradient is written, the next row
+// is on its way to where each pack lay, so that reading and writing go on side by side.
+// Launch: block 1024, grid min(rows, multiprocessors), shared bytes 16384 ceil(max(vocab / 8 - 5120, 0) / 1024).
+//
 // sum_f32: out = (add ? out : 0) + scale · Σ x, in f64, in an order that depends on n alone. Launch: block 1024, grid 1.
 //
 // softcap_T: x = cap tanh(x / cap) in place, four elements a thread. Launch: block 256, grid ceil(n / 1024) in x (a smaller one
@@ -250,6 +255,99 @@ __device__ __forceinline__ void cross_entropy(T *logits, float *losses, const i3
     }
 }
 
+// A row in registers and shared memory; each thread has packs of its own.
+template <typename T>
+struct WholeRow {
+    static constexpr u32 N = Pack<T>::N, THREADS = 1024, KEPT = 5;
+    Held<T, N> kept[KEPT];
+    u8 *slots;
+    u32 packs;
+
+    __device__ __forceinline__ Held<T, N> *slot(u32 i) const { return reinterpret_cast<Held<T, N> *>(slots) + i * THREADS; }
+
+    __device__ __forceinline__ void fetch_kept(u32 i, const T *x) {
+        const u32 at = i * THREADS + threadIdx.x;
+        if (at < packs) kept[i].load(x + u64(at) * N);
+    }
+
+    __device__ __forceinline__ void fetch_slot(u32 i, const T *x) {
+        copy16(shared_address(slot(i)), x + u64((KEPT + i) * THREADS + threadIdx.x) * N, true);
+    }
+
+    // Packs of this thread in shared memory.
+    __device__ __forceinline__ u32 in_slots() const {
+        const u32 first = KEPT * THREADS + threadIdx.x;
+        return first < packs ? (packs - first - 1) / THREADS + 1 : 0;
+    }
+};
+
+template <typename T>
+__device__ __forceinline__ void cross_entropy_whole(T *logits, float *losses, const i32 *targets, const float *scale_at, u32 rows,
+                                                    u32 vocab, u32 want_grad) {
+    extern __shared__ __align__(16) u8 memory[];
+    using Row = WholeRow<T>;
+    constexpr u32 N = Row::N, THREADS = Row::THREADS, KEPT = Row::KEPT;
+    Row held;
+    held.slots = memory + threadIdx.x * 16;
+    held.packs = vocab / N;
+    const u32 others = held.in_slots();
+    const float scale = *scale_at;
+    const auto fetch = [&](const T *x) {
+        for (u32 i = 0; i < others; ++i) held.fetch_slot(i, x);
+        copy_commit();
+#pragma unroll
+        for (u32 i = 0; i < KEPT; ++i) held.fetch_kept(i, x);
+    };
+    u32 row = blockIdx.x;
+    if (row < rows) fetch(logits + u64(row) * vocab);
+    for (; row < rows; row += gridDim.x) {
+        T *x = logits + u64(row) * vocab;
+        const i32 target = targets[row];
+        const bool more = row + gridDim.x < rows;
+        const T *next = x + u64(gridDim.x) * vocab;
+        const float at_target = target < 0 ? 0.0f : to_f32(x[target]);
+        SumExp all = {LOWEST, 0.0f};
+#pragma unroll
+        for (u32 i = 0; i < KEPT; ++i) {
+            if (i * THREADS + threadIdx.x >= held.packs) break;
+            float z[N];
+            held.kept[i].unpack(z);
+            all.add(z);
+        }
+        copy_wait<0>();
+#pragma unroll 2
+        for (u32 i = 0; i < others; ++i) {
+            float z[N];
+            held.slot(i)->unpack(z);
+            all.add(z);
+        }
+        all.join_all();
+        if (threadIdx.x == 0) losses[row] = target < 0 ? 0.0f : all.most + logf(all.sum) - at_target;
+        const Gradient<T, false> gradient = {{}, all.most, scale / all.sum, scale, u32(target)};
+        const auto write = [&](const Held<T, N> &from, u32 at) {
+            float z[N];
+            Held<T, N> to = {};
+            from.unpack(z);
+            gradient.apply(z, at * N);
+            if (target >= 0) to.pack(z);
+            to.store(x + u64(at) * N);
+        };
+#pragma unroll 2
+        for (u32 i = 0; i < others; ++i) {
+            if (want_grad) write(*held.slot(i), (KEPT + i) * THREADS + threadIdx.x);
+            if (more) held.fetch_slot(i, next);
+        }
+        copy_commit();
+#pragma unroll
+        for (u32 i = 0; i < KEPT; ++i) {
+            const u32 at = i * THREADS + threadIdx.x;
+            if (at >= held.packs) break;
+            if (want_grad) write(held.kept[i], at);
+            if (more) held.fetch_kept(i, next);
+        }
+    }
+}
+
 template <typename T>
 struct __align__(4 * sizeof(T)) Four {
     T v[4];
@@ -298,6 +396,12 @@ extern "C" __global__ void __launch_bounds__(1024)
     cross_entropy(logits, losses, targets, scale, softcap, rows, vocab, want_grad);
 }
 
+extern "C" __global__ void __launch_bounds__(1024)
+    cross_entropy_whole_f16(f16 *logits, float *losses, const i32 *targets, const float *scale, u32 rows, u32 vocab,
+                            u32 want_grad) {
+    cross_entropy_whole(logits, losses, targets, scale, rows, vocab, want_grad);
+}
+
 extern "C" __global__ void __launch_bounds__(256) softcap_f16(f16 *x, float cap, u64 n) { softcap(x, cap, n); }
 
 #if HAS_BF16
@@ -305,6 +409,12 @@ extern "C" __global__ void __launch_bounds__(1024)
     cross_entropy_bf16(bf16 *logits, float *losses, const i32 *targets, const float *scale, float softcap, u32 rows, u32 vocab,
                        u32 want_grad) {
     cross_entropy(logits, losses, targets, scale, softcap, rows, vocab, want_grad);
+}
+
+extern "C" __global__ void __launch_bounds__(1024)
+    cross_entropy_whole_bf16(bf16 *logits, float *losses, const i32 *targets, const float *scale, u32 rows, u32 vocab,
+                            u32 want_grad) {
+    cross_entropy_whole(logits, losses, targets, scale, rows, vocab, want_grad);
 }
 
 extern "C" __global__ void __launch_bounds__(256) softcap_bf16(bf16 *x, float cap, u64 n) { softcap(x, cap, n); }

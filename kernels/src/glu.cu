@@ -2,12 +2,11 @@
 //
 // activation: 0 SiLU, 1 GELU by tanh, 2 GELU (the formulas of crates/tensor/src/ops/glu.rs).
 //
-// gate, up [rows, cols], y with a pitch of ld >= cols. dgate may be dy or gate, dup may be up (or dy): a thread reads all its
-// values before it writes one.
+// gate, up [rows, cols] with a pitch of ld_in >= cols, y with one of ld. Backward: gate, up, dgate and dup with a pitch of ld, dy
+// dense. dgate may be dy or gate, dup may be up (or dy), of one pitch: a thread reads all its values before it writes one.
 //
-// Threads: two packs of 16 bytes of each operand a thread, blockDim.x packs apart. Blocks of 256; grid: with n = rows · cols (or
-// the n given) and P = n / (16 / sizeof(T)), ceil(P / 512) blocks in x, at least 1; a smaller grid takes them in turn. No shared
-// memory. Where cols or ld (backward: n) is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
+// Threads: two packs of 16 bytes of each operand a thread, blockDim.x packs apart. Blocks of 256; grid: with n = rows · cols and P = n / (16 / sizeof(T)), ceil(P / 512) blocks in x, at least 1; a smaller grid takes them in turn. No shared
+// memory. Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
 //
 // Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup.
 
@@ -67,19 +66,27 @@ __device__ __forceinline__ Act activate(float x) {
     }
 }
 
+// Where pack n of a matrix with `per_row` packs a row and a pitch of ld begins.
+template <int N>
+__device__ __forceinline__ u64 place_of(u64 n, u64 count, u32 per_row, u32 ld) {
+    if (ld == per_row * N) return n * N;
+    const u64 row = count >> 32 ? n / per_row : u32(n) / per_row;
+    return row * ld + (n - row * per_row) * N;
+}
+
 // PACKS groups of N values a thread.
 template <u32 ACTIVATION, int N, typename T>
-__device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, u64 count, u32 per_row, u32 ld) {
+__device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, u64 count, u32 per_row, u32 ld, u32 ld_in) {
     constexpr int PACKS = 2;
-    const bool pitched = ld != per_row * N;
     for (u64 first = u64(blockIdx.x) * blockDim.x * PACKS; first < count; first += u64(gridDim.x) * blockDim.x * PACKS) {
         Held<T, N> g[PACKS], u[PACKS];
 #pragma unroll
         for (int i = 0; i < PACKS; ++i) {
             const u64 n = first + threadIdx.x + i * blockDim.x;
             if (n < count) {
-                g[i].load(gate + n * N);
-                u[i].load(up + n * N);
+                const u64 at = place_of<N>(n, count, per_row, ld_in);
+                g[i].load(gate + at);
+                u[i].load(up + at);
             }
         }
 #pragma unroll
@@ -91,14 +98,14 @@ __device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, 
             u[i].unpack(vu);
 #pragma unroll
             for (int j = 0; j < N; ++j) vu[j] *= activate<ACTIVATION>(vg[j]).value;
-            const u64 row = !pitched ? 0 : count >> 32 ? n / per_row : u32(n) / per_row;
-            store_f32(y + (pitched ? row * ld + (n - row * per_row) * N : n * N), vu);
+            store_f32(y + place_of<N>(n, count, per_row, ld), vu);
         }
     }
 }
 
 template <u32 ACTIVATION, int N, typename T>
-__device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u64 count) {
+__device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u64 count, u32 per_row,
+                                               u32 ld) {
     constexpr int PACKS = 2;
     for (u64 first = u64(blockIdx.x) * blockDim.x * PACKS; first < count; first += u64(gridDim.x) * blockDim.x * PACKS) {
         Held<T, N> d[PACKS], g[PACKS], u[PACKS];
@@ -106,9 +113,10 @@ __device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, co
         for (int i = 0; i < PACKS; ++i) {
             const u64 n = first + threadIdx.x + i * blockDim.x;
             if (n < count) {
+                const u64 at = place_of<N>(n, count, per_row, ld);
                 d[i].load(dy + n * N);
-                g[i].load(gate + n * N);
-                u[i].load(up + n * N);
+                g[i].load(gate + at);
+                u[i].load(up + at);
             }
         }
 #pragma unroll
@@ -125,78 +133,88 @@ __device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, co
                 vu[j] = vd[j] * vu[j] * act.slope;
                 vd[j] *= act.value;
             }
-            store_f32(dgate + n * N, vu);
-            store_f32(dup + n * N, vd);
+            const u64 at = place_of<N>(n, count, per_row, ld);
+            store_f32(dgate + at, vu);
+            store_f32(dup + at, vd);
         }
     }
 }
 
 template <u32 ACTIVATION, typename T>
-__device__ __forceinline__ void forward_of(T *y, const T *gate, const T *up, u32 rows, u32 cols, u32 ld) {
+__device__ __forceinline__ void forward_of(T *y, const T *gate, const T *up, u32 rows, u32 cols, u32 ld, u32 ld_in) {
     constexpr u32 N = Pack<T>::N;
-    if (cols % N == 0 && ld % N == 0 && aligned16(y) && aligned16(gate) && aligned16(up))
-        forward_packs<ACTIVATION, N>(y, gate, up, u64(rows) * (cols / N), cols / N, ld);
+    if (cols % N == 0 && ld % N == 0 && ld_in % N == 0 && aligned16(y) && aligned16(gate) && aligned16(up))
+        forward_packs<ACTIVATION, N>(y, gate, up, u64(rows) * (cols / N), cols / N, ld, ld_in);
     else
-        forward_packs<ACTIVATION, 1>(y, gate, up, u64(rows) * cols, cols, ld);
+        forward_packs<ACTIVATION, 1>(y, gate, up, u64(rows) * cols, cols, ld, ld_in);
 }
 
 template <u32 ACTIVATION, typename T>
-__device__ __forceinline__ void backward_of(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u64 n) {
+__device__ __forceinline__ void backward_of(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u32 rows, u32 cols,
+                                            u32 ld) {
     constexpr u32 N = Pack<T>::N;
-    if (n % N == 0 && aligned16(dgate) && aligned16(dup) && aligned16(dy) && aligned16(gate) && aligned16(up))
-        backward_packs<ACTIVATION, N>(dgate, dup, dy, gate, up, n / N);
+    const bool aligned = aligned16(dgate) && aligned16(dup) && aligned16(dy) && aligned16(gate) && aligned16(up);
+    if (cols % N == 0 && ld % N == 0 && aligned)
+        backward_packs<ACTIVATION, N>(dgate, dup, dy, gate, up, u64(rows) * (cols / N), cols / N, ld);
     else
-        backward_packs<ACTIVATION, 1>(dgate, dup, dy, gate, up, n);
+        backward_packs<ACTIVATION, 1>(dgate, dup, dy, gate, up, u64(rows) * cols, cols, ld);
 }
 
 template <typename T>
-__device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 activation, u32 rows, u32 cols, u32 ld) {
+__device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 activation, u32 rows, u32 cols, u32 ld, u32 ld_in) {
     if (activation == SILU)
-        forward_of<SILU>(y, gate, up, rows, cols, ld);
+        forward_of<SILU>(y, gate, up, rows, cols, ld, ld_in);
     else if (activation == GELU_TANH)
-        forward_of<GELU_TANH>(y, gate, up, rows, cols, ld);
+        forward_of<GELU_TANH>(y, gate, up, rows, cols, ld, ld_in);
     else
-        forward_of<GELU>(y, gate, up, rows, cols, ld);
+        forward_of<GELU>(y, gate, up, rows, cols, ld, ld_in);
 }
 
 template <typename T>
-__device__ __forceinline__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u32 activation, u64 n) {
+__device__ __forceinline__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u32 activation, u32 rows,
+                                         u32 cols, u32 ld) {
     if (activation == SILU)
-        backward_of<SILU>(dgate, dup, dy, gate, up, n);
+        backward_of<SILU>(dgate, dup, dy, gate, up, rows, cols, ld);
     else if (activation == GELU_TANH)
-        backward_of<GELU_TANH>(dgate, dup, dy, gate, up, n);
+        backward_of<GELU_TANH>(dgate, dup, dy, gate, up, rows, cols, ld);
     else
-        backward_of<GELU>(dgate, dup, dy, gate, up, n);
+        backward_of<GELU>(dgate, dup, dy, gate, up, rows, cols, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_fwd_f32(float *y, const float *gate, const float *up, u32 activation, u32 rows, u32 cols, u32 ld) {
-    forward(y, gate, up, activation, rows, cols, ld);
+    glu_fwd_f32(float *y, const float *gate, const float *up, u32 activation, u32 rows, u32 cols, u32 ld,
+                u32 ld_in) {
+    forward(y, gate, up, activation, rows, cols, ld, ld_in);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_fwd_f16(f16 *y, const f16 *gate, const f16 *up, u32 activation, u32 rows, u32 cols, u32 ld) {
-    forward(y, gate, up, activation, rows, cols, ld);
+    glu_fwd_f16(f16 *y, const f16 *gate, const f16 *up, u32 activation, u32 rows, u32 cols, u32 ld,
+                u32 ld_in) {
+    forward(y, gate, up, activation, rows, cols, ld, ld_in);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_bwd_f32(float *dgate, float *dup, const float *dy, const float *gate, const float *up, u32 activation, u64 n) {
-    backward(dgate, dup, dy, gate, up, activation, n);
+    glu_bwd_f32(float *dgate, float *dup, const float *dy, const float *gate, const float *up, u32 activation, u32 rows,
+                 u32 cols, u32 ld) {
+    backward(dgate, dup, dy, gate, up, activation, rows, cols, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_bwd_f16(f16 *dgate, f16 *dup, const f16 *dy, const f16 *gate, const f16 *up, u32 activation, u64 n) {
-    backward(dgate, dup, dy, gate, up, activation, n);
+    glu_bwd_f16(f16 *dgate, f16 *dup, const f16 *dy, const f16 *gate, const f16 *up, u32 activation, u32 rows,
+                 u32 cols, u32 ld) {
+    backward(dgate, dup, dy, gate, up, activation, rows, cols, ld);
 }
 
 #if HAS_BF16
 extern "C" __global__ void __launch_bounds__(256)
-    glu_fwd_bf16(bf16 *y, const bf16 *gate, const bf16 *up, u32 activation, u32 rows, u32 cols, u32 ld) {
-    forward(y, gate, up, activation, rows, cols, ld);
+    glu_fwd_bf16(bf16 *y, const bf16 *gate, const bf16 *up, u32 activation, u32 rows, u32 cols, u32 ld,
+                u32 ld_in) {
+    forward(y, gate, up, activation, rows, cols, ld, ld_in);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_bwd_bf16(bf16 *dgate, bf16 *dup, const bf16 *dy, const bf16 *gate, const bf16 *up, u32 activation, u64 n) {
-    backward(dgate, dup, dy, gate, up, activation, n);
+    glu_bwd_bf16(bf16 *dgate, bf16 *dup, const bf16 *dy, const bf16 *gate, const bf16 *up, u32 activation, u32 rows,
+                 u32 cols, u32 ld) {
+    backward(dgate, dup, dy, gate, up, activation, rows, cols, ld);
 }
 #endif

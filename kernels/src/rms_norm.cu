@@ -1,6 +1,6 @@
 // Root-mean-square normalisation of rows, alone or after a residual sum, and its gradients.
 //
-//   inv = (mean(x²) + eps)^(−½),  y = x · inv · (offset + w)          [rows, cols], y with a pitch of ld
+//   inv = (mean(x²) + eps)^(−½),  y = x · inv · (offset + w)          [rows, cols], y and dx with a pitch of ld
 //   k = inv² · mean(dy · (offset + w) · x),  dx = inv · (dy · (offset + w) − x · k),  dw += Σ over rows of dy · (x · inv)
 //
 // Where offset = 0, x · inv is rounded to T before it is multiplied by w; elsewhere y is rounded once.
@@ -196,7 +196,7 @@ __device__ __forceinline__ void store_partials(float *partials, const float (&dw
 // This block's rows, as forward_rows.
 template <typename T, bool WEIGHT>
 __device__ __forceinline__ void backward_rows(T *dx, float *dw_partials, const T *dy, const T *x, const float *w,
-                                              const float *inv_rms, float offset, u32 rows, u32 cols, u32 add) {
+                                              const float *inv_rms, float offset, u32 rows, u32 cols, u32 add, u32 ld) {
     constexpr int N = Pack<T>::N, PER = BACKWARD_VALUES<T> / N;
     const u32 packs = cols / N, stride = gridDim.x * blockDim.y;
     const float share = 1.0f / float(cols);
@@ -210,7 +210,7 @@ __device__ __forceinline__ void backward_rows(T *dx, float *dw_partials, const T
             if (row < rows && c < packs) {
                 next_x[i].load(x + row * cols + c * N);
                 next_dy[i].load(dy + row * cols + c * N);
-                if (add) next_dx[i].load(dx + row * cols + c * N);
+                if (add) next_dx[i].load(dx + row * ld + c * N);
             }
         }
         if (row < rows) next_inv = inv_rms[row];
@@ -257,7 +257,7 @@ __device__ __forceinline__ void backward_rows(T *dx, float *dw_partials, const T
 #pragma unroll
                     for (int j = 0; j < N; ++j) vx[j] += vdy[j];
                 }
-                store_f32(dx + row * cols + c * N, vx);
+                store_f32(dx + row * ld + c * N, vx);
             }
         }
     }
@@ -267,7 +267,7 @@ __device__ __forceinline__ void backward_rows(T *dx, float *dw_partials, const T
 // N values at a time, read again for the result, and once more for dw.
 template <int N, typename T>
 __device__ __forceinline__ void backward_looped(T *dx, float *dw_partials, const T *dy, const T *x, const float *w,
-                                                const float *inv_rms, float offset, u32 rows, u32 cols, u32 add) {
+                                                const float *inv_rms, float offset, u32 rows, u32 cols, u32 add, u32 ld) {
     const float share = 1.0f / float(cols);
     u32 turn = 0;
     for (u64 first = u64(blockIdx.x) * blockDim.y; first < rows; first += u64(gridDim.x) * blockDim.y) {
@@ -287,13 +287,13 @@ __device__ __forceinline__ void backward_looped(T *dx, float *dw_partials, const
             float vx[N], vdy[N], vdx[N];
             load_f32(x + at + c, vx);
             load_f32(dy + at + c, vdy);
-            if (add) load_f32(dx + at + c, vdx);
+            if (add) load_f32(dx + row * ld + c, vdx);
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 vx[j] = inv * (vdy[j] * (offset + w[c + j]) - vx[j] * k);
                 if (add) vx[j] += vdx[j];
             }
-            store_f32(dx + at + c, vx);
+            store_f32(dx + row * ld + c, vx);
         }
     }
     if (dw_partials == nullptr) return;
@@ -308,16 +308,16 @@ __device__ __forceinline__ void backward_looped(T *dx, float *dw_partials, const
 
 template <typename T>
 __device__ __forceinline__ void backward(T *dx, float *dw_partials, const T *dy, const T *x, const float *w,
-                                         const float *inv_rms, float offset, u32 rows, u32 cols, u32 add) {
+                                         const float *inv_rms, float offset, u32 rows, u32 cols, u32 add, u32 ld) {
     constexpr int N = Pack<T>::N;
-    if (cols % N != 0 || !aligned16(dx) || !aligned16(dy) || !aligned16(x)) {
-        backward_looped<1>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+    if (cols % N != 0 || ld % N != 0 || !aligned16(dx) || !aligned16(dy) || !aligned16(x)) {
+        backward_looped<1>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
     } else if (cols > BACKWARD_VALUES<T> * blockDim.x) {
-        backward_looped<N>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+        backward_looped<N>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
     } else if (dw_partials == nullptr) {
-        backward_rows<T, false>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+        backward_rows<T, false>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
     } else {
-        backward_rows<T, true>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+        backward_rows<T, true>(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
     }
 }
 
@@ -347,14 +347,14 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_bwd_f32(float *dx, float *dw_partials, const float *dy, const float *x, const float *w, const float *inv_rms,
-                     float offset, u32 rows, u32 cols, u32 add) {
-    backward(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+                     float offset, u32 rows, u32 cols, u32 add, u32 ld) {
+    backward(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_bwd_f16(f16 *dx, float *dw_partials, const f16 *dy, const f16 *x, const float *w, const float *inv_rms,
-                     float offset, u32 rows, u32 cols, u32 add) {
-    backward(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+                     float offset, u32 rows, u32 cols, u32 add, u32 ld) {
+    backward(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
 }
 
 #if HAS_BF16
@@ -372,8 +372,8 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 
 extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_bwd_bf16(bf16 *dx, float *dw_partials, const bf16 *dy, const bf16 *x, const float *w, const float *inv_rms,
-                      float offset, u32 rows, u32 cols, u32 add) {
-    backward(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add);
+                      float offset, u32 rows, u32 cols, u32 add, u32 ld) {
+    backward(dx, dw_partials, dy, x, w, inv_rms, offset, rows, cols, add, ld);
 }
 #endif
 

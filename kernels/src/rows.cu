@@ -1,8 +1,8 @@
 // Rows by index: y[i] = x[rows[i]] and y[rows[i]] = x[i], for the trained rows of the head; columns beside a matrix.
 //
 // place_columns writes scale x, x [n, cols], into columns first .. first + cols of y [n, total] with a pitch of ld, and zeros into its other
-// columns: an adapter's matrix beside the base, among the columns of all adapters of that input. Threads: 256 a block, one for
-// each element of y. Grid: ceil(n * total / 256) in x.
+// columns: an adapter's matrix beside the base, among the columns of all adapters of that input. Threads: 256 a block, 16 bytes of
+// y a thread where total, ld and y allow it. Grid: ceil(n * total / 2048) in x; any is right.
 //
 // scatter_rows leaves out rows whose target is negative (padding), and needs the other indices to differ. Gathering is the
 // embedding's kernel. Threads: a block of 128 a row; 16 bytes a thread where the row's length and both pointers allow it.
@@ -24,12 +24,26 @@ __device__ __forceinline__ void scatter(T *y, const T *x, const u32 *rows, const
 }
 
 template <typename T>
-__device__ __forceinline__ void place(T *y, const T *x, float scale, u32 n, u32 cols, u32 first, u32 total, u32 ld) {
-    const u64 i = u64(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= u64(n) * total) return;
-    const u32 row = u32(i / total), column = u32(i % total);
+__device__ __forceinline__ T placed(const T *x, float scale, u32 row, u32 column, u32 cols, u32 first) {
     const bool inside = column >= first && column < first + cols;
-    y[u64(row) * ld + column] = inside ? from_f32<T>(scale * to_f32(x[u64(row) * cols + column - first])) : from_f32<T>(0.0f);
+    return inside ? from_f32<T>(scale * to_f32(x[u64(row) * cols + column - first])) : from_f32<T>(0.0f);
+}
+
+template <typename T>
+__device__ __forceinline__ void place(T *y, const T *x, float scale, u32 n, u32 cols, u32 first, u32 total, u32 ld) {
+    constexpr u32 N = Pack<T>::N;
+    const bool packed = total % N == 0 && ld % N == 0 && u64(y) % 16 == 0;
+    const u32 each = packed ? N : 1, per_row = total / each, i = blockIdx.x * blockDim.x + threadIdx.x;
+    for (u64 at = i; at < u64(n) * per_row; at += u64(gridDim.x) * blockDim.x) {
+        const u32 row = u32(at / per_row), column = u32(at % per_row) * each;
+        T *to = y + u64(row) * ld + column;
+        Pack<T> pack;
+#pragma unroll
+        for (u32 j = 0; j < N; ++j)
+            if (j < each) pack.v[j] = placed(x, scale, row, column + j, cols, first);
+        if (packed) store16(to, pack);
+        else *to = pack.v[0];
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -3,7 +3,7 @@
 use nibble_tensor::{
     DType, Result, Tensor,
     ops::{
-        Documents, attention, embedding, glu,
+        Documents, attention, embedding, glu, linear,
         lm_head_loss::{self, Labels},
         residual,
         rms_norm::{self, Config as NormConfig},
@@ -53,7 +53,7 @@ pub fn rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) 
 pub fn fork_rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
     let w = tape.params().value(weight)?;
     let (x, id) = x.into_parts();
-    let (h, inv_rms) = rms_norm::forward(&x, &w, config)?;
+    let (h, inv_rms) = rms_norm::forward_with_room(&x, &w, config, linear::room(&x))?;
     let param = weight.param().cloned();
     let kept = tape.keep(&x, id.is_some() || param.is_some())?;
     let again = tape.is_recomputing().then(|| norm_again(&kept, &w, config));
@@ -84,7 +84,7 @@ fn with(var: Var, recipe: Option<impl FnOnce() -> Result<Tensor> + 'static>) -> 
 pub fn residual_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
     let w = tape.params().value(weight)?;
     let ((x, x_id), (a, a_id)) = (x.into_parts(), a.into_parts());
-    let (r, h, inv_rms) = rms_norm::residual_forward(&x, a, &w, config)?;
+    let (r, h, inv_rms) = rms_norm::residual_forward_with_room(&x, a, &w, config, linear::room(&x))?;
     drop(x);
     let param = weight.param().cloned();
     let kept = tape.keep(&r, x_id.is_some() || a_id.is_some() || param.is_some())?;
@@ -119,7 +119,9 @@ pub fn final_rms_norm(tape: &mut Tape<'_>, x: Var, a: Var, weight: &Leaf, config
     drop(x);
     let param = weight.param().cloned();
     let [h] = tape.record([x_id, a_id], [h], param.is_some(), move |[dh], grads| {
-        let dx = rms_norm::backward(&dh, &r, &w, &inv_rms, config, grads.leaf_mut(param.as_ref())?)?;
+        // The gradient of the residual stream, written over from here to its beginning: linear layers read it.
+        let dweight = grads.leaf_mut(param.as_ref())?;
+        let dx = rms_norm::backward_with_room(&dh, &r, &w, &inv_rms, config, dweight, linear::room(&r))?;
         Ok([Some(dx.clone()), Some(dx)])
     });
     Ok(h)
@@ -143,7 +145,7 @@ pub fn rope<'m>(tape: &mut Tape<'m>, x: Var, documents: &Documents, table: &'m R
 /// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents, config: attention::Config) -> Result<Var> {
     let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
-    let (o, lse) = attention::forward(&q, &k, &v, documents, config)?;
+    let (o, lse) = attention::forward_with_room(&q, &k, &v, documents, config, linear::room(&q))?;
     let recorded = [q_id, k_id, v_id].iter().any(Option::is_some);
     let documents = documents.clone();
     let [q, k, v, saved] =
@@ -162,7 +164,7 @@ pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents
 /// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
 pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation) -> Result<Var> {
     let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
-    let y = glu::forward(&gate, &up, activation)?;
+    let y = glu::forward_with_room(&gate, &up, activation, linear::room(&gate))?;
     let recorded = gate_id.is_some() || up_id.is_some();
     let (gate, up) = (tape.keep(&gate, recorded)?, tape.keep(&up, recorded)?);
     let again = tape.is_recomputing().then(|| {

@@ -192,6 +192,27 @@ pub fn forward_fused<'m, const N: usize>(
     x: Var,
     dropout: Option<Rng>,
 ) -> Result<[Var; N]> {
+    fused(tape, layers, x, dropout, linear::forward)
+}
+
+/// [`forward_fused`] for an op that writes gradients over the outputs and knows of room behind their rows (the gated unit).
+///
+/// # Errors
+/// As [`linear::forward`].
+pub fn forward_gated<'m>(tape: &mut Tape<'m>, [gate, up]: [&'m Linear; 2], x: Var, dropout: Option<Rng>) -> Result<[Var; 2]> {
+    fused(tape, [gate, up], x, dropout, |x, parts| linear::forward_with_room(x, parts, linear::room(x)))
+}
+
+/// Makes the outputs, and what backward needs.
+type Forward = fn(&Tensor, &[Part]) -> Result<(Vec<Tensor>, linear::Saved)>;
+
+fn fused<'m, const N: usize>(
+    tape: &mut Tape<'m>,
+    layers: [&'m Linear; N],
+    x: Var,
+    dropout: Option<Rng>,
+    forward: Forward,
+) -> Result<[Var; N]> {
     let params = tape.params();
     let mut parts = Vec::with_capacity(N);
     for (i, layer) in layers.iter().enumerate() {
@@ -199,7 +220,7 @@ pub fn forward_fused<'m, const N: usize>(
     }
     let trains = layers.iter().any(|layer| layer.trains());
     let (x, input, id) = tape.save(x, trains)?;
-    let (ys, saved) = linear::forward(&x, &parts)?;
+    let (ys, saved) = forward(&x, &parts)?;
     let mut ys = ys.into_iter();
     drop(x);
     // invariant: the op gives one output a part, and there are N parts

@@ -1,7 +1,7 @@
 //! The one block of every family.
 
 use nibble_autograd::{Leaf, Tape, Var, ops};
-use nibble_lora::{Linear, forward_fused};
+use nibble_lora::{Linear, forward_fused, forward_gated};
 use nibble_tensor::{
     HostWeight, Result, Rng, Tensor,
     ops::{Documents, attention, glu, rms_norm, rope::RopeTable},
@@ -104,7 +104,7 @@ impl Block {
     ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
         let [x, h] = normed(tape, x, a, &self.post_attention_norm, shared)?;
-        let [gate, up] = forward_fused(tape, [&self.gate_proj, &self.up_proj], h, rng(2))?;
+        let [gate, up] = forward_gated(tape, [&self.gate_proj, &self.up_proj], h, rng(2))?;
         let m = ops::glu(tape, gate, up, shared.activation)?;
         let a = if tape.is_replaying() {
             self.down_proj.forward_unread(tape, m, rng(3))?

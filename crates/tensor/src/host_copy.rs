@@ -43,6 +43,8 @@ pub struct HostCopy {
     bytes: usize,
     dtype: DType,
     shape: Shape,
+    /// Behind the rows of the tensor, copied as well.
+    room: usize,
     place: Place,
 }
 
@@ -76,14 +78,14 @@ impl HostPool {
     /// # Errors
     /// [`Error::Cuda`] when the host has no more memory to lock.
     pub fn store(&self, tensor: Tensor) -> Result<HostCopy> {
-        let bytes = tensor.numel() * tensor.dtype().size();
+        let bytes = tensor.span();
         let mut buffer = self.take(bytes)?;
         match &mut buffer {
             Buffer::Plain(buffer) => buffer.copy_from_slice(tensor.host_bytes("store")?),
             Buffer::Pinned(pinned) => pinned.fetch_beside(&tensor)?,
         }
-        let (dtype, shape) = (tensor.dtype(), tensor.shape());
-        Ok(HostCopy { pool: self.clone(), buffer: Some(buffer), bytes, dtype, shape, place: Place::Leaving(tensor) })
+        let (dtype, shape, room) = (tensor.dtype(), tensor.shape(), tensor.room());
+        Ok(HostCopy { pool: self.clone(), buffer: Some(buffer), bytes, dtype, shape, room, place: Place::Leaving(tensor) })
     }
 
     fn take(&self, bytes: usize) -> Result<Buffer> {
@@ -142,7 +144,7 @@ impl HostCopy {
         if !matches!(self.place, Place::Away) {
             return Ok(());
         }
-        let mut tensor = Tensor::empty(arena, self.dtype, self.shape)?;
+        let mut tensor = Tensor::with_room(arena, self.dtype, self.shape, self.room)?;
         match &mut self.buffer {
             Some(Buffer::Plain(buffer)) => tensor.write_bytes(buffer)?,
             Some(Buffer::Pinned(pinned)) => pinned.send_beside(&mut tensor)?,

@@ -12,6 +12,9 @@ use crate::{
 
 /// A contiguous view of memory with a shape and an element type.
 ///
+/// On a GPU there may be room behind each row of the first size, for an op that reads the tensor beside values of its own
+/// (`room`); what does not know of it refuses such a tensor.
+///
 /// Cloning and [`Tensor::reshape`] share the memory; writing needs the only handle ([`Error::Shared`] otherwise), so what an
 /// op saved for its backward cannot change under it.
 #[derive(Clone, Debug)]
@@ -21,6 +24,8 @@ pub struct Tensor {
     shape: Shape,
     /// In elements.
     offset: usize,
+    /// Elements between one row of the first size and the next.
+    room: usize,
 }
 
 impl Tensor {
@@ -32,7 +37,17 @@ impl Tensor {
     pub fn empty(arena: &Arena, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         let block = Arc::new(arena.take(shape.numel() * dtype.size(), Location::caller())?);
-        Ok(Self { block, dtype, shape, offset: 0 })
+        Ok(Self { block, dtype, shape, offset: 0, room: 0 })
+    }
+
+    /// The same on a GPU with room for `room` elements behind each row of the first size; on the CPU there is none.
+    #[track_caller]
+    pub(crate) fn with_room(arena: &Arena, dtype: DType, shape: impl Into<Shape>, room: usize) -> Result<Self> {
+        let shape = shape.into();
+        let room = if arena.device() == Device::Cpu { 0 } else { room };
+        let elements = shape.numel() + room * shape.dims().first().copied().unwrap_or(0);
+        let block = Arc::new(arena.take(elements * dtype.size(), Location::caller())?);
+        Ok(Self { block, dtype, shape, offset: 0, room })
     }
 
     /// Zeros.
@@ -115,7 +130,7 @@ impl Tensor {
             Device::Cuda(device) => {
                 self.expect_dtype("to_vec", E::DTYPE)?;
                 let mut values = vec![E::zeroed(); self.numel()];
-                device.download(bytemuck::cast_slice_mut(&mut values), self.address()?)?;
+                device.download(bytemuck::cast_slice_mut(&mut values), self.dense()?.address()?)?;
                 Ok(values)
             }
         }
@@ -131,8 +146,8 @@ impl Tensor {
         match (self.device(), arena.device()) {
             (Device::Cpu, Device::Cpu) => out.bytes_mut("to_arena")?.copy_from_slice(self.host_bytes("to_arena")?),
             (Device::Cpu, Device::Cuda(device)) => device.upload(out.address_mut()?, self.host_bytes("to_arena")?)?,
-            (Device::Cuda(device), Device::Cpu) => device.download(out.bytes_mut("to_arena")?, self.address()?)?,
-            (Device::Cuda(_), Device::Cuda(device)) => device.copy(out.address_mut()?, self.address()?, self.bytes())?,
+            (Device::Cuda(device), Device::Cpu) => device.download(out.bytes_mut("to_arena")?, self.dense()?.address()?)?,
+            (Device::Cuda(_), Device::Cuda(device)) => device.copy(out.address_mut()?, self.dense()?.address()?, self.bytes())?,
         }
         Ok(out)
     }
@@ -147,6 +162,13 @@ impl Tensor {
     #[must_use]
     pub fn dims(&self) -> &[usize] {
         self.shape.dims()
+    }
+
+    /// Elements behind each row of the first size that are not the tensor's: 0 but for what an op on a GPU made for layers with
+    /// adapters.
+    #[must_use]
+    pub fn room(&self) -> usize {
+        self.room
     }
 
     /// Number of elements.
@@ -173,18 +195,16 @@ impl Tensor {
         self.block.arena()
     }
 
-    /// The same memory under other sizes.
+    /// The same memory under other sizes: with room behind the rows, under sizes with as many rows.
     ///
     /// # Errors
     /// [`Error::Shape`] when the number of elements differs.
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
-        self.view(0, shape).and_then(|view| {
-            if view.numel() == self.numel() {
-                Ok(view)
-            } else {
-                Err(Error::Shape { op: "reshape", operand: "self", expected: view.shape, found: self.shape })
-            }
-        })
+        let shape = shape.into();
+        if shape.numel() != self.numel() || (self.room > 0 && shape.dims().first() != self.dims().first()) {
+            return Err(Error::Shape { op: "reshape", operand: "self", expected: shape, found: self.shape });
+        }
+        Ok(Self { shape, ..self.clone() })
     }
 
     /// `shape` of elements from `offset` on, sharing the memory.
@@ -193,10 +213,10 @@ impl Tensor {
     /// [`Error::Shape`] when they reach beyond the end.
     pub fn view(&self, offset: usize, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        if offset + shape.numel() > self.numel() {
+        if offset + shape.numel() > self.numel() || self.room > 0 {
             return Err(Error::Shape { op: "view", operand: "self", expected: shape, found: self.shape });
         }
-        Ok(Self { block: Arc::clone(&self.block), dtype: self.dtype, shape, offset: self.offset + offset })
+        Ok(Self { shape, offset: self.offset + offset, ..self.clone() })
     }
 
     /// Rows `start .. start + rows` of the first size, sharing the memory.
@@ -207,7 +227,10 @@ impl Tensor {
         let row: usize = self.dims()[1..].iter().product();
         let mut dims = self.shape;
         dims.set_first(rows);
-        self.view(start * row, dims)
+        if start + rows > self.dims()[0] {
+            return Err(Error::Shape { op: "view", operand: "self", expected: dims, found: self.shape });
+        }
+        Ok(Self { shape: dims, offset: self.offset + start * (row + self.room), ..self.clone() })
     }
 
     /// Whether the other tensor is the same elements in the same memory, in any shape.
@@ -377,6 +400,11 @@ impl Tensor {
         Err(Error::DType { op, operand: "self", expected: expected.name(), found: self.dtype })
     }
 
+    /// Bytes from the first element to the end of the last row's room.
+    pub(crate) fn span(&self) -> usize {
+        self.bytes() + self.room * self.dims().first().copied().unwrap_or(0) * self.dtype.size()
+    }
+
     /// Bytes of the elements.
     fn bytes(&self) -> usize {
         self.numel() * self.dtype.size()
@@ -405,6 +433,13 @@ impl Tensor {
 
     /// The address of the first element on the device.
     pub(crate) fn address(&self) -> Result<u64> {
+        if self.room > 0 {
+            return Err(Error::Cuda { call: "address", reason: "expected a tensor without room behind its rows".into() });
+        }
+        self.first_address()
+    }
+
+    fn first_address(&self) -> Result<u64> {
         let address = self.block.address().ok_or(Error::Cuda { call: "address", reason: "the tensor is on the host".into() })?;
         Ok(address + self.byte_range().start as u64)
     }
@@ -412,6 +447,32 @@ impl Tensor {
     /// The same for writing: the only handle.
     pub(crate) fn address_mut(&mut self) -> Result<u64> {
         if self.is_unique() { self.address() } else { Err(Error::Shared { op: "write" }) }
+    }
+
+    /// The address of the first element, and elements from one row of the first size to the next, room included.
+    pub(crate) fn rows_address(&self) -> Result<(u64, usize)> {
+        let row: usize = self.dims().iter().skip(1).product();
+        Ok((self.first_address()?, row + self.room))
+    }
+
+    /// The same for writing: the only handle.
+    pub(crate) fn rows_address_mut(&mut self) -> Result<(u64, usize)> {
+        if self.is_unique() { self.rows_address() } else { Err(Error::Shared { op: "write" }) }
+    }
+
+    /// A tensor without room behind its rows: itself, or a copy.
+    pub(crate) fn dense(&self) -> Result<Self> {
+        let Device::Cuda(device) = self.device() else { return Ok(self.clone()) };
+        if self.room == 0 {
+            return Ok(self.clone());
+        }
+        let out = Self::empty(self.arena(), self.dtype, self.shape)?;
+        let ((to, cols), (from, pitch)) = (out.rows_address()?, self.rows_address()?);
+        let rows = self.dims()[0];
+        let args = [to, from].map(Arg::Pointer).into_iter().chain([rows, cols, cols, pitch].map(Arg::size));
+        let name = format!("copy_strided_{}", suffix("dense", self.dtype)?);
+        device.launch(&name, Grid::over(self.numel(), 512 * 16 / self.dtype.size(), 256), &args.collect::<Vec<_>>())?;
+        Ok(out)
     }
 }
 

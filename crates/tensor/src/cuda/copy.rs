@@ -55,14 +55,16 @@ impl Pinned {
     /// # Errors
     /// As [`Pinned::fetch`].
     pub fn fetch_beside(&mut self, tensor: &Tensor) -> Result<()> {
-        let bytes = tensor.numel() * tensor.dtype().size();
+        let bytes = tensor.span();
         self.expect_len(bytes)?;
         if self.device.is_dry() {
             return Ok(());
         }
         let stream = self.device.fork_copies()?;
         // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
-        check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(self.address.cast(), tensor.address()?, bytes, stream) })?;
+        check("cuMemcpyDtoHAsync", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(self.address.cast(), tensor.rows_address()?.0, bytes, stream)
+        })?;
         self.mark(stream)
     }
 
@@ -72,13 +74,13 @@ impl Pinned {
     /// # Errors
     /// As [`Pinned::fetch`].
     pub fn send_beside(&mut self, tensor: &mut Tensor) -> Result<()> {
-        let bytes = tensor.numel() * tensor.dtype().size();
+        let bytes = tensor.span();
         self.expect_len(bytes)?;
         if self.device.is_dry() {
             return Ok(());
         }
         let stream = self.device.fork_copies()?;
-        let target = tensor.address_mut()?;
+        let (target, _) = tensor.rows_address_mut()?;
         // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
         check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(target, self.address.cast(), bytes, stream) })?;
         self.mark(stream)

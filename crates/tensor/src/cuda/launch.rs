@@ -8,6 +8,7 @@ use nibble_kernels::{ArgKind, Kernel};
 use super::{
     context::{CudaDevice, Module},
     driver::check,
+    matmul::Matrix,
 };
 use crate::{DType, Device, Error, Owner, Result, Tensor, TensorMut};
 
@@ -125,17 +126,30 @@ impl TensorMap {
                 found: x.dims().len(),
             });
         };
-        let kind = match x.dtype() {
+        let dims = [size as u64, heads as u64, tokens as u64];
+        let strides = [2 * size as u64, 2 * (heads * size) as u64];
+        let dry = matches!(x.device(), Device::Cuda(device) if device.is_dry());
+        Self::encode(x.address()?, x.dtype(), dims, strides, rows, dry)
+    }
+
+    /// Boxes of `deep` rows, 64 columns wide with a swizzle of 128 bytes, of a 16-bit matrix; what lies outside comes as zeros.
+    /// Address and pitch are multiples of 16 bytes.
+    pub(crate) fn rows(device: CudaDevice, matrix: Matrix, [rows, cols]: [usize; 2], dtype: DType, deep: u32) -> Result<Self> {
+        let pitch = 2 * matrix.ld as u64;
+        Self::encode(matrix.address, dtype, [cols as u64, 1, rows as u64], [pitch, pitch], deep, device.is_dry())
+    }
+
+    /// Boxes of 64 x 1 x `deep` elements; nothing of a dry device.
+    fn encode(address: u64, dtype: DType, dims: [u64; 3], strides: [u64; 2], deep: u32, dry: bool) -> Result<Self> {
+        let kind = match dtype {
             DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             found => return Err(Error::DType { op: "tensor map", operand: "x", expected: "bfloat16 or float16", found }),
         };
-        let dims = [size as u64, heads as u64, tokens as u64];
-        let strides = [2 * size as u64, 2 * (heads * size) as u64];
-        let (boxes, steps) = ([64, 1, rows], [1u32; 3]);
+        let (boxes, steps) = ([64, 1, deep], [1u32; 3]);
         // SAFETY: an all-zero map is a value to be written over.
         let mut map = Self(unsafe { std::mem::zeroed() });
-        if matches!(x.device(), Device::Cuda(device) if device.is_dry()) {
+        if dry {
             return Ok(map);
         }
         // SAFETY: the arrays have the three (two) elements that the rank calls for and outlive the call; the address is only noted.
@@ -144,7 +158,7 @@ impl TensorMap {
                 &raw mut map.0,
                 kind,
                 3,
-                x.address()? as *mut std::ffi::c_void,
+                address as *mut std::ffi::c_void,
                 dims.as_ptr(),
                 strides.as_ptr(),
                 boxes.as_ptr(),

@@ -134,8 +134,14 @@ mod cuda {
         dtable: &mut TensorMut<'_>,
     ) -> Result<()> {
         let (rows, cols) = (dy.shape().rows(), dy.shape().last());
-        let args =
-            [Arg::write_view(dtable)?, Arg::read(dy)?, Arg::read(tokens)?, Arg::F32(scale), Arg::size(rows), Arg::size(cols)];
+        let args = [
+            Arg::write_view(dtable)?,
+            Arg::read(&dy.dense()?)?,
+            Arg::read(tokens)?,
+            Arg::F32(scale),
+            Arg::size(rows),
+            Arg::size(cols),
+        ];
         device.launch(&format!("embedding_bwd_{}", suffix(OP, dy.dtype())?), Grid::new(rows, 128), &args)
     }
 }

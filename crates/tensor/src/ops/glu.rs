@@ -25,8 +25,16 @@ pub enum Activation {
 /// # Errors
 /// [`crate::Error::Shape`] and [`crate::Error::DType`] when `up` differs from `gate` or they are integers, [`crate::Error::OutOfMemory`].
 pub fn forward(gate: &Tensor, up: &Tensor, activation: Activation) -> Result<Tensor> {
+    forward_with_room(gate, up, activation, 0)
+}
+
+/// [`forward`], y with room for `room` elements behind its rows on a GPU.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with_room(gate: &Tensor, up: &Tensor, activation: Activation, room: usize) -> Result<Tensor> {
     check("up", up, gate)?;
-    let mut y = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
+    let mut y = Tensor::with_room(gate.arena(), gate.dtype(), gate.shape(), room)?;
     match gate.device() {
         Device::Cpu => with_float!(gate.dtype(), OP, "gate", E => {
             cpu::forward::<E>(gate.as_slice()?, up.as_slice()?, activation, y.as_mut_slice()?);
@@ -190,10 +198,26 @@ mod cuda {
         Grid::over(x.numel() * x.dtype().size(), 16 * 256, 256)
     }
 
+    /// Rows and columns, and where an operand begins with the pitch of its rows.
+    fn sizes(x: &Tensor) -> Result<([Arg; 2], Arg, Arg)> {
+        let (address, pitch) = x.rows_address()?;
+        let cols = if x.room() == 0 { x.shape().last() } else { pitch - x.room() };
+        let ld = cols + x.room();
+        Ok(([x.numel() / cols.max(1), cols].map(Arg::size), Arg::Pointer(address), Arg::size(ld)))
+    }
+
     pub(super) fn forward(device: CudaDevice, gate: &Tensor, up: &Tensor, activation: Activation, y: &mut Tensor) -> Result<()> {
-        let (rows, cols) = (Arg::size(gate.shape().rows()), Arg::size(gate.shape().last()));
-        let args = [Arg::write(y)?, Arg::read(gate)?, Arg::read(up)?, number(activation), rows, cols, cols];
-        device.launch(&format!("glu_fwd_{}", suffix(OP, gate.dtype())?), grid(gate), &args)
+        if gate.room() != up.room() {
+            return forward(device, &gate.dense()?, &up.dense()?, activation, y);
+        }
+        let (rows_cols, gate_at, ld_in) = sizes(gate)?;
+        let (_, y_at, ld) = sizes(y)?;
+        let front = [y_at, gate_at, sizes(up)?.1, number(activation)];
+        device.launch(
+            &format!("glu_fwd_{}", suffix(OP, gate.dtype())?),
+            grid(gate),
+            &[&front[..], &rows_cols, &[ld, ld_in]].concat(),
+        )
     }
 
     /// A thread reads all its values before it writes one, so that the results may lie over the operands.
@@ -204,15 +228,19 @@ mod cuda {
         up: Tensor,
         activation: Activation,
     ) -> Result<(Tensor, Tensor)> {
-        let inputs = [Arg::read(dy)?, Arg::read(&gate)?, Arg::read(&up)?, number(activation), Arg::U64(gate.numel() as u64)];
+        if gate.room() != up.room() {
+            return backward(device, dy, gate.dense()?, up.dense()?, activation);
+        }
+        let (rows_cols, gate_at, ld) = sizes(&gate)?;
+        let inputs = [Arg::read(dy)?, gate_at, sizes(&up)?.1, number(activation)];
         let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate));
         let place = |x: &Tensor| {
-            if x.is_unique() { Ok(None) } else { Tensor::empty(x.arena(), x.dtype(), x.shape()).map(Some) }
+            if x.is_unique() { Ok(None) } else { Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room()).map(Some) }
         };
         let (new_gate, new_up) = (place(&gate)?, place(&up)?);
         let (mut dgate, mut dup) = (new_gate.unwrap_or(gate), new_up.unwrap_or(up));
-        let args = [&[Arg::write(&mut dgate)?, Arg::write(&mut dup)?][..], &inputs].concat();
-        device.launch(&name, grid, &args)?;
+        let outputs = [dgate.rows_address_mut()?.0, dup.rows_address_mut()?.0].map(Arg::Pointer);
+        device.launch(&name, grid, &[&outputs[..], &inputs, &rows_cols, &[ld]].concat())?;
         Ok((dgate, dup))
     }
 }

@@ -17,7 +17,7 @@
 
 mod cuda;
 
-use crate::{Device, Error, Result, Rng, Shape, Tensor, TensorMut, Weight};
+use crate::{DType, Device, Error, Result, Rng, Shape, Tensor, TensorMut, Weight};
 
 const OP: &str = "linear";
 
@@ -69,12 +69,34 @@ pub struct PartGrads<'a> {
     pub adapter: Option<(TensorMut<'a>, TensorMut<'a>)>,
 }
 
+/// Room that an op leaves behind the rows of what linear layers read on a GPU, for x and h to be one operand [x | h]: whole
+/// lines of memory.
+const ROOM: usize = 64;
+/// Tokens from which [x | h] and [dy | t] are made: below, they cost more launches than they save bytes.
+const MANY_TOKENS: usize = 256;
+
+/// How much room an op leaves behind the rows of a result that linear layers read, of the tokens and the type of its input `x`.
+#[must_use]
+pub fn room(x: &Tensor) -> usize {
+    let tokens = x.dims().first().copied().unwrap_or(0);
+    if x.device() == Device::Cpu || x.dtype() == DType::F32 || tokens < MANY_TOKENS { 0 } else { ROOM }
+}
+
 /// y of each part. Products of f32 activations are in f32; of 16-bit activations, both operands are rounded to that type and
 /// summed in f32.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::OutOfMemory`].
 pub fn forward(x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
+    forward_with_room(x, parts, 0)
+}
+
+/// [`forward`], each y with room for `room` elements behind its rows on a GPU: where y is written over with its gradient, t may lie
+/// there.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with_room(x: &Tensor, parts: &[Part], room: usize) -> Result<(Vec<Tensor>, Saved)> {
     let inputs = x.shape().last();
     for part in parts {
         check(inputs, part)?;
@@ -85,7 +107,7 @@ pub fn forward(x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
             let (ys, hs) = outputs.into_iter().unzip();
             Ok((ys, Saved(hs)))
         }
-        Device::Cuda(device) => cuda::forward(device, x, parts),
+        Device::Cuda(device) => cuda::forward(device, x, parts, room),
     }
 }
 

@@ -29,9 +29,17 @@ pub struct Config {
 /// # Errors
 /// [`crate::Error::Shape`] when `weight` is not \[C\], [`crate::Error::DType`] for integer tensors, [`crate::Error::OutOfMemory`].
 pub fn forward(x: &Tensor, weight: &Tensor, config: Config) -> Result<(Tensor, Tensor)> {
+    forward_with_room(x, weight, config, 0)
+}
+
+/// [`forward`], y with room for `room` elements behind its rows on a GPU; x [T, C] then.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with_room(x: &Tensor, weight: &Tensor, config: Config, room: usize) -> Result<(Tensor, Tensor)> {
     weight.expect_shape(OP, "weight", [x.shape().last()])?;
     let weight = typed::widened(OP, "weight", weight)?;
-    let mut y = Tensor::empty(x.arena(), x.dtype(), x.shape())?;
+    let mut y = Tensor::with_room(x.arena(), x.dtype(), x.shape(), room)?;
     let mut inv = Tensor::empty(x.arena(), DType::F32, [x.shape().rows()])?;
     match x.device() {
         Device::Cpu => with_float!(x.dtype(), OP, "x", E => {
@@ -48,12 +56,26 @@ pub fn forward(x: &Tensor, weight: &Tensor, config: Config) -> Result<(Tensor, T
 /// # Errors
 /// As [`forward`], and when `a` differs from `x` in shape or type.
 pub fn residual_forward(x: &Tensor, a: Tensor, weight: &Tensor, config: Config) -> Result<(Tensor, Tensor, Tensor)> {
+    residual_forward_with_room(x, a, weight, config, 0)
+}
+
+/// [`residual_forward`], y with room for `room` elements behind its rows on a GPU; x [T, C] then.
+///
+/// # Errors
+/// As [`residual_forward`].
+pub fn residual_forward_with_room(
+    x: &Tensor,
+    a: Tensor,
+    weight: &Tensor,
+    config: Config,
+    room: usize,
+) -> Result<(Tensor, Tensor, Tensor)> {
     a.expect_shape(OP, "a", x.shape())?;
     typed::expect_dtype(OP, "a", &a, x.dtype())?;
     weight.expect_shape(OP, "weight", [x.shape().last()])?;
     let weight = typed::widened(OP, "weight", weight)?;
     let mut r = typed::writable(OP, "a", a)?;
-    let mut y = Tensor::empty(x.arena(), x.dtype(), x.shape())?;
+    let mut y = Tensor::with_room(x.arena(), x.dtype(), x.shape(), room)?;
     let mut inv = Tensor::empty(x.arena(), DType::F32, [x.shape().rows()])?;
     match x.device() {
         Device::Cpu => with_float!(x.dtype(), OP, "x", E => {
@@ -78,7 +100,23 @@ pub fn backward(
     config: Config,
     dweight: Option<TensorMut<'_>>,
 ) -> Result<Tensor> {
-    let dx = Tensor::empty(x.arena(), x.dtype(), x.shape())?;
+    backward_with_room(dy, x, weight, inv_rms, config, dweight, 0)
+}
+
+/// [`backward`], dx with room for `room` elements behind its rows on a GPU; x [T, C] then.
+///
+/// # Errors
+/// As [`backward`].
+pub fn backward_with_room(
+    dy: &Tensor,
+    x: &Tensor,
+    weight: &Tensor,
+    inv_rms: &Tensor,
+    config: Config,
+    dweight: Option<TensorMut<'_>>,
+    room: usize,
+) -> Result<Tensor> {
+    let dx = Tensor::with_room(x.arena(), x.dtype(), x.shape(), room)?;
     backward_into(dx, false, dy, x, weight, inv_rms, config, dweight)
 }
 
@@ -349,6 +387,13 @@ mod cuda {
         [x.shape().last().div_ceil(16).next_multiple_of(32).min(512) as u32, 1]
     }
 
+    /// Where y begins, and the pitch of its rows: of the last size, but where there is room behind those of the first.
+    fn output(y: &mut Tensor) -> Result<(Arg, Arg)> {
+        let (last, room) = (y.shape().last(), y.room());
+        let (address, pitch) = y.rows_address_mut()?;
+        Ok((Arg::Pointer(address), Arg::size(if room == 0 { last } else { pitch })))
+    }
+
     /// As many blocks as the device holds at once, of `resident` threads a multiprocessor: a block keeps w for its rows.
     fn grid(device: CudaDevice, x: &Tensor, resident: usize) -> Grid {
         let threads = block(x);
@@ -366,8 +411,9 @@ mod cuda {
         inv: &mut Tensor,
     ) -> Result<()> {
         let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
-        let outputs = [Arg::write(y)?, Arg::write(inv)?];
-        let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
+        let (y, ld) = output(y)?;
+        let outputs = [y, Arg::write(inv)?];
+        let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, ld];
         device.launch(
             &format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?),
             grid(device, x, 2048),
@@ -386,8 +432,9 @@ mod cuda {
     ) -> Result<()> {
         let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
         let a = Arg::read(r)?;
-        let outputs = [Arg::write(r)?, Arg::write(y)?, Arg::write(inv)?];
-        let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, cols];
+        let (y, ld) = output(y)?;
+        let outputs = [Arg::write(r)?, y, Arg::write(inv)?];
+        let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, ld];
         device.launch(
             &format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?),
             grid(device, x, 2048),
@@ -413,8 +460,9 @@ mod cuda {
             partials = Some(Tensor::empty(x.arena(), DType::F32, [grid.blocks[0] as usize, cols])?);
         }
         let sums = partials.as_mut().map_or(Ok(Arg::NONE), Arg::write)?;
+        let (dx, ld) = output(dx)?;
         let args = [
-            Arg::write(dx)?,
+            dx,
             sums,
             Arg::read(dy)?,
             Arg::read(x)?,
@@ -424,6 +472,7 @@ mod cuda {
             Arg::size(rows),
             Arg::size(cols),
             Arg::U32(add.into()),
+            ld,
         ];
         device.launch(&format!("rms_norm_bwd_{}", suffix(OP, x.dtype())?), grid, &args)?;
         if let (Some(mut dweight), Some(partials)) = (dweight, partials) {

@@ -46,15 +46,14 @@ fn tiles(documents: &Documents, rows: usize) -> u32 {
 
 pub(super) fn forward(
     device: CudaDevice,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    [q, k, v]: [&Tensor; 3],
     documents: &Documents,
     heads: Sizes,
     config: Config,
+    room: usize,
 ) -> Result<(Tensor, Tensor)> {
     if hopper::serves(device, q.dtype(), heads, config) {
-        return hopper::forward(device, q, k, v, documents, heads, config);
+        return hopper::forward(device, [q, k, v], documents, heads, config, room);
     }
     let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
     let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
@@ -115,13 +114,15 @@ pub(super) fn backward(
 /// δ of every row and head, F32 [H, T].
 pub(super) fn delta(device: CudaDevice, o: &Tensor, d_o: &Tensor, documents: &Documents, heads: Sizes) -> Result<Tensor> {
     let mut delta = Tensor::empty(o.arena(), DType::F32, [heads.heads, documents.tokens()])?;
+    let (address, ld) = o.rows_address()?;
     let args = [
         Arg::write(&mut delta)?,
-        Arg::read(o)?,
+        Arg::Pointer(address),
         Arg::read(d_o)?,
         Arg::size(documents.tokens()),
         Arg::size(heads.heads),
         Arg::size(heads.head_size),
+        Arg::size(ld),
     ];
     let rows = documents.tokens() * heads.heads;
     device.launch(&format!("attention_delta_{}", suffix(OP, o.dtype())?), Grid::over(rows, 8, 128), &args)?;
@@ -169,7 +170,7 @@ pub(super) fn cached(
         padded.copy_rows(len - new, q)?;
         padded
     };
-    let (o, _) = forward(device, &padded, &keys.rows(0, len)?, &values.rows(0, len)?, &all, heads, config)?;
+    let (o, _) = forward(device, [&padded, &keys.rows(0, len)?, &values.rows(0, len)?], &all, heads, config, 0)?;
     o.rows(len - new, new)
 }
 

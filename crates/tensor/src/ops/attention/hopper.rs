@@ -81,21 +81,21 @@ impl<'a> Call<'a> {
 
 pub(super) fn forward(
     device: CudaDevice,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    [q, k, v]: [&Tensor; 3],
     documents: &Documents,
     heads: Sizes,
     config: Config,
+    room: usize,
 ) -> Result<(Tensor, Tensor)> {
     let call = Call::new(device, documents, heads, config);
-    let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
+    let mut o = Tensor::with_room(q.arena(), q.dtype(), q.shape(), room)?;
     let mut lse = Tensor::empty(q.arena(), DType::F32, [heads.heads, documents.tokens()])?;
     let [order_d64, order_d128, _] = call.order(q)?;
     // Warpgroups of 64 query rows each: small heads leave registers for a third.
     let (groups, order) = if call.d == 64 { (3, order_d64) } else { (2, order_d128) };
+    let (address, ld) = o.rows_address_mut()?;
     let args = [
-        Arg::write(&mut o)?,
+        Arg::Pointer(address),
         Arg::write(&mut lse)?,
         Arg::Pointer(device.zeros("attention_fwd", 8)?),
         Arg::Map(TensorMap::heads(q, 64 * groups as u32)?),
@@ -110,6 +110,7 @@ pub(super) fn forward(
         Arg::size(heads.head_size),
         Arg::F32(config.scale),
         Arg::U32(call.window),
+        Arg::size(ld),
     ];
     let tiles = call.slots_of(64 * groups) * heads.heads;
     let grid = call.persistent(tiles, 128 * (groups as u32 + 1), 256 * call.d * (groups + 4) + 256);

@@ -54,12 +54,27 @@ pub struct Config {
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::Argument`] for a window or softcap of 0, [`Error::OutOfMemory`].
 pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, documents: &Documents, config: Config) -> Result<(Tensor, Tensor)> {
+    forward_with_room(q, k, v, documents, config, 0)
+}
+
+/// [`forward`], o with room for `room` elements behind the heads of each token where a GPU's kernel leaves it.
+///
+/// # Errors
+/// As [`forward`].
+pub fn forward_with_room(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    documents: &Documents,
+    config: Config,
+    room: usize,
+) -> Result<(Tensor, Tensor)> {
     const OP: &str = "attention";
     let sizes = check(OP, q, k, v, config)?;
     check_tokens(OP, q, k, documents)?;
     match q.device() {
         Device::Cpu => with_float!(q.dtype(), OP, "q", E => forward::documents::<E>(q, k, v, documents, sizes, config)),
-        Device::Cuda(device) => cuda::forward(device, q, k, v, documents, sizes, config),
+        Device::Cuda(device) => cuda::forward(device, [q, k, v], documents, sizes, config, room),
     }
 }
 

@@ -2,13 +2,16 @@
 //!
 //! Adapters whose A lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product gives the h
 //! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is
-//! one product over K + ΣR columns, for which x is copied beside h; elsewhere y += h Bᵀ reads and writes y once more. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
+//! one product over K + ΣR columns, for which h is written behind x where there is room and x is
+//! copied where not; elsewhere y += h Bᵀ reads and writes y once more. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
+//! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
+mod hopper;
 
 use call::{Call, columns, rows, transposed};
 
-use super::{OP, Part, PartGrads, Saved};
+use super::{OP, Part, PartGrads, ROOM, Saved};
 use crate::{
     DType, Result, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
@@ -18,27 +21,28 @@ use crate::{
     },
 };
 
-pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
+pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usize) -> Result<(Vec<Tensor>, Saved)> {
     let call = Call::new(device, x, parts)?;
     let outputs: usize = parts.iter().map(Part::outputs).sum();
-    let together = call.inputs <= outputs && parts.iter().all(|part| call.rides(part));
-    let h = match call.ranks {
-        0 => None,
-        ranks => Some(Tensor::empty(x.arena(), x.dtype(), [call.tokens, ranks])?),
-    };
+    let rides = parts.iter().all(|part| call.rides(part));
+    let h = call.narrow()?;
     let beside = match &h {
-        Some(h) if together => Some(call.beside(h)?),
+        Some(h) if rides && x.room() >= call.ranks => {
+            call.adapter_inputs(rows(h)?, Some(columns(rows(x)?, call.inputs, call.dtype)))?;
+            Some(x.clone())
+        }
+        Some(h) if rides && call.inputs <= outputs => Some(call.beside(h)?),
         Some(h) => {
-            call.adapter_inputs(rows(h)?)?;
+            call.adapter_inputs(rows(h)?, None)?;
             None
         }
         None => None,
     };
     let mut ys = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
-        let mut y = Tensor::empty(x.arena(), x.dtype(), [call.tokens, part.outputs()])?;
+        let mut y = Tensor::with_room(x.arena(), x.dtype(), [call.tokens, part.outputs()], room)?;
         if let Some(beside) = &beside {
-            call.product_beside(beside, i, &y)?;
+            call.product_beside(rows(beside)?, i, &y)?;
         } else {
             call.base_product(part, &mut y)?;
             if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &call.pairs[i]) {
@@ -55,12 +59,11 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<
 /// h alone.
 pub(super) fn forward_unread(device: CudaDevice, x: &Tensor, parts: &[Part]) -> Result<Saved> {
     let call = Call::new(device, x, parts)?;
-    if call.ranks == 0 {
-        return Ok(Saved(Vec::new()));
+    let h = call.narrow()?;
+    if let Some(h) = &h {
+        call.adapter_inputs(rows(h)?, None)?;
     }
-    let h = Tensor::empty(x.arena(), x.dtype(), [call.tokens, call.ranks])?;
-    call.adapter_inputs(rows(&h)?)?;
-    Ok(Saved(vec![Some(h)]))
+    Ok(Saved(h.into_iter().map(Some).collect()))
 }
 
 pub(super) fn backward(
@@ -74,9 +77,12 @@ pub(super) fn backward(
 ) -> Result<Option<Tensor>> {
     let call = Call::new(device, &x, parts)?;
     let h = saved.0.first().and_then(Option::as_ref);
-    let t = match call.ranks {
-        0 => None,
-        ranks => Some(Tensor::empty(x.arena(), x.dtype(), [call.tokens, ranks])?),
+    // t lies behind the rows of the dy that it rides with, where there is room.
+    let behind = call.rider(dys).filter(|&i| want_dx && dys[i].room() >= call.ranks);
+    let narrow = if behind.is_some() { None } else { call.narrow()? };
+    let t = match (behind, &narrow) {
+        (Some(i), _) => Some(columns(rows(&dys[i])?, parts[i].outputs(), call.dtype)),
+        (None, narrow) => narrow.as_ref().map(rows).transpose()?,
     };
     for (i, (part, dy)) in parts.iter().zip(dys).enumerate() {
         if let Some(dweight) = &mut grads[i].weight {
@@ -85,19 +91,26 @@ pub(super) fn backward(
         if let Some(dbias) = &mut grads[i].bias {
             bias_gradient(device, dbias, dy)?;
         }
-        if let (Some(t), Some(h)) = (&t, h) {
+        if let (Some(t), Some(h)) = (t, h) {
             call.adapter_gradients(i, dy, h, t, grads[i].adapter.as_mut().map(|(_, db)| db))?;
         }
     }
-    if let Some(t) = &t {
-        call.add_a_gradients(rows(t)?, &mut grads)?;
+    if let Some(t) = t {
+        call.add_a_gradients(t, &mut grads)?;
     }
     if !want_dx {
         return Ok(None);
     }
     let call = call.without_input();
     drop(x);
-    call.input_gradient(dys, t.as_ref()).map(Some)
+    call.input_gradient(dys, t).map(Some)
+}
+
+/// Partial sums that a pass over dy leaves: of t one for each block of columns, of dB one for each share of the rows.
+struct OnePass {
+    wide: usize,
+    shares: usize,
+    grid: Grid,
 }
 
 impl Call<'_, '_> {
@@ -114,14 +127,15 @@ impl Call<'_, '_> {
     /// y = a bᵀ + bias of the part, over `k` columns.
     fn biased_product(&self, part: &Part, y: &Tensor, a: Matrix, b: Matrix, k: usize) -> Result<()> {
         let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
+        let result = rows(y)?;
         self.device.gemm(&Gemm {
             m: self.tokens,
             n: part.outputs(),
             k,
             a,
             b: transposed(b),
-            c: y.address()?,
-            ldc: part.outputs(),
+            c: result.address,
+            ldc: result.ld,
             alpha: 1.0,
             accumulate: false,
             bias: bias.as_ref().map(Tensor::address).transpose()?,
@@ -132,17 +146,17 @@ impl Call<'_, '_> {
 
     /// [x | h] [T, K + ΣR] with h = x Aᵀ, which is also left in `h`.
     fn beside(&self, h: &Tensor) -> Result<Tensor> {
-        self.adapter_inputs(rows(h)?)?;
         let beside = scratch(&self.arena, self.dtype, [self.tokens, self.inputs + self.ranks])?;
         self.copy(rows(&beside)?, rows(self.x()?)?, self.inputs)?;
-        self.copy(columns(rows(&beside)?, self.inputs, self.dtype), rows(h)?, self.ranks)?;
+        self.adapter_inputs(rows(h)?, Some(columns(rows(&beside)?, self.inputs, self.dtype)))?;
         Ok(beside)
     }
 
     /// y = [x | h] [W | 0 s B 0]ᵀ + bias for one part.
-    fn product_beside(&self, beside: &Tensor, i: usize, y: &Tensor) -> Result<()> {
+    fn product_beside(&self, beside: Matrix, i: usize, y: &Tensor) -> Result<()> {
         let part = &self.parts[i];
-        let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [0, self.ranks])?;
+        // Rows begin with a line of memory, as those of x with room do.
+        let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
         let (n, width) = (part.outputs(), self.inputs + self.ranks);
         let b = self.pairs[i].as_ref().map(|(_, b)| b);
         let args = [
@@ -153,17 +167,21 @@ impl Call<'_, '_> {
             Arg::size(b.map_or(0, |b| b.shape().last())),
             Arg::size(self.offsets[i]),
             Arg::size(self.ranks),
-            Arg::size(width),
+            Arg::size(weight.shape().last()),
         ];
-        let grid = Grid::over(n * self.ranks, 256, 256);
+        let grid = Grid::over(n * self.ranks, 2048, 256);
         self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)?;
-        self.biased_product(part, y, rows(beside)?, rows(&weight)?, width)
+        self.biased_product(part, y, beside, rows(&weight)?, width)
     }
 
-    /// h = dropout(x) Aᵀ of all parts, side by side.
-    fn adapter_inputs(&self, h: Matrix) -> Result<()> {
+    /// h = dropout(x) Aᵀ of all parts, side by side, and the same `beside` x where it rides.
+    fn adapter_inputs(&self, h: Matrix, beside: Option<Matrix>) -> Result<()> {
         if let Some(a) = self.all_a()? {
-            return self.gemm([self.tokens, self.ranks, self.inputs], rows(self.x()?)?, transposed(a), h, 1.0, false);
+            if hopper::adapter_inputs(self, a, h, beside)? {
+                return Ok(());
+            }
+            self.gemm([self.tokens, self.ranks, self.inputs], rows(self.x()?)?, transposed(a), h, 1.0, false)?;
+            return beside.map_or(Ok(()), |beside| self.copy(beside, h, self.ranks));
         }
         for ((part, pair), offset) in self.parts.iter().zip(&self.pairs).zip(&self.offsets) {
             let (Some(adapter), Some((a, _))) = (&part.adapter, pair) else { continue };
@@ -176,10 +194,10 @@ impl Call<'_, '_> {
     }
 
     /// t = s dy B of one part, and dB += s dyᵀ h.
-    fn adapter_gradients(&self, i: usize, dy: &Tensor, h: &Tensor, t: &Tensor, db: Option<&mut TensorMut<'_>>) -> Result<()> {
+    fn adapter_gradients(&self, i: usize, dy: &Tensor, h: &Tensor, t: Matrix, db: Option<&mut TensorMut<'_>>) -> Result<()> {
         let (Some(adapter), Some((_, b))) = (&self.parts[i].adapter, &self.pairs[i]) else { return Ok(()) };
         let (outputs, rank) = (b.dims()[0], b.shape().last());
-        let (h, t) = (columns(rows(h)?, self.offsets[i], self.dtype), columns(rows(t)?, self.offsets[i], self.dtype));
+        let (h, t) = (columns(rows(h)?, self.offsets[i], self.dtype), columns(t, self.offsets[i], self.dtype));
         match db {
             Some(db) if self.dtype != DType::F32 && rank <= 16 && outputs >= 4096 && self.tokens >= 1024 => {
                 self.one_pass(dy, b, [h, t], adapter.scale, db)
@@ -194,22 +212,33 @@ impl Call<'_, '_> {
     /// t and dB from one reading of dy, in shares of the rows that are added up in order.
     fn one_pass(&self, dy: &Tensor, b: &Tensor, [h, t]: [Matrix; 2], scale: f32, db: &mut TensorMut<'_>) -> Result<()> {
         let (outputs, rank) = (b.dims()[0], b.shape().last());
+        let left = rows(dy)?;
+        let (name, plan) = match hopper::one_pass(self, left, outputs, rank) {
+            Some(plan) => ("lora_t_db_sm90", plan),
+            None => ("lora_t_db", self.plan_of_one_pass(outputs, rank)),
+        };
+        let OnePass { wide, shares, grid } = plan;
+        let deep = rank.div_ceil(16);
+        let sums = 16 * deep * (wide * self.tokens + shares * outputs);
+        let mut partials = scratch(dy.arena(), DType::F32, [sums])?;
+        let suffix = suffix(OP, self.dtype)?;
+        let sizes = [Arg::size(self.tokens), Arg::size(outputs), Arg::size(rank)];
+        let inputs = [Arg::Pointer(left.address), Arg::read(b)?, Arg::Pointer(h.address)];
+        let pitches = [Arg::size(left.ld), Arg::size(h.ld)];
+        let args = [&[Arg::write(&mut partials)?][..], &inputs, &sizes, &pitches].concat();
+        self.device.launch(&format!("{name}_{suffix}"), grid, &args)?;
+        let outputs_of = [Arg::Pointer(t.address), Arg::write_view(db)?, Arg::read(&partials)?, Arg::F32(scale)];
+        let args = [&outputs_of[..], &sizes, &[Arg::size(t.ld), Arg::size(wide), Arg::size(shares)]].concat();
+        let grid = Grid::over((self.tokens + outputs) * deep, 16, 256);
+        self.device.launch(&format!("lora_t_db_sum_{suffix}"), grid, &args)
+    }
+
+    /// As `lora.cu` says.
+    fn plan_of_one_pass(&self, outputs: usize, rank: usize) -> OnePass {
         let (wide, deep) = (outputs.div_ceil(512), rank.div_ceil(16));
         let most = (2 * self.device.info().multiprocessors / (wide * deep)).max(1);
         let shares = most.min(self.tokens.div_ceil(16));
-        let sums = 16 * deep * (wide * self.tokens + shares * outputs);
-        let mut partials = Tensor::empty(dy.arena(), DType::F32, [sums])?;
-        let suffix = suffix(OP, self.dtype)?;
-        let sizes = [Arg::size(self.tokens), Arg::size(outputs), Arg::size(rank)];
-        let inputs = [Arg::read(dy)?, Arg::read(b)?, Arg::Pointer(h.address)];
-        let pitches = [Arg::size(outputs), Arg::size(h.ld)];
-        let args = [&[Arg::write(&mut partials)?][..], &inputs, &sizes, &pitches].concat();
-        let grid = Grid { shared: 58_880, ..Grid::new(shares * wide * deep, 128) };
-        self.device.launch(&format!("lora_t_db_{suffix}"), grid, &args)?;
-        let outputs_of = [Arg::Pointer(t.address), Arg::write_view(db)?, Arg::read(&partials)?, Arg::F32(scale)];
-        let args = [&outputs_of[..], &sizes, &[Arg::size(t.ld), Arg::size(shares)]].concat();
-        let grid = Grid::over((self.tokens + outputs) * deep, 16, 256);
-        self.device.launch(&format!("lora_t_db_sum_{suffix}"), grid, &args)
+        OnePass { wide, shares, grid: Grid { shared: 58_880, ..Grid::new(shares * wide * deep, 128) } }
     }
 
     /// dA += tᵀ dropout(x).
@@ -223,6 +252,9 @@ impl Call<'_, '_> {
         let side_by_side = addresses.windows(2).all(|pair| pair[0].1 + (pair[0].2 * self.inputs * 4) as u64 == pair[1].1);
         let all = addresses.iter().map(|(_, _, rank)| rank).sum::<usize>() == self.ranks;
         if let (true, Some((_, da, _))) = (self.stacked && side_by_side && all, addresses.first()) {
+            if hopper::add_a_gradient(self, t, *da)? {
+                return Ok(());
+            }
             return self.add_gradient([self.ranks, self.inputs], t, rows(self.x()?)?, *da, 1.0);
         }
         for (i, da, rank) in addresses {
@@ -234,12 +266,18 @@ impl Call<'_, '_> {
         Ok(())
     }
 
+    /// The part beside whose dy the t of all ride: one with room behind its rows, else the narrowest if it is narrow enough.
+    fn rider(&self, dys: &[Tensor]) -> Option<usize> {
+        let rides = |i: &usize| self.rides(&self.parts[*i]);
+        let roomy = (0..dys.len()).filter(rides).find(|&i| dys[i].room() >= self.ranks);
+        let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).filter(rides);
+        roomy.or_else(|| narrowest.filter(|&i| self.parts[i].outputs() <= self.inputs))
+    }
+
     /// dx = Σ dy W + dropout'(t A).
-    fn input_gradient(&self, dys: &[Tensor], t: Option<&Tensor>) -> Result<Tensor> {
+    fn input_gradient(&self, dys: &[Tensor], t: Option<Matrix>) -> Result<Tensor> {
         let dx = Tensor::empty(&self.arena, self.dtype, self.shape)?;
-        let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).unwrap_or(0);
-        let narrow = self.parts.get(narrowest).filter(|part| self.rides(part) && part.outputs() <= self.inputs);
-        let rider = narrow.and(t).map(|_| narrowest);
+        let rider = self.rider(dys).filter(|_| t.is_some());
         for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate() {
             if let (Some(t), true) = (t, rider == Some(i)) {
                 self.gradient_beside(part, dy, t, &dx, i > 0)?;
@@ -255,13 +293,11 @@ impl Call<'_, '_> {
         }
     }
 
-    /// dx (+)= [dy | t] [W ; A] with the t and A of all parts.
-    fn gradient_beside(&self, part: &Part, dy: &Tensor, t: &Tensor, dx: &Tensor, accumulate: bool) -> Result<()> {
+    /// dx (+)= [dy | t] [W ; A] with the t and A of all parts: t behind dy's rows already, or both copied.
+    fn gradient_beside(&self, part: &Part, dy: &Tensor, t: Matrix, dx: &Tensor, accumulate: bool) -> Result<()> {
         let (outputs, Some(a)) = (part.outputs(), self.all_a()?) else { return Ok(()) };
         let width = outputs + self.ranks;
-        let beside = scratch(dy.arena(), self.dtype, [self.tokens, width])?;
-        self.copy(rows(&beside)?, rows(dy)?, outputs)?;
-        self.copy(columns(rows(&beside)?, outputs, self.dtype), rows(t)?, self.ranks)?;
+        let beside = if dy.room() >= self.ranks { dy.clone() } else { self.copied_beside(dy, t)? };
         let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [self.ranks, 0])?;
         let size = self.dtype.size();
         let below = weight.address()? + (outputs * self.inputs * size) as u64;
@@ -269,15 +305,24 @@ impl Call<'_, '_> {
         self.gemm([self.tokens, self.inputs, width], rows(&beside)?, rows(&weight)?, rows(dx)?, 1.0, accumulate)
     }
 
+    /// [dy | t] [T, N + ΣR].
+    fn copied_beside(&self, dy: &Tensor, t: Matrix) -> Result<Tensor> {
+        let outputs = dy.shape().last();
+        let beside = scratch(dy.arena(), self.dtype, [self.tokens, outputs + self.ranks])?;
+        self.copy(rows(&beside)?, rows(dy)?, outputs)?;
+        self.copy(columns(rows(&beside)?, outputs, self.dtype), t, self.ranks)?;
+        Ok(beside)
+    }
+
     /// dx += dropout'(t A).
-    fn add_adapters(&self, t: &Tensor, mut dx: Tensor) -> Result<Tensor> {
+    fn add_adapters(&self, t: Matrix, mut dx: Tensor) -> Result<Tensor> {
         if let Some(a) = self.all_a()? {
-            self.gemm([self.tokens, self.inputs, self.ranks], rows(t)?, a, rows(&dx)?, 1.0, true)?;
+            self.gemm([self.tokens, self.inputs, self.ranks], t, a, rows(&dx)?, 1.0, true)?;
             return Ok(dx);
         }
         for ((part, pair), offset) in self.parts.iter().zip(&self.pairs).zip(&self.offsets) {
             let (Some(adapter), Some((a, _))) = (&part.adapter, pair) else { continue };
-            let (sizes, t) = ([self.tokens, self.inputs, a.dims()[0]], columns(rows(t)?, *offset, self.dtype));
+            let (sizes, t) = ([self.tokens, self.inputs, a.dims()[0]], columns(t, *offset, self.dtype));
             let Some(dropout) = adapter.dropout else {
                 self.gemm(sizes, t, rows(a)?, rows(&dx)?, 1.0, true)?;
                 continue;
@@ -294,6 +339,7 @@ impl Call<'_, '_> {
 
 /// dbias += Σ over rows of dy, in two passes where there are many rows.
 fn bias_gradient(device: CudaDevice, dbias: &mut TensorMut<'_>, dy: &Tensor) -> Result<()> {
+    let dy = &dy.dense()?;
     let (rows, cols) = (dy.shape().rows(), dy.shape().last());
     let wide = cols.div_ceil(32 * 16 / dy.dtype().size());
     let shares = if rows < 64 { 1 } else { (8 * device.info().multiprocessors).div_ceil(wide).min(64) };

@@ -131,18 +131,30 @@ impl<'a> Chunks<'a> {
         let mut logits = Tensor::empty(self.h.arena(), self.h.dtype(), [rows, vocab])?;
         logits_of(self.device, inputs, &self.weight, &mut logits)?;
         let losses = Arg::Pointer(losses.address_mut()? + 4 * first as u64);
-        let args = [
-            Arg::write(&mut logits)?,
-            losses,
-            Arg::read(&self.labels.targets.view(first, [rows])?)?,
-            Arg::read(&self.scale)?,
-            Arg::F32(self.softcap),
-            Arg::size(rows),
-            Arg::size(vocab),
-            Arg::U32(want.into()),
-        ];
-        self.device.launch(&format!("cross_entropy_{}", suffix(OP, self.h.dtype())?), Grid::new(rows, 1024), &args)?;
+        let front =
+            [Arg::write(&mut logits)?, losses, Arg::read(&self.labels.targets.view(first, [rows])?)?, Arg::read(&self.scale)?];
+        let sizes = [Arg::size(rows), Arg::size(vocab), Arg::U32(want.into())];
+        let suffix = suffix(OP, self.h.dtype())?;
+        if let Some(shared) = self.whole_row() {
+            let grid = Grid { shared, ..Grid::new(rows.min(self.device.info().multiprocessors), 1024) };
+            self.device.launch(&format!("cross_entropy_whole_{suffix}"), grid, &[&front[..], &sizes].concat())?;
+        } else {
+            let args = [&front[..], &[Arg::F32(self.softcap)], &sizes].concat();
+            self.device.launch(&format!("cross_entropy_{suffix}"), Grid::new(rows, 1024), &args)?;
+        }
         Ok(logits)
+    }
+
+    /// Bytes of shared memory for the kernel that holds a row whole; nothing where it does not fit or does not serve.
+    fn whole_row(&self) -> Option<u32> {
+        let (capability, vocab) = (self.device.info().capability, self.weight.dims()[0]);
+        let shared = 16_384 * (vocab / 8).saturating_sub(5120).div_ceil(1024);
+        let serves = matches!((capability.major, capability.minor), (9 | 10, 0))
+            && self.h.dtype() != DType::F32
+            && self.softcap == 0.0
+            && vocab.is_multiple_of(8);
+        // 227 KiB less what the kernel takes of its own.
+        (serves && shared <= (226 << 10)).then_some(shared as u32)
     }
 }
 

@@ -1,17 +1,16 @@
 //! What the products of one call share: sizes, and the adapters' matrices in the type of the activations.
 
-use super::super::{Adapter, Dropout, OP, Part};
+use super::super::{Adapter, Dropout, MANY_TOKENS, OP, Part};
 use crate::{
     Arena, DType, Error, Result, Shape, Tensor,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
 };
 
-/// Tokens from which [x | h] and [dy | t] are made: below, their copies cost more launches than they save bytes.
-const MANY_TOKENS: usize = 256;
-
 /// Rows of a tensor as an operand.
 pub(super) fn rows(x: &Tensor) -> Result<Matrix> {
-    Ok(Matrix { address: x.address()?, ld: x.shape().last(), transposed: false })
+    let (address, pitch) = x.rows_address()?;
+    let ld = if x.room() == 0 { x.shape().last() } else { pitch };
+    Ok(Matrix { address, ld, transposed: false })
 }
 
 pub(super) fn transposed(matrix: Matrix) -> Matrix {
@@ -80,6 +79,11 @@ impl<'x, 'p> Call<'x, 'p> {
         Call { input: None, ..self }
     }
 
+    /// Memory for the h or t of all parts side by side, [T, ΣR]; nothing without adapters.
+    pub(super) fn narrow(&self) -> Result<Option<Tensor>> {
+        (self.ranks > 0).then(|| Tensor::empty(&self.arena, self.dtype, [self.tokens, self.ranks])).transpose()
+    }
+
     /// A of all parts.
     pub(super) fn all_a(&self) -> Result<Option<Matrix>> {
         let first = self.pairs.iter().flatten().next().filter(|_| self.stacked);
@@ -136,7 +140,7 @@ impl<'x, 'p> Call<'x, 'p> {
     /// x with the dropout of `adapter`.
     pub(super) fn dropped(&self, adapter: &Adapter) -> Result<Option<Tensor>> {
         let Some(dropout) = adapter.dropout else { return Ok(None) };
-        let x = self.x()?;
+        let x = &self.x()?.dense()?;
         let mut out = Tensor::empty(&self.arena, self.dtype, self.shape)?;
         let name = format!("dropout_{}", suffix(OP, self.dtype)?);
         let args = [Arg::write(&mut out)?, Arg::read(x)?];

@@ -1,0 +1,114 @@
+//! Linear layers with adapters on a GPU against the CPU's, at sizes that the GPU's own kernels serve and with what they do not
+//! divide: run with `NIBBLE_TEST_DEVICE=cuda`. With `REQUIRE_CUDA=1` a run without one fails.
+
+use nibble_nf4::{QuantConfig, quantize};
+use nibble_tensor::{
+    Arena, DType, Device, Rng, Tensor, Weight,
+    ops::{
+        linear::{self, Adapter, Part, PartGrads, Saved},
+        rms_norm,
+    },
+};
+
+/// Layers over one input.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    tokens: usize,
+    inputs: usize,
+    outputs: &'static [usize],
+    rank: usize,
+    dtype: DType,
+}
+
+/// q, k and v; gate and up with one pass for t and dB; down; ranks that need the wider kernel, and none of them.
+const CASES: [Case; 6] = [
+    Case { tokens: 1100, inputs: 520, outputs: &[640, 136, 136], rank: 16, dtype: DType::Bf16 },
+    Case { tokens: 1027, inputs: 264, outputs: &[4104, 4104], rank: 16, dtype: DType::Bf16 },
+    Case { tokens: 1200, inputs: 1544, outputs: &[520], rank: 8, dtype: DType::F16 },
+    Case { tokens: 2049, inputs: 328, outputs: &[200, 520], rank: 32, dtype: DType::Bf16 },
+    Case { tokens: 1100, inputs: 192, outputs: &[320], rank: 80, dtype: DType::Bf16 },
+    Case { tokens: 300, inputs: 192, outputs: &[320, 64], rank: 8, dtype: DType::Bf16 },
+];
+
+const SCALE: f32 = 2.0;
+
+fn normal(arena: &Arena, seed: u64, shape: [usize; 2], size: f32, dtype: DType) -> Tensor {
+    let rng = Rng::new(seed);
+    let values: Vec<f32> = (0..(shape[0] * shape[1]) as u64).map(|n| size * rng.normal(n)).collect();
+    Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape).unwrap().to_dtype(dtype).unwrap().to_arena(arena).unwrap()
+}
+
+/// The norm of made-up rows; with room behind them, as the ops leave it that linear layers read from, or without.
+fn normed(arena: &Arena, seed: u64, shape: [usize; 2], dtype: DType, room: bool) -> Tensor {
+    let x = normal(arena, seed, shape, 1.0, dtype);
+    let ones = Tensor::tiled(arena, &[1.0f32], [shape[1]]).unwrap();
+    let config = rms_norm::Config { eps: 0.0, offset: 0.0 };
+    let room = if room { linear::room(&x) } else { 0 };
+    rms_norm::forward_with_room(&x, &ones, config, room).unwrap().0
+}
+
+/// The layers, their A side by side.
+fn parts(arena: &Arena, case: Case) -> Vec<Part> {
+    let Case { inputs, outputs, rank, dtype, .. } = case;
+    let a = normal(arena, 1, [rank * outputs.len(), inputs], 0.05, dtype);
+    let part = |(i, &n): (usize, &usize)| {
+        let values = normal(&Arena::new(Device::Cpu), 2 + i as u64, [n, inputs], 0.05, DType::F32).to_f32_vec().unwrap();
+        let blocks = quantize(&values, &QuantConfig::default()).unwrap();
+        let b = normal(arena, 12 + i as u64, [n, rank], 0.05, dtype);
+        let adapter = Adapter { a: a.rows(i * rank, rank).unwrap(), b, scale: SCALE, dropout: None };
+        Part { weight: Weight::from_blocks(arena, &blocks, [n, inputs]).unwrap(), bias: None, adapter: Some(adapter) }
+    };
+    outputs.iter().enumerate().map(part).collect()
+}
+
+/// dx, then the dA and the dB of all layers.
+fn backward(arena: &Arena, case: Case, room: bool, x: &Tensor, parts: &[Part], saved: &Saved) -> Vec<Vec<f32>> {
+    let Case { tokens, inputs, outputs, rank, dtype } = case;
+    let dys: Vec<Tensor> =
+        outputs.iter().enumerate().map(|(i, &n)| normed(arena, 30 + i as u64, [tokens, n], dtype, room)).collect();
+    let a_size = rank * inputs;
+    let mut flat = Tensor::zeros(arena, DType::F32, [outputs.len() * a_size + rank * outputs.iter().sum::<usize>()]).unwrap();
+    let (mut ranges, mut at) = (Vec::new(), outputs.len() * a_size);
+    for (i, &n) in outputs.iter().enumerate() {
+        ranges.extend([(i * a_size, [rank, inputs].into()), (at, [n, rank].into())]);
+        at += n * rank;
+    }
+    let mut views = flat.views_mut(&ranges).unwrap().into_iter();
+    let grads = std::iter::from_fn(|| Some(PartGrads { adapter: Some((views.next()?, views.next()?)), ..PartGrads::default() }));
+    let grads = grads.collect();
+    let dx = linear::backward(&dys, x.clone(), saved, parts, grads, true).unwrap().unwrap();
+    let flat = flat.to_f32_vec().unwrap();
+    let (da, db) = flat.split_at(outputs.len() * a_size);
+    vec![dx.to_f32_vec().unwrap(), da.to_vec(), db.to_vec()]
+}
+
+/// The y of each layer, dx, the dA and the dB of all.
+fn run(arena: &Arena, case: Case, room: bool) -> Vec<Vec<f32>> {
+    let parts = parts(arena, case);
+    let x = normed(arena, 20, [case.tokens, case.inputs], case.dtype, room);
+    let (ys, saved) = linear::forward(&x, &parts).unwrap();
+    let gradients = backward(arena, case, room, &x, &parts, &saved);
+    let again = backward(arena, case, room, &x, &parts, &linear::forward_unread(&x, &parts).unwrap());
+    assert!(again == gradients, "{case:?}: other bits without the outputs, or a second time");
+    ys.iter().map(|y| y.to_f32_vec().unwrap()).chain(gradients).collect()
+}
+
+#[test]
+fn layers_with_adapters_on_the_device_are_those_of_the_host() {
+    let arena = nibble_tests::arena();
+    if arena.device() == Device::Cpu {
+        assert!(std::env::var_os("REQUIRE_CUDA").is_none(), "NIBBLE_TEST_DEVICE=cuda was not given");
+        return;
+    }
+    for case in CASES {
+        let expected = run(&Arena::new(Device::Cpu), case, false);
+        for room in [false, true] {
+            for (i, (found, expected)) in run(&arena, case, room).iter().zip(&expected).enumerate() {
+                // Operands and results of 16 bits: a few units in the last place of the largest.
+                let most = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+                let off = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0f32, f32::max);
+                assert!(most > 0.0 && off <= most / 64.0, "{case:?}, room {room}, result {i}: off by {off} of {most}");
+            }
+        }
+    }
+}
