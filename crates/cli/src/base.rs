@@ -198,8 +198,7 @@ impl Base {
     /// # Errors
     /// As [`Transformer::load`].
     pub(crate) fn load(self, arena: &Arena, precision: &Precision, max_positions: usize) -> Result<Transformer> {
-        let options =
-            LoadOptions { quant: precision.quant, compute_dtype: precision.compute_dtype, max_positions, blocks_on_host: 0 };
+        let options = load_options(precision, max_positions);
         let bar = ui::Bar::new("loading", self.config.tensors().len());
         let model = Transformer::load(&self.checkpoint, arena, &options, &mut |done, _| bar.set(done, "tensors"));
         bar.finish();
@@ -224,6 +223,11 @@ pub(crate) fn describe(config: &ModelConfig) -> String {
     let ModelConfig { num_hidden_layers, .. } = config;
     let millions = parameters as f64 / 1e6;
     format!("{family}, {num_hidden_layers} blocks, {millions:.1} M parameters")
+}
+
+/// How a checkpoint is loaded for texts of up to `max_positions` tokens.
+pub(crate) fn load_options(precision: &Precision, max_positions: usize) -> LoadOptions {
+    LoadOptions { quant: precision.quant, compute_dtype: precision.compute_dtype, max_positions, blocks_on_host: 0 }
 }
 
 /// Opens an adapter's folder.

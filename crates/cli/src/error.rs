@@ -9,8 +9,13 @@ use nibble_model::{
     error::{GgufProblem, HubProblem},
 };
 use nibble_optim::{Error as OptimError, OptimizerName};
-use nibble_tensor::Error as TensorError;
+use nibble_tensor::{Arena, Error as TensorError};
 use nibble_train::Error as TrainError;
+
+use crate::ui;
+
+/// Of those that hold memory, so many are listed.
+const MOST_OWNERS: usize = 8;
 
 /// What a command returns.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
@@ -51,6 +56,12 @@ pub(crate) enum CliError {
     /// A GPU that is not in the table.
     #[error("unknown GPU `{name}`: the nearest is `{nearest}`")]
     UnknownGpu { name: String, nearest: &'static str },
+    /// A run that needs more memory than there is: known before anything is loaded.
+    #[error("train: the run needs about {}, found {}{}{}", ui::bytes(*needed), ui::bytes(*room), of_limit(*limited), held(owners))]
+    DoesNotFit { needed: usize, room: usize, limited: bool, owners: Vec<(String, usize)>, nearest: Option<String> },
+    /// Memory that ran out in a run.
+    #[error("{source}{}", held(owners))]
+    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)> },
     /// More positions than the model has.
     #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
     MaxLength { limit: usize, found: usize },
@@ -114,6 +125,11 @@ impl CliError {
             Self::AdapterFlags { .. } => {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }
+            Self::DoesNotFit { nearest: Some(flags), .. } => Some(format!("what fits: `{flags}`")),
+            Self::DoesNotFit { nearest: None, .. } => Some(
+                "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
+            ),
+            Self::OutOfMemory { source, .. } => source.hint(),
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
@@ -130,10 +146,22 @@ impl CliError {
         }
     }
 
+    /// The same with who held the memory of `arena` at its peak, if it is that the memory ran out.
+    pub(crate) fn with_owners(self, arena: &Arena) -> Self {
+        if self.exit_code() != 3 {
+            return self;
+        }
+        let mut owners = arena.at_peak();
+        owners.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        let owners = owners.into_iter().take(MOST_OWNERS).filter(|(_, bytes)| *bytes > 0);
+        Self::OutOfMemory { source: Box::new(self), owners: owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect() }
+    }
+
     /// 3 when memory ran out, else 2.
     pub(crate) fn exit_code(&self) -> u8 {
         let model = |error: &ModelError| matches!(error, ModelError::Tensor(error) if is_out_of_memory(error));
         let out = match self {
+            Self::DoesNotFit { .. } | Self::OutOfMemory { .. } => true,
             Self::Tensor(error) => is_out_of_memory(error),
             Self::Model(error) => model(error),
             Self::Train(error) => match &**error {
@@ -156,6 +184,16 @@ impl CliError {
 pub(crate) fn io_error(op: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> CliError {
     let path = path.into();
     move |source| CliError::Io { op, path, source }
+}
+
+/// Whose the limit is.
+fn of_limit(limited: bool) -> &'static str {
+    if limited { " (`--memory-limit`)" } else { " free" }
+}
+
+/// A line for each that holds memory.
+fn held(owners: &[(String, usize)]) -> String {
+    owners.iter().map(|(name, bytes)| format!("\n  {name}: {}", ui::bytes(*bytes))).collect()
 }
 
 fn listed(flags: &[&str]) -> String {

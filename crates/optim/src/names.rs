@@ -2,11 +2,12 @@
 
 /// The candidate with the least edit distance to `name` (the first of equals).
 pub(crate) fn nearest(name: &str, candidates: &[&'static str]) -> &'static str {
-    candidates.iter().copied().min_by_key(|candidate| distance(name, candidate)).unwrap_or("")
+    candidates.iter().copied().min_by_key(|candidate| edit_distance(name, candidate)).unwrap_or("")
 }
 
-/// Levenshtein's distance, in characters.
-fn distance(a: &str, b: &str) -> usize {
+/// Levenshtein's distance between two names, in characters: what the nearest of known names is found by.
+#[must_use]
+pub fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {
@@ -27,7 +28,7 @@ mod tests {
     #[test]
     fn distance_counts_edits() {
         for (a, b, edits) in [("", "abc", 3), ("kitten", "sitting", 3), ("linear", "linear", 0), ("ab", "ba", 2)] {
-            assert_eq!((distance(a, b), distance(b, a)), (edits, edits), "{a} {b}");
+            assert_eq!((edit_distance(a, b), edit_distance(b, a)), (edits, edits), "{a} {b}");
         }
     }
 }

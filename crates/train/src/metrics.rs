@@ -1,22 +1,31 @@
 //! `metrics.jsonl`: one object a line.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::Write as _,
     path::{Path, PathBuf},
 };
 
+use nibble_tensor::Owner;
 use serde::Serialize;
 
 use crate::{Error, EvalStats, LogEntry, Result};
 
 /// The log of a run, a JSON object a line: `step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second` (with
 /// gradients in f16 also `loss_scale, skipped_steps`; a `grad_norm` that is not finite is `null`), or
-/// `step, eval_loss, eval_perplexity, eval_tokens`. Each line is written whole, so that a run that ends early leaves a valid file.
+/// `step, eval_loss, eval_perplexity, eval_tokens`; the last line is `step, memory_peak, memory_by_owner`, in bytes. Each line is written whole, so that a run that ends early leaves a valid file.
 #[derive(Debug)]
 pub struct MetricsFile {
     path: PathBuf,
     file: File,
+}
+
+#[derive(Serialize)]
+struct MemoryEntry {
+    step: usize,
+    memory_peak: usize,
+    memory_by_owner: BTreeMap<String, usize>,
 }
 
 #[derive(Serialize)]
@@ -51,6 +60,15 @@ impl MetricsFile {
     /// [`Error::Io`].
     pub fn evaluation(&mut self, step: usize, stats: &EvalStats) -> Result<()> {
         self.line(&EvalEntry { step, eval_loss: stats.loss, eval_perplexity: stats.perplexity, eval_tokens: stats.tokens })
+    }
+
+    /// Adds the line of who held the memory at its peak.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn memory(&mut self, step: usize, owners: &[(Owner, usize)]) -> Result<()> {
+        let memory_by_owner: BTreeMap<String, usize> = owners.iter().map(|(owner, bytes)| (owner.to_string(), *bytes)).collect();
+        self.line(&MemoryEntry { step, memory_peak: memory_by_owner.values().sum(), memory_by_owner })
     }
 
     fn line(&mut self, entry: &impl Serialize) -> Result<()> {

@@ -128,15 +128,19 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
     let mut grads = params.zero_grads()?;
     let mut optimizer = optimizer(&model, &mut params, &setup.train)?;
     let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok(params.numel()) };
-    let parts = Parts {
-        model: &model,
-        params: &mut params,
-        grads: &mut grads,
-        optimizer: &mut optimizer,
-        loss_scale: None,
-        config: &setup.train,
-    };
-    steps.enqueue(parts, &[batch(&setup.documents)], 1.0, setup.train.learning_rate, Rng::new(0).rooted())?;
+    let batches = [batch(&setup.documents)];
+    // A second step finds the memory as the first left it, and may need more of it.
+    for _ in 0..2 {
+        let parts = Parts {
+            model: &model,
+            params: &mut params,
+            grads: &mut grads,
+            optimizer: &mut optimizer,
+            loss_scale: None,
+            config: &setup.train,
+        };
+        steps.enqueue(parts, &batches, 1.0, setup.train.learning_rate, Rng::new(0).rooted())?;
+    }
     Ok(params.numel())
 }
 

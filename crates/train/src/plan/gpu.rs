@@ -1,5 +1,6 @@
 //! Known GPUs: the sizes that decide what fits, and the rates that decide how fast it runs.
 
+use nibble_optim::edit_distance;
 use nibble_tensor::cuda::{ComputeCapability, DeviceInfo};
 
 /// What a process takes beside its tensors: the driver's context, kernels, cuBLASLt with its workspace.
@@ -85,6 +86,14 @@ impl Gpu {
         }
     }
 
+    /// A device of this machine, with the rates of the table if it is in it.
+    #[must_use]
+    pub fn of_device(info: &DeviceInfo) -> Self {
+        let known = find_gpu(&info.name).copied().unwrap_or_else(|| Self::of_memory(info.memory));
+        let capability = (info.capability.major, info.capability.minor);
+        Self { mib: info.memory >> 20, capability, multiprocessors: info.multiprocessors, ..known }
+    }
+
     /// A GPU of which only the memory is known, taken for a consumer's card of the Ada generation.
     #[must_use]
     pub fn of_memory(bytes: usize) -> Self {
@@ -109,7 +118,7 @@ pub fn nearest_gpu(name: &str) -> &'static str {
     let name = words(name).concat();
     let distance = |gpu: &&Gpu| {
         let known = words(gpu.name).concat();
-        (name.is_empty() || !known.starts_with(&name), edits(&known, &name))
+        (name.is_empty() || !known.starts_with(&name), edit_distance(&known, &name))
     };
     GPUS.iter().min_by_key(distance).map_or("", |gpu| gpu.name)
 }
@@ -119,22 +128,6 @@ fn words(name: &str) -> Vec<String> {
     let name = name.to_lowercase();
     let words = name.split(|c: char| !c.is_alphanumeric());
     words.filter(|word| !matches!(*word, "" | "nvidia" | "geforce" | "tesla" | "quadro")).map(str::to_owned).collect()
-}
-
-/// Insertions, removals and replacements from `a` to `b`.
-fn edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

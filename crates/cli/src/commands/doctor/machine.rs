@@ -115,7 +115,7 @@ fn kernels(has: impl Fn(&str) -> bool) -> Kernels {
 #[derive(Debug, Serialize)]
 pub(super) struct Memory {
     total: usize,
-    available: usize,
+    pub(super) available: usize,
 }
 
 impl Memory {

@@ -9,6 +9,11 @@ use serde::Serialize;
 
 use crate::{args::DoctorArgs, error::Result, ui};
 
+/// Bytes of the machine's memory that a program can have, where the system tells.
+pub(crate) fn available_memory() -> Option<usize> {
+    machine::Memory::look().map(|memory| memory.available)
+}
+
 /// How a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]

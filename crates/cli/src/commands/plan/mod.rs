@@ -12,10 +12,7 @@ use nibble_model::{
     files::{Checkpoint, Hub},
 };
 use nibble_nf4::{Format, QuantConfig};
-use nibble_tensor::{
-    DType,
-    cuda::{CudaDevice, DeviceInfo},
-};
+use nibble_tensor::{DType, cuda::CudaDevice};
 use nibble_train::{
     TrainConfig,
     plan::{self, Gpu, Method, MethodPlan, Mode, Request},
@@ -146,24 +143,13 @@ impl Shown {
 /// The GPU that `--gpu` means.
 fn gpu(name: Option<&str>) -> Result<Gpu> {
     let Some(name) = name else {
-        return Ok(CudaDevice::describe(0).map_or_else(|_| Gpu::of_memory(24 << 30), |info| of_machine(&info)));
+        return Ok(CudaDevice::describe(0).map_or_else(|_| Gpu::of_memory(24 << 30), |info| Gpu::of_device(&info)));
     };
     if let Ok(bytes) = crate::args::parse_bytes(name) {
         return Ok(Gpu::of_memory(bytes));
     }
     let unknown = || CliError::UnknownGpu { name: name.to_owned(), nearest: plan::nearest_gpu(name) };
     plan::find_gpu(name).copied().ok_or_else(unknown)
-}
-
-/// This machine's, with the rates of the table if it is in it.
-fn of_machine(info: &DeviceInfo) -> Gpu {
-    let known = plan::find_gpu(&info.name).copied().unwrap_or_else(|| Gpu::of_memory(info.memory));
-    Gpu {
-        mib: info.memory >> 20,
-        capability: (info.capability.major, info.capability.minor),
-        multiprocessors: info.multiprocessors,
-        ..known
-    }
 }
 
 /// bf16 where the hardware multiplies it, as `train` decides.

@@ -1,76 +1,139 @@
-//! How much memory a run will need, by what needs it.
+//! What a run takes: planned before anything is loaded, and refused if it cannot fit.
 
-use nibble_data::{Dataset, LoaderOptions, Packer};
-use nibble_model::{Checkpointing, Transformer};
-use nibble_optim::{Layout, OptimizerName};
+use nibble_data::{Dataset, Example, IGNORE_INDEX, LoaderOptions, Packer};
+use nibble_model::{Checkpointing, config::ModelConfig};
+use nibble_tensor::Device;
+use nibble_train::plan::{self, COMPONENTS, Document, Footprint, Gpu, MODES, Nearest, Place, Setup};
 
-use crate::ui;
+use crate::{
+    commands::doctor::available_memory,
+    error::{CliError, Result},
+    ui,
+};
 
-/// Bytes, by component.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Memory {
-    /// The frozen linears of all blocks.
-    pub(crate) linears: usize,
-    /// Embedding, head, norms.
-    pub(crate) rest: usize,
-    /// Trained values, f32.
-    pub(crate) adapter: usize,
-    /// Their gradients, f32.
-    pub(crate) gradients: usize,
-    /// The optimizer's states.
-    pub(crate) optimizer: usize,
-    /// What the backward pass needs of the forward pass: an estimate.
-    pub(crate) activations: usize,
+/// How much more than there is a plan may need before it is refused, on a GPU and on the processor, where plans are less exact:
+/// what fits must never be.
+const SLACK: (f64, f64) = (1.05, 1.15);
+
+/// A run that is planned.
+pub(super) struct Planned<'a> {
+    pub(super) model: &'a ModelConfig,
+    pub(super) setup: Setup,
+    /// Documents of a micro-batch, as the command line counts them.
+    pub(super) batch: usize,
+    /// Micro-batches of a step.
+    pub(super) accumulation: usize,
+    pub(super) device: Device,
+    pub(super) memory_limit: Option<usize>,
 }
 
-impl Memory {
-    /// Of training `trained` values of `model` with micro-batches of up to `tokens` tokens.
-    pub(crate) fn of(
-        model: &Transformer,
-        trained: usize,
-        optim: OptimizerName,
-        checkpointing: Checkpointing,
-        tokens: usize,
-    ) -> Self {
-        let (linears, rest) = model.base_bytes();
-        Self {
-            linears,
-            rest,
-            adapter: 4 * trained,
-            gradients: 4 * trained,
-            optimizer: optim.config(0.0).state_bytes(&Layout::one(trained)),
-            activations: model.activation_bytes(checkpointing, tokens),
+impl Planned<'_> {
+    /// What it takes.
+    ///
+    /// # Errors
+    /// [`CliError::DoesNotFit`] with what takes the memory and the nearest run that fits.
+    pub(super) fn check(&self) -> Result<Footprint> {
+        let place = self.place();
+        // Automatic checkpointing takes what there is: it fits if what keeps the least does.
+        let mut least = self.setup.clone();
+        if least.train.checkpointing == Checkpointing::Auto {
+            least.train.checkpointing = if place == Place::Cpu { Checkpointing::Full } else { Checkpointing::Offload };
+        }
+        let needed = place.needed(self.model, &least)?;
+        let Some(room) = self.room()? else { return Ok(needed) };
+        let slack = if place == Place::Cpu { SLACK.1 } else { SLACK.0 };
+        if needed.device as f64 <= room as f64 * slack {
+            return Ok(needed);
+        }
+        Err(CliError::DoesNotFit {
+            needed: needed.peak,
+            room,
+            limited: self.memory_limit == Some(room),
+            owners: components(&needed),
+            nearest: self.nearest(room)?,
+        })
+    }
+
+    fn place(&self) -> Place {
+        match self.device {
+            Device::Cuda(device) => Place::Gpu(Gpu::of_device(device.info())),
+            _ => Place::Cpu,
         }
     }
 
-    /// All of it.
-    pub(crate) fn total(&self) -> usize {
-        self.linears + self.rest + self.adapter + self.gradients + self.optimizer + self.activations
+    /// Bytes for tensors, where that is known.
+    fn room(&self) -> Result<Option<usize>> {
+        let free = match self.device {
+            Device::Cuda(device) => Some(device.free_memory()?),
+            _ => available_memory(),
+        };
+        Ok(match (self.memory_limit, free) {
+            (Some(limit), Some(free)) => Some(limit.min(free)),
+            (limit, free) => limit.or(free),
+        })
+    }
+
+    /// The flags of the nearest run that fits, where there is one.
+    pub(super) fn nearest(&self, room: usize) -> Result<Option<String>> {
+        let place = self.place();
+        let fits = |setup: &Setup| place.fits(self.model, setup, room);
+        Ok(plan::nearest(&self.setup, self.batch, fits)?.map(|nearest| self.flags(&nearest)))
+    }
+
+    /// What differs, as flags.
+    fn flags(&self, nearest: &Nearest) -> String {
+        let mut flags = Vec::new();
+        let train = &nearest.setup.train;
+        if train.checkpointing != self.setup.train.checkpointing
+            && let Some((name, _)) = MODES.iter().find(|(_, mode)| *mode == train.checkpointing)
+        {
+            flags.push(format!("--gradient-checkpointing {name}"));
+        }
+        if nearest.parts > 1 {
+            let batch = self.batch.div_ceil(nearest.parts);
+            let accumulation = self.accumulation * nearest.parts;
+            flags.push(format!("--batch-size {batch} --gradient-accumulation-steps {accumulation}"));
+        }
+        if train.optim != self.setup.train.optim {
+            flags.push(format!("--optim {}", train.optim));
+        }
+        if let Some(length) = nearest.max_length {
+            flags.push(format!("--max-length {length}"));
+        }
+        flags.join(" ")
     }
 }
 
-impl std::fmt::Display for Memory {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [linears, rest, adapter, gradients, optimizer, activations, total] =
-            [self.linears, self.rest, self.adapter, self.gradients, self.optimizer, self.activations, self.total()]
-                .map(ui::bytes);
-        write!(
-            f,
-            "about {total}: frozen linears {linears}, embedding and norms {rest}, trained {adapter}, gradients {gradients}, \
-             optimizer {optimizer}, activations up to {activations}"
-        )
-    }
+/// Name and bytes of what takes any.
+fn components(found: &Footprint) -> Vec<(String, usize)> {
+    let all = COMPONENTS.iter().zip(found.components());
+    all.filter(|(_, bytes)| *bytes > 0).map(|(name, bytes)| ((*name).to_owned(), bytes)).collect()
 }
 
-/// Tokens of the largest micro-batch there can be.
-pub(crate) fn largest_batch(data: &Dataset, loader: LoaderOptions) -> usize {
-    let mut lengths: Vec<usize> = data.examples().iter().map(|example| example.tokens.len()).collect();
-    let all = lengths.iter().sum();
+/// One line about it.
+pub(super) fn line(found: &Footprint) -> String {
+    let parts: Vec<String> = components(found).into_iter().map(|(name, bytes)| format!("{name} {}", ui::bytes(bytes))).collect();
+    format!("about {}: {}", ui::bytes(found.peak), parts.join(", "))
+}
+
+/// The documents of the largest micro-batch there can be.
+pub(super) fn largest_batch(data: &Dataset, loader: LoaderOptions) -> Vec<Document> {
+    let document = |example: &Example| Document {
+        tokens: example.tokens.len(),
+        learned: example.labels.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count(),
+    };
+    let mut documents: Vec<Document> = data.examples().iter().map(document).filter(|document| document.tokens > 0).collect();
+    documents.sort_by_key(|document| std::cmp::Reverse(document.tokens));
     match loader.packer {
-        Packer::BestFitDecreasing { budget } => budget.min(all),
-        Packer::Documents { batch_size } => {
-            lengths.sort_unstable_by(|a, b| b.cmp(a));
-            lengths.iter().take(batch_size).sum()
+        Packer::Documents { batch_size } => documents.truncate(batch_size),
+        Packer::BestFitDecreasing { budget } => {
+            let mut room = budget;
+            documents.retain(|document| {
+                let fits = document.tokens <= room;
+                room -= if fits { document.tokens } else { 0 };
+                fits
+            });
         }
     }
+    documents
 }

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use nibble_data::{DataLoader, Dataset};
 use nibble_lora::{AdapterConfig, AdapterFile, Init};
-use nibble_train::Trainer;
+use nibble_train::{Trainer, plan::Setup};
 
 pub(super) use interrupt::Interrupt;
 pub(super) use run::{Tuning, fine_tune};
@@ -21,9 +21,9 @@ pub(super) use settings::modules;
 use crate::{
     Ending,
     args::TrainArgs,
-    base::{Base, open_adapter, warn_of_other_base},
+    base::{Base, load_options, open_adapter, warn_of_other_base},
     dataset::Reader,
-    error::Result,
+    error::{CliError, Result},
     output::Staging,
     ui,
 };
@@ -70,7 +70,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     Ok(finished.ending)
 }
 
-/// Loads the model, puts the adapter on it, and says what is going to be trained.
+/// Plans the run, loads the model, puts the adapter on it, and says what is going to be trained.
 fn prepare(
     settings: &Settings,
     base: Base,
@@ -81,19 +81,32 @@ fn prepare(
 ) -> Result<(Trainer, AdapterConfig)> {
     let longest = data.summary().longest.max(eval.map_or(0, |eval| eval.summary().longest));
     let loader = settings.loader.options(reader.max_length());
-    let largest = memory::largest_batch(&data, loader);
-    let arena = settings.precision.arena(settings.memory_limit)?;
-    let mut model = base.load(&arena, &settings.precision, longest)?;
     let (config, init) = match (adapter, &settings.adapter) {
         (Some(file), _) => (file.config.clone(), Init::File(file)),
         (None, Some(config)) => (config.clone(), Init::Random(settings.config.seed)),
         (None, None) => (AdapterConfig::default(), Init::Random(settings.config.seed)),
     };
-    let params = model.attach(&config, init)?;
-    let held = memory::Memory::of(&model, params.numel(), settings.config.optim, settings.config.checkpointing, largest);
+    let model_config = base.config.clone();
+    let planned = memory::Planned {
+        model: &model_config,
+        setup: Setup {
+            load: load_options(&settings.precision, longest),
+            adapter: Some(config.clone()),
+            documents: memory::largest_batch(&data, loader),
+            train: settings.config.clone(),
+        },
+        batch: settings.loader.batch_size,
+        accumulation: settings.config.gradient_accumulation_steps,
+        device: settings.precision.device,
+        memory_limit: settings.memory_limit,
+    };
+    let held = planned.check()?;
+    let arena = settings.precision.arena(settings.memory_limit)?;
+    let mut model = base.load(&arena, &settings.precision, longest).map_err(|error| error.with_owners(&arena))?;
+    let params = model.attach(&config, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
     let loader = DataLoader::new(data.into(), loader)?;
     let trainer = Trainer::new(model, params, loader, settings.config.clone())?;
     run::show(&trainer, settings.precision, &config, adapter.map(AdapterFile::path), &settings.config);
-    ui::fact("memory", held);
+    ui::fact("memory", memory::line(&held));
     Ok((trainer, config))
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use nibble_tensor::Owner;
 use nibble_train::{Error as TrainError, EvalStats, LogEntry, MetricsFile, Observer, StepStats};
 
 use super::interrupt::Interrupt;
@@ -54,6 +55,13 @@ impl Progress {
     pub(crate) fn finish(&mut self) -> Result<()> {
         self.bar.finish();
         self.failed.take().map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Logs who held the memory at its peak.
+    pub(crate) fn memory(&mut self, owners: &[(Owner, usize)]) {
+        let step = self.last.map_or(0, |entry| entry.step);
+        let done = self.metrics.memory(step, owners);
+        self.keep(done);
     }
 
     fn keep(&mut self, done: Result<(), TrainError>) {

@@ -6,6 +6,7 @@ use nibble_autograd::ParamStore;
 use nibble_data::Dataset;
 use nibble_lora::{AdapterConfig, TargetModules, save_adapter};
 use nibble_nf4::QuantConfig;
+use nibble_tensor::Arena;
 use nibble_train::{Error as TrainError, EvalStats, Outcome, TrainConfig, Trainer};
 
 use super::{
@@ -69,7 +70,7 @@ impl Finished {
         if let Some(EvalStats { loss, perplexity, tokens }) = self.evaluation {
             ui::fact("eval", format_args!("loss {loss:.4}, perplexity {perplexity:.3}, {} tokens", ui::count(tokens)));
         }
-        ui::fact("peak", format_args!("{} of tensors", ui::bytes(trainer.model().arena().stats().peak)));
+        show_memory(trainer.model().arena());
         ui::fact("saved", self.place.display());
     }
 }
@@ -83,6 +84,22 @@ impl Tuning<'_> {
             adapter: self.output,
             saves_modules: self.adapter.modules_to_save.is_some(),
         }
+    }
+}
+
+/// Who held the memory at its peak: a line each, the most first; small ones together.
+fn show_memory(arena: &Arena) {
+    let mut owners = arena.at_peak();
+    owners.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    let all: usize = owners.iter().map(|(_, bytes)| bytes).sum();
+    ui::fact("peak", format_args!("{} of memory", ui::bytes(all)));
+    let (large, small): (Vec<_>, Vec<_>) = owners.into_iter().partition(|(_, bytes)| bytes * 100 >= all);
+    for (owner, bytes) in &large {
+        ui::fact("", format_args!("{:<28} {:>9} {:>8}", owner.to_string(), ui::bytes(*bytes), ui::percent(*bytes, all)));
+    }
+    let rest: usize = small.iter().map(|(_, bytes)| bytes).sum();
+    if rest > 0 {
+        ui::fact("", format_args!("{:<28} {:>9} {:>8}", "all others", ui::bytes(rest), ui::percent(rest, all)));
     }
 }
 
@@ -131,6 +148,7 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
     let mut progress = Progress::new(staging.path(), trainer.plan().max_steps, tuning.interrupt)?;
     tuning.interrupt.begin_training();
     let outcome = trainer.train(tuning.eval, &mut progress);
+    progress.memory(&trainer.model().arena().at_peak());
     progress.finish()?;
     let outcome = match outcome {
         Ok(outcome) => outcome,
@@ -138,7 +156,7 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
             let saved = save(trainer, tuning, staging, &progress)?;
             return Err(CliError::Stopped { source: Box::new(source), saved });
         }
-        Err(error) => return Err(error.into()),
+        Err(error) => return Err(CliError::from(error).with_owners(trainer.model().arena())),
     };
     let place = save(trainer, tuning, staging, &progress)?;
     let ending = if outcome.stopped_early { Ending::Interrupted } else { Ending::Done };
