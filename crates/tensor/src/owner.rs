@@ -43,6 +43,8 @@ impl Owner {
         let file = parts.next().unwrap_or_default().trim_end_matches(".rs");
         match (parts.next(), parts.next(), parts.next()) {
             (Some("ops"), ..) => Self::Activations(file),
+            // What waited on the host, on the device again.
+            (Some("src"), Some("tensor"), _) if file == "host_copy" => Self::Activations(file),
             (Some(op), Some("ops"), _) | (_, Some(op), Some("ops")) => Self::Activations(op),
             _ => Self::Other,
         }

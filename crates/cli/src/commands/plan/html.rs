@@ -15,7 +15,7 @@ const WIDTH: f64 = 640.0;
 const STYLE: &str = "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}\
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;margin:.5rem 0}\
 th,td{padding:.25rem .75rem;text-align:right;border-bottom:1px solid #ddd;font-variant-numeric:tabular-nums}\
-th:first-child,td:first-child{text-align:left}.no{color:#777}pre{background:#f4f4f4;padding:.75rem;white-space:pre-wrap}\
+th{white-space:nowrap}th:first-child,td:first-child{text-align:left}.no{color:#777}pre{background:#f4f4f4;padding:.75rem;white-space:pre-wrap}\
 .key span{display:inline-block;margin-right:1rem}.key i{display:inline-block;width:.8em;height:.8em;margin-right:.3em;border:1px solid #555}\
 figure{margin:.5rem 0}svg text{font:13px system-ui,sans-serif;fill:#222}";
 
@@ -102,7 +102,7 @@ fn figure(shown: &Shown, mode: &Mode) -> String {
     }
     let (end, label) = (shown.room as f64 * scale, format!("{} {}", mode.name, gigabytes(mode.footprint.peak)));
     format!(
-        "<figure><svg viewBox=\"-100 0 860 28\" width=\"860\" role=\"img\" aria-label=\"{label}\"><text x=\"-100\" y=\"19\">{}</text>\
+        "<figure><svg viewBox=\"-100 0 860 28\" width=\"100%\" role=\"img\" aria-label=\"{label}\"><text x=\"-100\" y=\"19\">{}</text>\
          <rect x=\"0\" y=\"4\" width=\"{WIDTH}\" height=\"20\" fill=\"#eee\"/>{parts}\
          <line x1=\"{end:.1}\" x2=\"{end:.1}\" y1=\"0\" y2=\"28\" stroke=\"#000\" stroke-width=\"2\"/>\
          <text x=\"{:.1}\" y=\"19\">{}</text></svg></figure>",

@@ -145,7 +145,8 @@ fn gpu(name: Option<&str>) -> Result<Gpu> {
     let Some(name) = name else {
         return Ok(CudaDevice::describe(0).map_or_else(|_| Gpu::of_memory(24 << 30), |info| Gpu::of_device(&info)));
     };
-    if let Ok(bytes) = crate::args::parse_bytes(name) {
+    // A number alone is part of a name.
+    if let (true, Ok(bytes)) = (name.ends_with(char::is_alphabetic), crate::args::parse_bytes(name)) {
         return Ok(Gpu::of_memory(bytes));
     }
     let unknown = || CliError::UnknownGpu { name: name.to_owned(), nearest: plan::nearest_gpu(name) };
