@@ -193,7 +193,8 @@ fn of_limit(limited: bool) -> &'static str {
 
 /// A line for each that holds memory.
 fn held(owners: &[(String, usize)]) -> String {
-    owners.iter().map(|(name, bytes)| format!("\n  {name}: {}", ui::bytes(*bytes))).collect()
+    let line = |(name, bytes): &(String, usize)| format!("\n  {name}: {}", ui::bytes(*bytes));
+    owners.iter().map(line).collect::<Vec<_>>().concat()
 }
 
 fn listed(flags: &[&str]) -> String {

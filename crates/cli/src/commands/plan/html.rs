@@ -1,5 +1,7 @@
 //! The plan as a page: complete in one file, without scripts; bars are drawn and their numbers written beside them.
 
+use std::fmt::Write as _;
+
 use nibble_train::plan::{COMPONENTS, MethodPlan, Mode, SizeRow};
 
 use super::{
@@ -50,9 +52,9 @@ pub(super) fn page(shown: &Shown) -> String {
 
 /// The page of the table of sizes.
 pub(super) fn sizes(rows: &[SizeRow], length: usize) -> String {
-    let heads: String = CARDS.iter().map(|card| format!("<th>{card} GB</th>")).collect();
+    let heads = CARDS.map(|card| format!("<th>{card} GB</th>")).concat();
     let row = |row: &SizeRow| {
-        let cells: String = CARDS.iter().map(|&card| format!("<td>{}</td>", choice(row, card))).collect();
+        let cells = CARDS.map(|card| format!("<td>{}</td>", choice(row, card))).concat();
         format!("<tr><td>{}</td>{cells}</tr>", row.name)
     };
     let body = format!(
@@ -94,10 +96,11 @@ fn figure(shown: &Shown, mode: &Mode) -> String {
     let mut parts = String::new();
     for ((bytes, colour), name) in mode.footprint.components().into_iter().zip(COLOURS).zip(COMPONENTS) {
         let width = bytes as f64 * scale;
-        parts.push_str(&format!(
+        let _ = write!(
+            parts,
             "<rect x=\"{x:.1}\" y=\"4\" width=\"{width:.1}\" height=\"20\" fill=\"{colour}\"><title>{name}: {}</title></rect>",
             gigabytes(bytes)
-        ));
+        );
         x += width;
     }
     let (end, label) = (shown.room as f64 * scale, format!("{} {}", mode.name, gigabytes(mode.footprint.peak)));
@@ -120,10 +123,11 @@ fn table(shown: &Shown, method: &MethodPlan) -> String {
         let beyond = if mode.longest.is_some_and(|longest| longest > shown.positions) { "*" } else { "" };
         let (peak, longest, batch) = (gb(mode.footprint.peak), number(mode.longest), number(mode.batch));
         let rate = number(mode.tokens_per_second.map(|rate| rate.round() as usize));
-        rows.push_str(&format!(
+        let _ = write!(
+            rows,
             "<tr{class}><td>{}</td><td>{peak}</td><td>{longest}{beyond}</td><td>{batch}</td><td>{rate}</td></tr>",
             mode.name
-        ));
+        );
     }
     format!(
         "<table><tr><th>checkpointing</th><th>peak GB</th><th>longest context</th><th>batch at {}</th><th>tokens/s</th></tr>{rows}</table>\

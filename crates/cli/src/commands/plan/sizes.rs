@@ -1,5 +1,7 @@
 //! Without a model: which sizes of models fit which sizes of GPUs.
 
+use std::fmt::Write as _;
+
 use nibble_model::LoadOptions;
 use nibble_train::plan::{Method, SizeRow, size_table};
 use serde_json::{Value, json};
@@ -38,19 +40,20 @@ pub(super) fn choice(row: &SizeRow, gib: usize) -> &'static str {
 fn text(rows: &[SizeRow], length: usize) -> String {
     let mut out = format!("The method that trains the most, by size of model and memory of the GPU in GB\n\n{:<6}", "");
     out.extend(CARDS.iter().map(|card| format!("{card:>7}")));
-    out.push_str(&format!("   {:>9}{:>9}{:>9}\n", "QLoRA GB", "LoRA GB", "full GB"));
+    let _ = writeln!(out, "   {:>9}{:>9}{:>9}", "QLoRA GB", "LoRA GB", "full GB");
     for row in rows {
-        out.push_str(&format!("{:<6}", row.name));
+        let _ = write!(out, "{:<6}", row.name);
         out.extend(CARDS.iter().map(|&card| format!("{:>7}", choice(row, card))));
         out.push_str("   ");
         out.extend(Method::ALL.iter().map(|&method| format!("{:>9}", gb(row.memory(method)))));
         out.push('\n');
     }
-    out.push_str(&format!(
+    let _ = write!(
+        out,
         "\nOne document of {length} tokens, full checkpointing, bf16, AdamW with f32 states; adapters of rank 16 on all linear layers.\n\
          full: every weight is trained, with f32 values; it is shown to compare: `nibble train` trains adapters.\n\
          `nibble plan --model MODEL --gpu GPU` plans for one model.\n"
-    ));
+    );
     out
 }
 
