@@ -7,7 +7,7 @@ use super::{Gpu, Setup, footprint};
 use crate::Result;
 
 /// Beyond this many tokens nothing is looked for.
-pub const MOST_TOKENS: usize = 1 << 21;
+pub const MOST_TOKENS: usize = 1 << 20;
 
 /// A device with more memory than any, so that what a step takes is known also where it does not fit.
 fn boundless(gpu: &Gpu) -> DeviceInfo {

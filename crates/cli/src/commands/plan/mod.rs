@@ -88,7 +88,11 @@ fn shown(args: &PlanArgs, model: &str, config: &ModelConfig, gpu: Gpu, load: Loa
         load,
     };
     let room = gpu.memory().saturating_sub(plan::RESERVED).min(args.memory_limit.unwrap_or(usize::MAX));
-    let methods = Method::ALL.iter().map(|&method| MethodPlan::new(config, &gpu, room, &request, method));
+    // Full fine-tuning is shown to compare: left out where an optimizer does not take as many values.
+    let methods = Method::ALL.iter().filter_map(|&method| match MethodPlan::new(config, &gpu, room, &request, method) {
+        Err(_) if method == Method::Full => None,
+        planned => Some(planned),
+    });
     let parameters: usize = config.tensors().iter().map(|spec| spec.shape.iter().product::<usize>()).sum();
     Ok(Shown {
         model: model.to_owned(),
