@@ -90,5 +90,4 @@ fn merging_and_loading_hold_the_result_and_a_tensor_not_the_model() {
     assert!(merging < SLACK, "merging {model} bytes more took {merging} more");
     let loading = growth(&world, "eval --model SIZE --data rows.jsonl --batch-size 1 --device cpu");
     assert!(loading < packed + SLACK, "loading {model} bytes more took {loading} more, of which {packed} are the result");
-    println!("{model} bytes more of a model: {merging} more to merge, {loading} more to load");
 }

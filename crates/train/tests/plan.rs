@@ -108,7 +108,7 @@ fn what_keeps_less_takes_less_and_a_plan_is_the_same_twice() {
 fn every_gpu_of_the_table_can_be_planned_for() {
     for gpu in &plan::GPUS {
         // bf16 begins with Ampere.
-        let dtype = if gpu.capability.0 >= 8 { DType::Bf16 } else { DType::F32 };
+        let dtype = if gpu.capability.0 >= 8 { DType::Bf16 } else { DType::F16 };
         for checkpointing in [Checkpointing::None, Checkpointing::Offload] {
             let mut setup = qlora(checkpointing).with_documents(2, 100);
             setup.load.compute_dtype = dtype;

@@ -1,6 +1,6 @@
 //! Where a run is planned for: a GPU, or the processor.
 
-use nibble_model::{LoadOptions, config::ModelConfig};
+use nibble_model::config::ModelConfig;
 use nibble_tensor::{DType, Owner};
 
 use super::{Footprint, Gpu, Setup, fit, footprint};
@@ -47,8 +47,11 @@ impl Place {
 /// widens the head), in its own type, without working copies of what is trained; logits are f32 there.
 fn on_cpu(model: &ModelConfig, setup: &Setup) -> Result<Footprint> {
     let size = setup.load.compute_dtype.size();
-    let load = LoadOptions { compute_dtype: DType::Bf16, ..setup.load };
-    let mut found = fit::needed(model, &Gpu::of_memory(0), &Setup { load, ..setup.clone() })?;
+    let mut alike = setup.clone();
+    alike.load.compute_dtype = DType::Bf16;
+    // Pages may be in a file, which is no memory: nothing is opened for a plan.
+    alike.train.optim_paging = nibble_optim::Paging { device_memory: Some(0), ..nibble_optim::Paging::default() };
+    let mut found = fit::needed(model, &Gpu::of_memory(0), &alike)?;
     for (owner, bytes) in &mut found.owners {
         match owner {
             Owner::Trained => *bytes = 4 * found.trained,

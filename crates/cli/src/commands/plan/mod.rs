@@ -157,9 +157,9 @@ fn gpu(name: Option<&str>) -> Result<Gpu> {
     plan::find_gpu(name).copied().ok_or_else(unknown)
 }
 
-/// bf16 where the hardware multiplies it, as `train` decides.
+/// bf16 where the hardware multiplies it, else f16, as `train` decides.
 fn dtype(gpu: &Gpu) -> DType {
-    if gpu.capability.0 >= 8 { DType::Bf16 } else { DType::F32 }
+    if gpu.capability.0 >= 8 { DType::Bf16 } else { DType::F16 }
 }
 
 /// A model's config, and nothing else of it.

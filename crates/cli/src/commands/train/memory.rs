@@ -39,8 +39,13 @@ impl Planned<'_> {
         if least.train.checkpointing == Checkpointing::Auto {
             least.train.checkpointing = if place == Place::Cpu { Checkpointing::Full } else { Checkpointing::Offload };
         }
+        let room = self.room()?;
+        if least.train.optim.is_paged() {
+            // As do pages, which need not be on the device.
+            least.train.optim_paging.device_memory = Some(0);
+        }
         let needed = place.needed(self.model, &least)?;
-        let Some(room) = self.room()? else { return Ok(needed) };
+        let Some(room) = room else { return Ok(needed) };
         let slack = if place == Place::Cpu { SLACK.1 } else { SLACK.0 };
         if needed.device as f64 <= room as f64 * slack {
             return Ok(needed);
