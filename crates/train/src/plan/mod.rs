@@ -18,7 +18,7 @@ pub use fit::{MOST_TOKENS, largest_batch, longest, needed};
 pub use footprint::{COMPONENTS, Document, Footprint, Setup, footprint};
 pub use gpu::{GPUS, Gpu, RESERVED, find_gpu, nearest_gpu};
 pub use nearest::{Nearest, nearest};
-pub use place::Place;
+pub use place::{FEW_PAGES, Place};
 pub use report::{MODES, Method, MethodPlan, Mode, Request};
 pub use shapes::{NAMED_SIZES, named_size};
 pub use sizes::{SizeRow, size_table};

@@ -6,6 +6,9 @@ use nibble_tensor::{DType, Owner};
 use super::{Footprint, Gpu, Setup, fit, footprint};
 use crate::Result;
 
+/// Device memory that a paged optimizer can always do with: more than the pages that visit at once.
+pub const FEW_PAGES: usize = 64 << 20;
+
 /// Where.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Place {
@@ -50,7 +53,7 @@ fn on_cpu(model: &ModelConfig, setup: &Setup) -> Result<Footprint> {
     let mut alike = setup.clone();
     alike.load.compute_dtype = DType::Bf16;
     // Pages may be in a file, which is no memory: nothing is opened for a plan.
-    alike.train.optim_paging = nibble_optim::Paging { device_memory: Some(0), ..nibble_optim::Paging::default() };
+    alike.train.optim_paging = nibble_optim::Paging { device_memory: Some(FEW_PAGES), ..nibble_optim::Paging::default() };
     let mut found = fit::needed(model, &Gpu::of_memory(0), &alike)?;
     for (owner, bytes) in &mut found.owners {
         match owner {

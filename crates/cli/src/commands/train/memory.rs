@@ -41,8 +41,8 @@ impl Planned<'_> {
         }
         let room = self.room()?;
         if least.train.optim.is_paged() {
-            // As do pages, which need not be on the device.
-            least.train.optim_paging.device_memory = Some(0);
+            // As do pages: a few of them are on the device at once.
+            least.train.optim_paging.device_memory = Some(plan::FEW_PAGES);
         }
         let needed = place.needed(self.model, &least)?;
         let Some(room) = room else { return Ok(needed) };
