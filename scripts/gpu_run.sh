@@ -7,6 +7,7 @@
 #
 # Writes RESULTS/tests.md, RESULTS/kernels.md and RESULTS/steps.md, and each run's log beside them. LIMIT: seconds for each run (default 300).
 # FLOPS: the machine's bf16 rate in a plain matrix product, of which steps are a share (default 790e12, an H200).
+# LOAD: a folder for 16 GB, where an 8B checkpoint is made and loaded (its pages must fit the host's memory; without one it is not).
 # SHAPES: lines of arguments of train_shape, instead of those below. Ends with 1 if a test or a step failed.
 set -uo pipefail
 cd "$(dirname "$0")"
@@ -46,6 +47,11 @@ cat "$results/doctor.txt"
   grep '^|' "$results/kernels.log"
 } | tee "$results/kernels.md"
 
+if [[ -n ${LOAD:-} ]]; then
+  timeout "$limit" bin/bench_load "$LOAD" --make llama3-8b >"$results/load.log" 2>&1 || echo "RESULT FAILED" >>"$results/load.log"
+  grep RESULT "$results/load.log"
+fi
+
 shapes=${SHAPES:-"smollm2-135m --batch 8 --length 512 --checkpointing none
 qwen2.5-1.5b --batch 4 --length 1024 --checkpointing selective
 llama3-8b --batch 1 --length 2048 --checkpointing selective
@@ -63,4 +69,4 @@ mistral-7b --batch 4 --length 2048 --checkpointing selective"}
     echo "| ${shape//--/} | $line |"
   done <<<"$shapes"
 } | tee "$results/steps.md"
-! grep -q FAILED "$results/tests.md" "$results/kernels.md" "$results/steps.md"
+! grep -qs FAILED "$results"/{tests.md,kernels.md,steps.md,load.log}

@@ -85,13 +85,13 @@ struct Shared {
 
 __device__ __forceinline__ u32 phase(u32 step) { return step / 2 % 2; }
 
-// The next tile for the other warps, or the end.
+// The next tile for the other warps, or the end. Every reader arrives by itself, not one for its warp: that is once a tile, and
+// tools that look for races follow it.
 template <int D>
 __device__ __forceinline__ Work receive(Shared<D> at, const Work *work, u32 round) {
     mbarrier_wait(at.work_full(), round % 2);
     const Work w = *work;
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(at.work_empty());
+    mbarrier_arrive(at.work_empty());
     return w;
 }
 
@@ -393,7 +393,7 @@ __device__ __forceinline__ void bwd(T *dk, T *dv, float *kv_sums, float *sums, u
     float *stats = reinterpret_cast<float *>(shared + at.STATS);
     if (threadIdx.x == 0) {
         mbarrier_init(at.work_full(), 1);
-        mbarrier_init(at.work_empty(), 11);
+        mbarrier_init(at.work_empty(), AUXILIARY + 32 + 2);
         mbarrier_init(at.kv_full(), 1);
         mbarrier_init(at.kv_empty(), 8);
         for (u32 stage = 0; stage < 2; stage++) {

@@ -243,6 +243,7 @@ fn at_the_least_loss_scale_gradients_that_are_not_finite_are_an_error() {
     let (model, mut params) = model(&adapter(InitLoraWeights::Random, 0.0), DType::F16);
     let nan = vec![f32::NAN; params.numel()];
     params.data_mut().write(&nan).unwrap();
+    params.prepare(DType::F16).unwrap();
     let options = LoaderOptions { packer: Packer::Documents { batch_size: 4 }, seed: 0, shuffle: false };
     let config = TrainConfig { max_steps: Some(4), ..TrainConfig::default() };
     let mut trainer = Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap();

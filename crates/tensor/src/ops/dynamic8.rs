@@ -365,7 +365,7 @@ mod tests {
             points.extend((0..24 << 7).map(|key| f32::from_bits((103 << 23) + (key << 16))).filter(|&y| y <= 1.0));
             for point in points {
                 for y in [point.next_down(), point, point.next_up()].into_iter().flat_map(|y| [y, -y]) {
-                    if y > 1.0 || y < -1.0 || (map == DynamicMap::Unsigned && y.is_sign_negative()) {
+                    if !(-1.0..=1.0).contains(&y) || (map == DynamicMap::Unsigned && y.is_sign_negative()) {
                         continue;
                     }
                     let nearest = book.nearest(y);
