@@ -165,7 +165,12 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
         max_grad_norm: args.max_grad_norm,
         optim: args.optim,
         optim_args: args.optim_args.clone(),
-        optim_paging: Paging { device_memory: args.optim_device_memory, file: args.optim_page_file.clone(), ..Paging::default() },
+        optim_paging: Paging {
+            device_memory: args.optim_device_memory,
+            file: args.optim_page_file.clone(),
+            masters: args.optim_page_masters,
+            page: None,
+        },
         checkpointing: match args.gradient_checkpointing {
             GradientCheckpointing::None => Checkpointing::None,
             GradientCheckpointing::Selective => Checkpointing::Selective,
