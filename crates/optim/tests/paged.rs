@@ -34,7 +34,7 @@ fn folder(name: &str) -> std::path::PathBuf {
 /// Everything resident, some of it, two pages of it.
 fn budgets(config: &OptimizerConfig) -> [usize; 3] {
     let all = config.state_bytes(&layout());
-    [all, all / 2, 2 * (PAGE + 2048)]
+    [all, all / 2, 2 * (PAGE + 4096)]
 }
 
 /// Pages for the device that the tests run on: in a file on the CPU.
@@ -128,7 +128,7 @@ fn captured_steps_are_those_one_by_one_with_pages_and_without() {
         let mut captured = normal(0);
         run_on_gpu(&mut Optimizer::new(&arena(), &layout(), config).unwrap(), &mut captured, true);
         assert_eq!(bits(&captured), bits(&want), "{config:?}");
-        let paging = Paging { device_memory: Some(3 * (PAGE + 2048)), file: None, masters: false, page: Some(PAGE) };
+        let paging = Paging { device_memory: Some(3 * (PAGE + 4096)), file: None, masters: false, page: Some(PAGE) };
         let mut paged = normal(0);
         run_on_gpu(&mut Optimizer::paged(&arena(), &layout(), config, &paging).unwrap(), &mut paged, true);
         assert_eq!(bits(&paged), bits(&want), "{config:?} paged");
@@ -165,7 +165,7 @@ fn a_state_goes_from_pages_to_none_and_back() {
         let (mut straight, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
         run(&mut straight, &mut want, 1..7);
 
-        let paging = paging(2 * (PAGE + 2048), &folder, "pages");
+        let paging = paging(2 * (PAGE + 4096), &folder, "pages");
         let load = |to: &mut Optimizer, from: &Optimizer| {
             let state = from.state().unwrap();
             to.load_state(from.steps(), &state.iter().map(|(name, state)| (*name, state)).collect::<Vec<_>>()).unwrap();

@@ -6,7 +6,8 @@
 //!
 //! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
-//! rate given by `--flops`. `--memory`: GB that the arena may hold.
+//! rate given by `--flops`. `--memory`: GB that the arena may hold. `--optim paged_adamw_8bit --optim-memory 0.1 --page-masters 1`: states
+//! and f32 values in pages, but for so many GB.
 #![allow(clippy::print_stdout)]
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
@@ -15,6 +16,7 @@ use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, TargetModules};
 use nibble_model::{Checkpointing, GenerateOptions, LoadOptions, Session, Transformer, config::ModelConfig};
 use nibble_nf4::{Format, QuantConfig};
+use nibble_optim::Paging;
 use nibble_tensor::{
     Arena, DType, Device, Rng,
     cuda::{
@@ -56,7 +58,9 @@ fn shape(name: &str) -> Result<ModelConfig> {
     Ok(ModelConfig::from_json(&config.to_string(), name)?)
 }
 
-const OPTIONS: [&str; 14] = [
+const OPTIONS: [&str; 16] = [
+    "optim-memory",
+    "page-masters",
     "blocks-on-host",
     "optim",
     "memory",
@@ -161,7 +165,13 @@ fn main() -> Result<()> {
     };
     let load = LoadOptions { quant, compute_dtype, max_positions: length, blocks_on_host: options.get("blocks-on-host", 0)? };
     let optim = options.get("optim", TrainConfig::default().optim)?;
-    let train = TrainConfig { checkpointing, optim, max_steps: Some(steps + 1), ..TrainConfig::default() };
+    let optim_memory: f64 = options.get("optim-memory", f64::INFINITY)?;
+    let optim_paging = Paging {
+        device_memory: optim_memory.is_finite().then_some((optim_memory * 1e9) as usize),
+        masters: options.get("page-masters", 0)? == 1,
+        ..Paging::default()
+    };
+    let train = TrainConfig { checkpointing, optim, optim_paging, max_steps: Some(steps + 1), ..TrainConfig::default() };
     if device == "plan" {
         let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), train };
         return print_plan(&config, &setup.with_documents(batch, length));

@@ -76,8 +76,9 @@ impl Trainer {
         check_lengths(&model, data.dataset())?;
         let steps_per_epoch = steps_per_epoch(&data, &config);
         let max_steps = config.max_steps.unwrap_or_else(|| (config.num_train_epochs * steps_per_epoch as f64).ceil() as usize);
-        let grads = params.zero_grads()?;
+        // Before the gradients: values that move into pages leave room for them.
         let optimizer = optimizer(&model, &mut params, &config)?;
+        let grads = params.zero_grads()?;
         let schedule = config.schedule(max_steps)?;
         let loss_scale = if model.compute_dtype() == DType::F16 { Some(LossScale::new(model.arena())?) } else { None };
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;

@@ -125,8 +125,8 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
         Some(adapter) => model.attach(adapter, Init::Zeros)?,
         None => model.train_all()?,
     };
-    let mut grads = params.zero_grads()?;
     let mut optimizer = optimizer(&model, &mut params, &setup.train)?;
+    let mut grads = params.zero_grads()?;
     let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok(params.numel()) };
     let batches = [batch(&setup.documents)];
     // A second step finds the memory as the first left it, and may need more of it.
