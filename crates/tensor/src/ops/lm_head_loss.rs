@@ -467,15 +467,22 @@ mod cpu {
     multiversion! {
         /// The same rounded to bf16, into the first half of the row.
         fn narrow_softmax_gradient(row: &mut [f32], max: f32, factor: f32, cap: Option<f32>) {
-            for start in (0..row.len()).step_by(2 * LANES) {
-                let mut values = [0.0; 2 * LANES];
-                let values = &mut values[..usize::min(2 * LANES, row.len() - start)];
-                values.copy_from_slice(&row[start..][..values.len()]);
-                gradients(values, max, factor, cap);
-                let to = &mut bytemuck::cast_slice_mut::<f32, bf16>(row)[start..][..values.len()];
-                for (y, x) in to.iter_mut().zip(values) {
-                    *y = Float::from_f32(*x);
+            const STEP: usize = 2 * LANES;
+            let whole = row.len() / STEP * STEP;
+            for start in (0..whole).step_by(STEP) {
+                // What is written lies before what is read next.
+                let mut values = [0.0; STEP];
+                values.copy_from_slice(&row[start..][..STEP]);
+                gradients(&mut values, max, factor, cap);
+                let to = &mut bytemuck::cast_slice_mut::<f32, bf16>(row)[start..][..STEP];
+                for i in 0..STEP {
+                    to[i] = Float::from_f32(values[i]);
                 }
+            }
+            for at in whole..row.len() {
+                let mut value = [row[at]];
+                gradients(&mut value, max, factor, cap);
+                bytemuck::cast_slice_mut::<f32, bf16>(row)[at] = Float::from_f32(value[0]);
             }
         }
     }
