@@ -24,4 +24,4 @@ for run in "f32 none" "f32 selective" "bf16 selective" "f32 full"; do
 done
 echo "== 4-bit conversion, 14336 x 4096"
 "$python" scripts/bench_nf4_peer.py
-cargo bench -q -p nibble-nf4 -- 14336 2>/dev/null | grep -E 'time:|thrpt:|^[a-z0-9_/]+' || true
+cargo bench -q -p nibble-nf4 --bench blocks -- 'memcpy|nf4_double' 2>/dev/null | grep -E 'time:|thrpt:|^[a-z0-9_/]+' || true

@@ -124,7 +124,9 @@ fn decode_f32<const STREAM: bool>(run: Run<'_>, out: &mut [f32]) {
             unsafe { store::<STREAM>(half.as_mut_ptr().cast(), values) };
         }
     }
-    portable::decode_run(run.format, Run { packed: rest, ..run }, tail);
+    if !tail.is_empty() {
+        portable::decode_run(run.format, Run { packed: rest, ..run }, tail);
+    }
 }
 
 #[inline]
@@ -144,7 +146,9 @@ fn decode_16<T: Element + bytemuck::Pod, const STREAM: bool>(table: __m512i, run
         // SAFETY: `step` is 64 bytes; for streaming, `streamable` checked that it is 16-byte aligned.
         unsafe { store::<STREAM>(step.as_mut_ptr().cast(), _mm512_permutexvar_epi16(codes, table)) };
     }
-    portable::decode_run(run.format, Run { packed: rest, ..run }, tail);
+    if !tail.is_empty() {
+        portable::decode_run(run.format, Run { packed: rest, ..run }, tail);
+    }
 }
 
 /// See [`super::encode`].

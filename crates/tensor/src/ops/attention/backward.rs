@@ -213,7 +213,7 @@ impl Layout {
     /// Words of what [`run_block`] works with, in its order.
     fn lengths(self) -> [usize; 14] {
         let Self { form, size, words, .. } = self;
-        let (rows, keys) = (self.all_rows(), tile_keys(size));
+        let (rows, keys) = (self.all_rows(), tile_keys(form, size));
         let (panels, columns) = (rows * words, form.words(rows) * size.next_multiple_of(LANES));
         let scores = keys * self.strip_stride();
         let pairs = if form == Form::Pair { [form.words(keys) * size, keys * self.stride, keys * self.stride] } else { [0; 3] };
@@ -241,8 +241,8 @@ fn run_block<E: Float>(shared: &Shared<E>, block: &Block, dq: &mut [E], dk: &mut
     dq_panels.fill(0.0);
     let rule = Rule::new(inputs.config, DType::F32);
     let all = inputs.seen_by(block, 0..rows);
-    for start in all.clone().step_by(tile_keys(size)) {
-        let tile = start..(start + tile_keys(size)).min(all.end);
+    for start in all.clone().step_by(tile_keys(form, size)) {
+        let tile = start..(start + tile_keys(form, size)).min(all.end);
         inputs.load_keys(inputs.k, block.kv_head, &tile, keys);
         inputs.load_keys(inputs.v, block.kv_head, &tile, values);
         if form == Form::Pair {

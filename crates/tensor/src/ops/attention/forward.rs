@@ -18,8 +18,9 @@ use crate::{
 
 /// Keys of a tile: K's and V's rows of a tile, and what a strip of queries takes, fit the first-level cache about. A multiple
 /// of the products' rows.
-pub(super) fn tile_keys(head_size: usize) -> usize {
-    if head_size <= 64 { 96 } else { 48 }
+pub(super) fn tile_keys(form: Form, head_size: usize) -> usize {
+    let keys = if form == Form::Pair { 128 } else { 96 };
+    if head_size <= 64 { keys } else { keys / 2 }
 }
 
 /// Rows of queries (tokens x heads of a group) a block holds, about: each tile of keys is loaded once for so many.
@@ -206,7 +207,7 @@ pub(super) fn ungroup<E: Float>(from: &[E], to: &mut [E], kv_heads: usize, row: 
 /// o and lse of one block: rows x D, and rows.
 fn run_block<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut [f32]) {
     let (size, words) = (inputs.sizes.head_size, inputs.words());
-    let (rows, keys) = (lse.len().next_multiple_of(LANES), tile_keys(size));
+    let (rows, keys) = (lse.len().next_multiple_of(LANES), tile_keys(inputs.form, size));
     let room = rows * words.max(size);
     let lengths = [room, rows * words, rows * size, keys * words, inputs.form.words(keys) * size, keys * LANES, 2 * rows];
     with_parts(lengths, |parts| run_parts(inputs, block, o, lse, parts));
@@ -224,8 +225,8 @@ fn run_parts<E: Float>(inputs: &Inputs<E>, block: &Block, o: &mut [E], lse: &mut
     // Pairs are rounded when they are made.
     let rule = Rule::new(inputs.config, if form == Form::Pair { DType::F32 } else { E::DTYPE });
     let all = inputs.seen_by(block, 0..rows);
-    for start in all.clone().step_by(tile_keys(size)) {
-        let tile = start..(start + tile_keys(size)).min(all.end);
+    for start in all.clone().step_by(tile_keys(inputs.form, size)) {
+        let tile = start..(start + tile_keys(inputs.form, size)).min(all.end);
         inputs.load_keys(inputs.k, block.kv_head, &tile, keys);
         inputs.load_over_keys(inputs.v, block.kv_head, &tile, values);
         for (strip, state) in state.iter_mut().enumerate() {

@@ -309,18 +309,20 @@ fn a_document_is_as_it_is_alone() {
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
     let shape = Shape::new(&[300, 37, 90], 3, 1, 16);
-    let case = Case::new(2, &shape, DType::F32);
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let (o, lse) = case.forward(config(16));
-            let [dq, dk, dv] = case.backward(config(16));
-            [o, lse, dq, dk, dv].map(|x| x.to_f32_vec().unwrap())
-        })
-    };
-    let one = run(1);
-    for threads in [2, 5] {
-        assert!(one == run(threads), "{threads} threads differ from one");
+    for dtype in [DType::F32, DType::Bf16] {
+        let case = Case::new(2, &shape, dtype);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let (o, lse) = case.forward(config(16));
+                let [dq, dk, dv] = case.backward(config(16));
+                [o, lse, dq, dk, dv].map(|x| x.to_f32_vec().unwrap())
+            })
+        };
+        let one = run(1);
+        for threads in [2, 5] {
+            assert!(one == run(threads), "{dtype:?}: {threads} threads differ from one");
+        }
     }
 }
 
