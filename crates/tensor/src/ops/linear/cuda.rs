@@ -199,14 +199,19 @@ impl Call<'_, '_> {
         let (outputs, rank) = (b.dims()[0], b.shape().last());
         let (h, t) = (columns(rows(h)?, self.offsets[i], self.dtype), columns(t, self.offsets[i], self.dtype));
         match db {
-            Some(db) if self.dtype != DType::F32 && rank <= 16 && outputs >= 4096 && self.tokens >= 1024 => {
-                self.one_pass(dy, b, [h, t], adapter.scale, db)
-            }
+            Some(db) if rank <= 16 && self.worth_one_pass(outputs) => self.one_pass(dy, b, [h, t], adapter.scale, db),
             db => {
                 self.gemm([self.tokens, rank, outputs], rows(dy)?, rows(b)?, t, adapter.scale, false)?;
                 db.map_or(Ok(()), |db| self.add_gradient([outputs, rank], rows(dy)?, h, db.address()?, adapter.scale))
             }
         }
+    }
+
+    /// Whether one pass over dy, with its partial sums, takes less time than two products.
+    fn worth_one_pass(&self, outputs: usize) -> bool {
+        let (least, tokens) =
+            if hopper::is_hopper(self) { (1024, 1024 * 4096 / outputs.clamp(1024, 4096)) } else { (4096, 1024) };
+        self.dtype != DType::F32 && outputs >= least && self.tokens >= tokens
     }
 
     /// t and dB from one reading of dy, in shares of the rows that are added up in order.

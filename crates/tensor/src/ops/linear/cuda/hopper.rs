@@ -20,7 +20,7 @@ const THREADS: u32 = 288;
 const MANY_TOKENS: usize = 1024;
 
 /// Whether the device is one and computes in 16 bits.
-fn is_hopper(call: &Call<'_, '_>) -> bool {
+pub(super) fn is_hopper(call: &Call<'_, '_>) -> bool {
     let capability = call.device.info().capability;
     (capability.major, capability.minor) == (9, 0) && matches!(call.dtype, DType::Bf16 | DType::F16)
 }
@@ -31,7 +31,8 @@ pub(super) fn one_pass(call: &Call<'_, '_>, dy: Matrix, outputs: usize, rank: us
     let serves = is_hopper(call) && outputs.is_multiple_of(8) && dy.ld.is_multiple_of(8) && dy.address.is_multiple_of(16);
     let clusters = call.device.info().multiprocessors * 7 / 8 / (wide * deep * SPLIT);
     serves.then(|| {
-        let clusters = clusters.clamp(1, call.tokens.div_ceil(16 * SPLIT));
+        // A block takes eight steps at least.
+        let clusters = clusters.min(call.tokens.div_ceil(8 * 16 * SPLIT)).max(1);
         OnePass { wide, shares: clusters, grid: Grid { shared: 149_504, ..Grid::new(clusters * SPLIT * wide * deep, 256) } }
     })
 }
