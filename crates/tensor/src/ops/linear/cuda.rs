@@ -7,7 +7,11 @@
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
+<<<<<<< HEAD
 mod hopper;
+=======
+mod few;
+>>>>>>> 5293ae7 (Generation on a GPU as one captured step: products of a few rows, sampling and attention's step on the device, batches of prompts)
 
 use call::{Call, columns, rows, transposed};
 
@@ -38,6 +42,9 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         }
         None => None,
     };
+    if let Some(ys) = few::products(&call, h.as_ref())? {
+        return Ok((ys, Saved(h.into_iter().map(Some).collect())));
+    }
     let mut ys = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
         let mut y = Tensor::with_room(x.arena(), x.dtype(), [call.tokens, part.outputs()], room)?;
