@@ -47,8 +47,6 @@ pub struct DeviceInfo {
     pub memory: usize,
     /// Multiprocessors.
     pub multiprocessors: usize,
-    /// Bytes of shared memory that a block may have.
-    pub shared: usize,
     /// CUDA version of the driver, as 1000 x major + 10 x minor.
     pub driver: i32,
 }
@@ -462,7 +460,6 @@ fn info(ordinal: usize) -> Result<(sys::CUdevice, DeviceInfo)> {
         minor: attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)? as _,
     };
     let multiprocessors = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
-    let shared = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
     let name = cudarc::driver::result::device::get_name(device).map_err(failed)?;
-    Ok((device, DeviceInfo { ordinal, name, capability, memory, multiprocessors, shared, driver }))
+    Ok((device, DeviceInfo { ordinal, name, capability, memory, multiprocessors, driver }))
 }

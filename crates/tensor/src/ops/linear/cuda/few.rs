@@ -1,5 +1,7 @@
 //! Products of a few rows with 4-bit matrices, which read the codes themselves: the step of generation, `few_rows.cu`.
 
+use nibble_kernels::ComputeCapability;
+
 use super::call::Call;
 use crate::{
     Absmax, BlockWeight, DType, Result, Tensor, Weight,
@@ -94,7 +96,7 @@ impl Plan {
             let most = (tiles.div_ceil(blocks) * slices).div_ceil(warps);
             let segments = (most + slices - 2) / slices + 1;
             let shared = table + held + warps * segments * TILE * call.tokens * 4;
-            (shared + FIXED <= info.shared).then_some(Self { kernel, warps, blocks, segments, shared })
+            (shared + FIXED <= most_shared(info.capability)).then_some(Self { kernel, warps, blocks, segments, shared })
         };
         let scratch = std::env::var("NIBBLE_FEW").unwrap_or_default();
         let few = match &scratch[..] {
@@ -105,6 +107,16 @@ impl Plan {
             _ => plan("few_rows", 32, held),
         };
         few.or_else(|| plan("few_rows_held", 16, held)).or_else(|| plan("few_rows_any", 16, 0))
+    }
+}
+
+/// Bytes of shared memory that a block may have (CUDA's programming guide, by compute capability).
+fn most_shared(capability: ComputeCapability) -> usize {
+    match (capability.major, capability.minor) {
+        (7, _) => 64 << 10,
+        (8, 0 | 7) => 163 << 10,
+        (8 | 12, _) => 99 << 10,
+        _ => 227 << 10,
     }
 }
 
