@@ -14,7 +14,7 @@ fn model() -> (Transformer, ParamStore) {
         "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": false, "hidden_act": "silu",
     });
     let config = ModelConfig::from_json(&config.to_string(), "made-up").unwrap();
-    let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: CAPACITY };
+    let options = LoadOptions { quant: None, compute_dtype: DType::F32, max_positions: CAPACITY, blocks_on_host: 0 };
     let model = Transformer::random(config, &nibble_tests::arena(), &options, 1).unwrap();
     let params = ParamStore::empty(model.arena()).unwrap();
     (model, params)
