@@ -22,84 +22,24 @@
 //
 // Bytes: W once.
 //
-// spills: few_rows_any_bf16 8 two groups of sums, and x from memory
 
+#include "common/few_rows.cuh"
 #include "common/mma.cuh"
-#include "common/vec.cuh"
 
-constexpr u32 TILE = 16;
-constexpr u32 SLICE = 128;
-#if __CUDA_ARCH__ >= 800
-// An entry and as much room again, so that the byte itself is the second byte of the address.
-constexpr u32 ENTRY_SHIFT = 8;
-#else
-constexpr u32 ENTRY_SHIFT = 7;
-#endif
-constexpr u32 TABLE = 256 << ENTRY_SHIFT;
-
-template <typename T>
-struct Part {
-    T *y;
-    const u8 *packed;
-    const void *absmax;     // codes, or floats
-    const float *absmax2, *map;  // null: `absmax` are floats
-    const T *bias, *b;
-    float offset, scale;
-    u32 n, rank;
-
-    __device__ __forceinline__ u32 tiles() const { return (n + TILE - 1) / TILE; }
-};
-
-// A part, its number, and which of the launch's tiles and of h's columns is its first.
-template <typename T>
-struct Found {
-    Part<T> part;
-    u32 index, tile, column;
-};
-
-template <typename T>
-struct Launch {
-    Part<T> parts[3];
-    const T *x, *h;
-    const float *code;
-    u32 m, k, shift, segments;
-
-    __device__ __forceinline__ u32 tiles() const { return parts[0].tiles() + parts[1].tiles() + parts[2].tiles(); }
-    __device__ __forceinline__ u32 ranks() const { return parts[0].rank + parts[1].rank + parts[2].rank; }
-    __device__ __forceinline__ Found<T> find(u32 tile) const {
-        const u32 second = parts[0].tiles(), third = second + parts[1].tiles();
-        if (tile < second) return {parts[0], 0, 0, 0};
-        if (tile < third) return {parts[1], 1, second, parts[0].rank};
-        return {parts[2], 2, third, parts[0].rank + parts[1].rank};
-    }
-};
-
-// A scale as it lies in memory; code PLAIN: it is `absmax` itself.
-struct Scale {
-    u32 code;
-    float absmax;
-};
-constexpr u32 PLAIN = 256;
-
-// How scales of a part are read.
-struct Scales {
-    const float *map;
-    float offset;
-
-    // The product is rounded before the offset is added, as on the CPU: no fused multiply-add.
-    __device__ __forceinline__ float value(Scale x) const {
-        return x.code == PLAIN ? x.absmax : __fadd_rn(__fmul_rn(map[x.code], x.absmax), offset);
-    }
-};
-
+template <bool STAGED>
 struct Fetched {
     uint4 codes[2];
     Scale scale;
 };
 
+template <>
+struct Fetched<true> {
+    uint4 codes[2];
+};
+
 __device__ __forceinline__ uint4 load_codes(const u8 *p) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
 
@@ -124,13 +64,13 @@ struct Reader {
         scale = min(first + lane / 2, last) * launch.k + slice * SLICE + lane % 2 * 64;
         absmax = part.absmax, absmax2 = part.absmax2;
     }
-    __device__ __forceinline__ void fetch(Fetched &to, const Launch<T> &launch, u32 lane) {
+    template <bool STAGED>
+    __device__ __forceinline__ void fetch(Fetched<STAGED> &to, const Launch<T> &launch, u32 lane) {
         // Beyond the row: the columns before, whose x is zero there.
         const u32 back = slice * SLICE + lane % 4 * 32 < launch.k ? 0 : 32;
         to.codes[0] = load_codes(codes - back), to.codes[1] = load_codes(codes + below - back);
-        const u32 block = (scale - (slice * SLICE + lane % 2 * 64 < launch.k ? 0 : 64)) >> launch.shift;
-        if (absmax2) to.scale = {reinterpret_cast<const u8 *>(absmax)[block], absmax2[block >> 8]};
-        else to.scale = {PLAIN, reinterpret_cast<const float *>(absmax)[block]};
+        if constexpr (!STAGED)
+            to.scale = load_scale(absmax, absmax2, (scale - (slice * SLICE + lane % 2 * 64 < launch.k ? 0 : 64)) >> launch.shift);
     }
     __device__ __forceinline__ void next(const Launch<T> &launch, u32 lane, u32 slices) {
         codes += SLICE / 2, scale += SLICE;
@@ -148,24 +88,24 @@ __device__ __forceinline__ u32 pair(const u8 *table, u32 word, u32 place) {
 }
 
 template <typename T>
-__device__ __forceinline__ void fill_table(u8 *table, const float *code) {
-    const float level = code[threadIdx.x % 16];
+__device__ __forceinline__ void fill_table(u8 *table, float level) {
     for (u32 i = threadIdx.x / 8; i < 256; i += blockDim.x / 8) {
         const u32 word = pack2<T>(__shfl_sync(~0u, level, i / 16), __shfl_sync(~0u, level, i % 16));
         *reinterpret_cast<uint4 *>(table + (i << ENTRY_SHIFT) + threadIdx.x % 8 * 16) = make_uint4(word, word, word, word);
     }
 }
 
-// x in 16 bytes: [slice][word][lane % 4][row], zeros beyond k.
+// x in 16 bytes: [slice][word][lane % 4][row], zeros beyond k. Asynchronous.
 template <typename T>
 __device__ __forceinline__ void hold_x(uint4 *to, const Launch<T> &launch, u32 slices) {
     const u32 words = slices * (SLICE / 8);
-    for (u32 i = threadIdx.x; i < words * launch.m; i += blockDim.x) {
-        const u32 row = i / words, word = i % words;
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (word * 8 < launch.k) v = *reinterpret_cast<const uint4 *>(launch.x + row * launch.k + word * 8);
-        to[((word / 16 * 4 + word % 4) * 4 + word / 4 % 4) * launch.m + row] = v;
-    }
+    for (u32 row = 0; row < launch.m; row++)
+        for (u32 word = threadIdx.x; word < words; word += blockDim.x) {
+            const uint4 *place = to + ((word / 16 * 4 + word % 4) * 4 + word / 4 % 4) * launch.m + row;
+            const bool valid = word * 8 < launch.k;
+            copy16(shared_address(place), launch.x + (valid ? row * launch.k + word * 8 : 0), valid);
+        }
+    copy_commit();
 }
 
 // Where the lane's part of B comes from: its row of x (in the first or second four), if it holds one.
@@ -197,10 +137,10 @@ struct Columns {
 };
 
 // Sums of one slice, for rows 0..4 of x and, with two groups, 4..8: acc[group] of rows g and g + 8.
-template <int GROUPS, bool HELD, typename T>
-__device__ __forceinline__ void add_slice(float (&acc)[GROUPS][2], const Fetched &from, float scale, const u8 *table,
-                                          const uint4 *held, const Columns<GROUPS, HELD, T> &columns, const Launch<T> &launch,
-                                          u32 slice, u32 lane, u32 place) {
+template <int GROUPS, bool HELD, bool STAGED, typename T>
+__device__ __forceinline__ void add_slice(float (&acc)[GROUPS][2], const Fetched<STAGED> &from, const float2 (&scales)[2],
+                                          const u8 *table, const uint4 *held, const Columns<GROUPS, HELD, T> &columns,
+                                          const Launch<T> &launch, u32 slice, u32 lane, u32 place) {
     float c[GROUPS][4] = {};
     const u32 upper[4] = {from.codes[0].x, from.codes[0].y, from.codes[0].z, from.codes[0].w};
     const u32 lower[4] = {from.codes[1].x, from.codes[1].y, from.codes[1].z, from.codes[1].w};
@@ -217,13 +157,10 @@ __device__ __forceinline__ void add_slice(float (&acc)[GROUPS][2], const Fetched
             mma<T>(c[j], second, b.z, b.w);
         }
     }
-    const u32 g = lane / 4;
-    const float upper_left = __shfl_sync(~0u, scale, 2 * g), upper_right = __shfl_sync(~0u, scale, 2 * g + 1);
-    const float lower_left = __shfl_sync(~0u, scale, 2 * g + 16), lower_right = __shfl_sync(~0u, scale, 2 * g + 17);
 #pragma unroll
     for (u32 j = 0; j < GROUPS; j++) {
-        acc[j][0] += c[j][0] * upper_left + c[j][1] * upper_right;
-        acc[j][1] += c[j][2] * lower_left + c[j][3] * lower_right;
+        acc[j][0] += c[j][0] * scales[0].x + c[j][1] * scales[0].y;
+        acc[j][1] += c[j][2] * scales[1].x + c[j][3] * scales[1].y;
     }
 }
 
@@ -234,15 +171,25 @@ __device__ __forceinline__ u32 begin_of(u32 w, u32 all) {
 }
 
 // The warp's slices; its sums of each tile to `sums` [segment][row of W][row of x].
-template <int GROUPS, bool HELD, u32 WARPS, int DEPTH, typename T>
-__device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &launch, const u8 *table, uint4 *held, float *maps,
-                                               u32 first_tile, u32 tiles) {
+template <int GROUPS, bool HELD, bool STAGED, u32 WARPS, int DEPTH, typename T>
+__device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &launch, u8 *table, uint4 *held, float *stage,
+                                               float *maps, u32 first_tile, u32 tiles) {
+    // Everything that comes from memory is asked for before anything is waited for.
+    const float level = launch.code[threadIdx.x % 16];
+    constexpr u32 THREADS = WARPS * 32, MAPS = (3 * 256 + THREADS - 1) / THREADS;
+    float map[MAPS];
+#pragma unroll
+    for (u32 j = 0; j < MAPS; j++) {
+        const u32 i = j * THREADS + threadIdx.x;
+        const float *from = i < 256 ? launch.parts[0].map : i < 512 ? launch.parts[1].map : launch.parts[2].map;
+        map[j] = i < 3 * 256 && from ? from[i % 256] : 0.0f;
+    }
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, slices = (launch.k + SLICE - 1) / SLICE;
     const u32 all = tiles * slices, begin = begin_of<WARPS>(warp, all), count = begin_of<WARPS>(warp + 1, all) - begin;
     Reader<T> reader;
     reader.tile = first_tile + begin / slices, reader.slice = begin % slices;
     u32 tile = reader.tile, slice = reader.slice;
-    Fetched ring[DEPTH];
+    Fetched<STAGED> ring[DEPTH];
     if (count) {
         reader.seek(launch, lane);
 #pragma unroll
@@ -252,12 +199,22 @@ __device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &lau
                 reader.fetch(ring[i], launch, lane);
             }
     }
-    fill_table<T>(const_cast<u8 *>(table), launch.code);
-    for (u32 i = threadIdx.x; i < 3 * 256; i += WARPS * 32) {
-        const float *from = i < 256 ? launch.parts[0].map : i < 512 ? launch.parts[1].map : launch.parts[2].map;
-        if (from) maps[i] = from[i % 256];
-    }
     if constexpr (HELD) hold_x(held, launch, slices);
+    fill_table<T>(table, level);
+#pragma unroll
+    for (u32 j = 0; j < MAPS; j++)
+        if (j * THREADS + threadIdx.x < 3 * 256) maps[j * THREADS + threadIdx.x] = map[j];
+    if constexpr (STAGED) {
+        Stager<WARPS, T> stager(launch, tiles);
+        stager.load(launch, first_tile, lane);
+        __syncthreads();
+        while (true) {
+            stager.store(stage, maps, launch, first_tile, lane, slices);
+            if (stager.done()) break;
+            stager.load(launch, first_tile, lane);
+        }
+    }
+    copy_wait<0>();
     __syncthreads();
     u32 place = lane * 4;
     asm volatile("" : "+r"(place));
@@ -272,7 +229,20 @@ __device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &lau
 #pragma unroll
         for (u32 i = 0; i < DEPTH; i++) {
             if (done + i >= count) break;
-            add_slice(acc, ring[i], scales.value(ring[i].scale), table, held, columns, launch, slice, lane, place);
+            float2 of_rows[2];
+            if constexpr (STAGED) {
+                const float *of_slice = stage + ((tile - first_tile) * slices + slice) * STAGE + lane / 4 * 2;
+                of_rows[0] = *reinterpret_cast<const float2 *>(of_slice);
+                of_rows[1] = *reinterpret_cast<const float2 *>(of_slice + 16);
+            } else {
+                const float scale = scales.value(ring[i].scale);
+#pragma unroll
+                for (u32 r = 0; r < 2; r++) {
+                    const u32 from = lane / 4 * 2 + r * 16;
+                    of_rows[r] = {__shfl_sync(~0u, scale, from), __shfl_sync(~0u, scale, from + 1)};
+                }
+            }
+            add_slice(acc, ring[i], of_rows, table, held, columns, launch, slice, lane, place);
             if (done + i + DEPTH < count) reader.next(launch, lane, slices), reader.fetch(ring[i], launch, lane);
             if (++slice == slices || done + i + 1 == count) {
 #pragma unroll
@@ -286,7 +256,7 @@ __device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &lau
                 }
                 sums += TILE * launch.m;
                 slice = 0, ++tile;
-                if (done + i + 1 < count) scales = scales_of(tile);
+                if (!STAGED && done + i + 1 < count) scales = scales_of(tile);
             }
         }
     }
@@ -301,6 +271,7 @@ __device__ __forceinline__ void finish(const float *sums, const Launch<T> &launc
         const Found<T> found = launch.find(first_tile + tile);
         const u32 row = (first_tile + tile - found.tile) * TILE + row_in_tile;
         if (row >= found.part.n) continue;
+        const float beside = beside_row(launch, found, row, x_row);
         float sum = 0;
         for (u32 w = ((tile * slices + 1) * WARPS - 1) / all; w < WARPS && begin_of<WARPS>(w, all) < (tile + 1) * slices; ++w) {
             const u32 begin = begin_of<WARPS>(w, all);
@@ -308,13 +279,7 @@ __device__ __forceinline__ void finish(const float *sums, const Launch<T> &launc
             sum += sums[((w * launch.segments + tile - begin / slices) * TILE + row_in_tile) * launch.m + x_row];
         }
         const Part<T> &part = found.part;
-        if (part.b) {
-            float beside = 0;
-            const T *b = part.b + u64(row) * part.rank, *h = launch.h + x_row * launch.ranks() + found.column;
-            for (u32 j = 0; j < part.rank; j++) beside += to_f32(b[j]) * to_f32(h[j]);
-            sum += part.scale * beside;
-        }
-        if (part.bias) sum += to_f32(part.bias[row]);
+        sum += beside;
         part.y[u64(x_row) * part.n + row] = from_f32<T>(sum);
     }
 }
@@ -326,9 +291,13 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
     const u32 tiles = launch.tiles(), slices = (launch.k + SLICE - 1) / SLICE;
     const u32 first = u32(u64(blockIdx.x) * tiles / gridDim.x), last = u32(u64(blockIdx.x + 1) * tiles / gridDim.x);
     uint4 *held = reinterpret_cast<uint4 *>(shared + TABLE);
-    float *sums = reinterpret_cast<float *>(held + (HELD ? slices * 16 * launch.m : 0));
+    float *stage = reinterpret_cast<float *>(held + (HELD ? slices * 16 * launch.m : 0));
+    // As many for every block, as the launch reckons.
+    const u32 most = (tiles + gridDim.x - 1) / gridDim.x;
+    float *sums = stage + (HELD ? most * slices * STAGE : 0);
+    prefetch_beside(launch, first, last - first);
     float *mine = sums + threadIdx.x / 32 * launch.segments * TILE * launch.m;
-    slices_of_warp<GROUPS, HELD, WARPS, DEPTH>(mine, launch, shared, held, maps, first, last - first);
+    slices_of_warp<GROUPS, HELD, HELD, WARPS, DEPTH>(mine, launch, shared, held, stage, maps, first, last - first);
     __syncthreads();
     finish<WARPS>(sums, launch, first, last - first);
 }
@@ -342,15 +311,45 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
         {PART(0), PART(1), PART(2)}, x, h, code, m, k, u32(31 - __clz(block_size)), segments \
     }
 
+extern "C" __global__ void __launch_bounds__(512, 1) few_rows_f16(
+    f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
+    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
+    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
+    const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
+    u32 segments) {
+    few_rows<1, true, 16, 4>(Launch<f16> LAUNCH);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_f16(
+    f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
+    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
+    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
+    const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
+    u32 segments) {
+    few_rows<2, true, 16, 4>(Launch<f16> LAUNCH);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1) few_rows_any_f16(
+    f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
+    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
+    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
+    const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
+    u32 segments) {
+    few_rows<2, false, 16, 3>(Launch<f16> LAUNCH);
+}
+
 #if HAS_BF16
-extern "C" __global__ void __launch_bounds__(1024, 1) few_rows_bf16(
+extern "C" __global__ void __launch_bounds__(512, 1) few_rows_bf16(
     bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
     float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
     u32 segments) {
-    few_rows<1, true, 32, 2>(Launch<bf16> LAUNCH);
+    few_rows<1, true, 16, 4>(Launch<bf16> LAUNCH);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_bf16(
@@ -370,38 +369,6 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_any_bf16(
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
     float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
     u32 segments) {
-    few_rows<2, false, 16, 4>(Launch<bf16> LAUNCH);
-}
-
-// scratch
-
-extern "C" __global__ void __launch_bounds__(512, 1) few_rows_b4_bf16(
-    bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
-    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
-    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
-    const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<1, true, 16, 4>(Launch<bf16> LAUNCH);
-}
-
-extern "C" __global__ void __launch_bounds__(512, 1) few_rows_b6_bf16(
-    bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
-    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
-    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
-    const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<1, true, 16, 6>(Launch<bf16> LAUNCH);
-}
-
-extern "C" __global__ void __launch_bounds__(768, 1) few_rows_c3_bf16(
-    bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
-    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
-    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
-    const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<1, true, 24, 3>(Launch<bf16> LAUNCH);
+    few_rows<2, false, 16, 3>(Launch<bf16> LAUNCH);
 }
 #endif

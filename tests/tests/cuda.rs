@@ -120,8 +120,15 @@ fn parts(arena: &Arena, outputs: &[usize], inputs: usize, config: &QuantConfig, 
 fn products_of_a_few_rows_are_the_hosts() {
     let Some(arena) = gpu() else { return };
     let host = Arena::new(Device::Cpu);
-    let sizes: [(&[usize], usize); 7] =
-        [(&[1], 64), (&[40, 17, 3], 192), (&[1000], 4096), (&[33, 16], 320), (&[64], 14_336), (&[4096, 100], 128), (&[16; 3], 96)];
+    let sizes: [(&[usize], usize); 7] = [
+        (&[1], 64),
+        (&[40, 17, 3], 192),
+        (&[1000], 4096),
+        (&[33, 16], 320),
+        (&[64], 14_336),
+        (&[4096, 100], 128),
+        (&[16; 3], 96),
+    ];
     for (outputs, inputs) in sizes {
         for (format, block_size, double_quant, rank, dtype) in [
             (Format::Nf4, 64, true, 16, DType::Bf16),
@@ -197,9 +204,12 @@ fn a_step_of_attention_is_the_hosts() {
     let Some(arena) = gpu() else { return };
     let host = Arena::new(Device::Cpu);
     let capacity = 300;
-    for (heads, kv_heads, size, dtype, tolerance) in
-        [(4, 2, 64, DType::F32, 1e-5), (32, 8, 128, DType::Bf16, 6e-3), (6, 1, 96, DType::F16, 2e-3), (3, 3, 256, DType::F32, 1e-5)]
-    {
+    for (heads, kv_heads, size, dtype, tolerance) in [
+        (4, 2, 64, DType::F32, 1e-5),
+        (32, 8, 128, DType::Bf16, 6e-3),
+        (6, 1, 96, DType::F16, 2e-3),
+        (3, 3, 256, DType::F32, 1e-5),
+    ] {
         let inv_freq: Vec<f32> = (0..size / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / size as f32)).collect();
         let ids = [1u32; 300];
         let list = [(1, 0), (300, 2), (77, 1)].map(|(len, slot)| Text { before: 0, tokens: &ids[..len], chosen: 0, slot });

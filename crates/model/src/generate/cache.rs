@@ -32,9 +32,8 @@ impl<'m> Cache<'m> {
         let shape = [slots * capacity, config.num_key_value_heads, config.head_dim];
         let _scope = model.arena.scope(Owner::KvCache);
         let cache = || Tensor::empty(&model.arena, model.dtype, shape);
-        let layers = (0..config.num_hidden_layers)
-            .map(|_| Ok(LayerCache { keys: cache()?, values: cache()? }))
-            .collect::<Result<_>>()?;
+        let layers =
+            (0..config.num_hidden_layers).map(|_| Ok(LayerCache { keys: cache()?, values: cache()? })).collect::<Result<_>>()?;
         Ok(Self { model, params, layers, capacity })
     }
 

@@ -45,7 +45,9 @@ pub fn step(
     }
     match q.device() {
         Device::Cpu => on_host([q, k, v], [keys, values], texts, table, sizes, config),
-        Device::Cuda(device) => cuda::step(device, [typed::writable(OP, "q", q)?, k, v], [keys, values], texts, table, sizes, config),
+        Device::Cuda(device) => {
+            cuda::step(device, [typed::writable(OP, "q", q)?, k, v], [keys, values], texts, table, sizes, config)
+        }
     }
 }
 

@@ -19,6 +19,10 @@ const PARTS: usize = 3;
 /// Rows of W in a tile, and columns in a slice.
 const TILE: usize = 16;
 const SLICE: usize = 128;
+/// Warps of a block.
+const WARPS: usize = 16;
+/// Bytes of a slice's scales.
+const STAGE: usize = 4 * (2 * TILE + 2);
 /// Bytes of shared memory that are not dynamic.
 const FIXED: usize = 3 * 256 * 4;
 
@@ -50,7 +54,7 @@ pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option
         args.extend(column);
     }
     args.extend([call.tokens, call.inputs, blocks[0].config.block_size, plan.segments].map(Arg::size));
-    let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, plan.warps as u32 * 32) };
+    let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, WARPS as u32 * 32) };
     call.device.launch(&format!("{}_{}", plan.kernel, suffix(OP, call.dtype)?), grid, &args)?;
     Ok(Some(ys))
 }
@@ -77,7 +81,6 @@ fn served<'a>(call: &Call<'_, 'a>) -> Option<Vec<&'a BlockWeight>> {
 /// Which kernel, and with how much of everything.
 struct Plan {
     kernel: &'static str,
-    warps: usize,
     blocks: usize,
     segments: usize,
     shared: usize,
@@ -90,23 +93,16 @@ impl Plan {
         let slices = call.inputs.div_ceil(SLICE);
         let blocks = tiles.min(info.multiprocessors).max(1);
         let table = if info.capability.major >= 8 { 64 << 10 } else { 32 << 10 };
-        let held = slices * 256 * call.tokens;
-        let plan = |kernel, warps: usize, held: usize| {
-            // Slices of a warp at most, and the tiles that they can lie in.
-            let most = (tiles.div_ceil(blocks) * slices).div_ceil(warps);
-            let segments = (most + slices - 2) / slices + 1;
-            let shared = table + held + warps * segments * TILE * call.tokens * 4;
-            (shared + FIXED <= most_shared(info.capability)).then_some(Self { kernel, warps, blocks, segments, shared })
+        // Slices of a warp at most, and the tiles that they can lie in.
+        let of_block = tiles.div_ceil(blocks) * slices;
+        let segments = (of_block.div_ceil(WARPS) + slices - 2) / slices + 1;
+        let sums = WARPS * segments * TILE * call.tokens * 4;
+        let plan = |kernel, more: usize| {
+            let shared = table + more + sums;
+            (shared + FIXED <= most_shared(info.capability)).then_some(Self { kernel, blocks, segments, shared })
         };
-        let scratch = std::env::var("NIBBLE_FEW").unwrap_or_default();
-        let few = match &scratch[..] {
-            _ if call.tokens > 4 => None,
-            "b4" => plan("few_rows_b4", 16, held),
-            "b6" => plan("few_rows_b6", 16, held),
-            "c3" => plan("few_rows_c3", 24, held),
-            _ => plan("few_rows", 32, held),
-        };
-        few.or_else(|| plan("few_rows_held", 16, held)).or_else(|| plan("few_rows_any", 16, 0))
+        let held = slices * 256 * call.tokens + of_block * STAGE;
+        plan(if call.tokens <= 4 { "few_rows" } else { "few_rows_held" }, held).or_else(|| plan("few_rows_any", 0))
     }
 }
 
