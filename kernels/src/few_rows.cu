@@ -14,14 +14,15 @@
 // elsewhere. C (g, 2 r) and (g, 2 r + 1), which lie in one lane, are then the sums of the two halves.
 //
 // Work: a block takes neighbouring tiles of 16 rows; their slices in one line are shared out to its warps evenly. A warp leaves its
-// sum of each tile that it has a part of in shared memory. There is one barrier before the loop and one after it.
+// sum of each tile that it has a part of in shared memory. Loads of W run ahead by DEPTH slices in registers; no barrier lies within
+// the loop. few_rows (m <= 4) and few_rows_held hold x and the scales of all the block's slices in shared memory; few_rows_any, for
+// what does not fit there, reads them as it goes.
 //
-// Launch: block 32 WARPS, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE bytes, then
-// with `held` x as [slice][word of a lane][lane % 4][row], 256 m bytes a slice, then WARPS · segments · 16 m floats. `segments`: the
-// most tiles that a warp has a part of.
+// Launch: block 512, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE bytes; but for
+// few_rows_any x as [slice][word of a lane][lane % 4][row], 256 m bytes a slice, and STAGE floats for each slice of the most tiles that
+// a block has; then 16 · segments · 16 m floats. `segments`: the most tiles that a warp has a part of.
 //
 // Bytes: W once.
-//
 
 #include "common/few_rows.cuh"
 #include "common/mma.cuh"
