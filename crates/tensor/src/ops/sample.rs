@@ -188,7 +188,7 @@ mod cpu {
 
     /// 2³¹ · 2ᵗ for t <= 0, to 24 bits. No fused multiply-add, nowhere.
     pub(super) fn power(t: f32) -> u32 {
-        const C: [f32; 6] = [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_51, 0.693_147_18, 1.0];
+        const C: [f32; 6] = [1.333_355_8e-3, 9.618_129e-3, 5.550_411e-2, 0.240_226_5, std::f32::consts::LN_2, 1.0];
         if t.is_nan() || t <= -32.0 {
             return 0;
         }
