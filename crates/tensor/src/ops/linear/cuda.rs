@@ -7,11 +7,8 @@
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
-<<<<<<< HEAD
-mod hopper;
-=======
 mod few;
->>>>>>> 5293ae7 (Generation on a GPU as one captured step: products of a few rows, sampling and attention's step on the device, batches of prompts)
+mod hopper;
 
 use call::{Call, columns, rows, transposed};
 
