@@ -70,7 +70,7 @@ impl<'m> Cache<'m> {
         let mut x = self.model.embed(&mut tape, tokens)?;
         let mut a = None;
         for (i, (block, layer)) in self.model.blocks.iter().zip(&mut self.layers).enumerate() {
-            self.model.bring_weights(i, Some(i + 1))?;
+            self.model.bring_weights(i, false)?;
             let [next, added] = block.forward(&mut tape, &self.model.shared, x, a, keys(layer), None)?;
             (x, a) = (next, Some(added));
         }
