@@ -1,8 +1,9 @@
-// Attention of a few new tokens over a cache of keys and values, for generation.
+// Attention of a few new tokens over a cache of keys and values, for generation; of several texts at once along blockIdx.z.
 //
 // q, o [n, H, D], n in 1..8 or more; keys, values [L, K, D], of which the first *len rows are the tokens so far, the last n of
 // them the queries' own. Query r is token i = *len - n + r and sees the keys j <= i, j > i - window (window 0: all), through
-// softcap (0: none).
+// softcap (0: none). Text z has its queries and results after those of the texts before it, len[z], and its keys and values in
+// slot slots[z] of `capacity` rows (slots null: one text, in slot 0).
 //
 // The n H / K query rows of a key/value head are taken 16 at a time; blockIdx.y is (head, sixteen), blockIdx.x a range of keys,
 // its bounds computed from *len. The warps of a block each walk over their own keys, 16 at a time, copying the next while they
@@ -12,9 +13,9 @@
 //
 // Bytes: the keys and values so far, once for every 16 query rows.
 //
-// Launch: grid (SPLITS, K ceil(n H / K / 16)), block 128 (D' 256: 64), shared bytes min(512 D', 65536), D' the instance's D.
+// Launch: grid (SPLITS, K ceil(n H / K / 16), texts), block 128 (D' 256: 64), shared bytes min(512 D', 65536), D' the instance's D.
 // SPLITS: about 2 multiprocessors / gridDim.y, 1 to 32, at most one for 64 keys of the longest *len expected.
-// partial: F32 [gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [gridDim.y], zero before the first launch and left zero.
+// partial: F32 [texts, gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [texts, gridDim.y], zero before the first launch and left zero.
 //
 // spills: attention_decode_f16_d256 80 on sm_75: 255 registers hold the queries' 64 and the output's 128
 // spills: attention_decode_f16_d64 8 one value outside the loop
@@ -27,6 +28,22 @@ struct Cache {
     float scale;
     u32 window;
     float softcap;
+};
+
+// The launch's pointers, moved to the block's text.
+template <typename T>
+struct Text {
+    T *o;
+    float *partial;
+    u32 *arrivals;
+    const T *q, *keys, *values;
+
+    __device__ __forceinline__ void choose(const u32 *slots, u32 capacity, u32 size, const Cache &n) {
+        const u64 token = u64(n.heads) * n.head_size, row = u64(n.kv_heads) * n.head_size;
+        o += blockIdx.z * n.rows * token, q += blockIdx.z * n.rows * token;
+        partial += u64(blockIdx.z) * gridDim.y * gridDim.x * (16 * (size + 2)), arrivals += blockIdx.z * gridDim.y;
+        if (slots) keys += slots[blockIdx.z] * (capacity * row), values += slots[blockIdx.z] * (capacity * row);
+    }
 };
 
 // Where the row'th of a key/value head's query rows lies in q and o, and its place in the document.
@@ -119,8 +136,9 @@ __device__ __forceinline__ void combine(T *o, float *partial, u32 *arrivals, flo
 }
 
 template <typename T, int D, int WARPS>
-__device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, const T *q, const T *keys, const T *values,
-                                           const Cache &n) {
+__device__ __forceinline__ void decode_mma(Text<T> text, const u32 *slots, u32 capacity, const Cache &n) {
+    text.choose(slots, capacity, D, n);
+    const auto *const q = text.q, *const keys = text.keys, *const values = text.values;
     constexpr u32 KEYS = 16, STEP = KEYS * WARPS, TILE = KEYS * D * 2;
     extern __shared__ __align__(128) u8 shared[];
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -232,13 +250,14 @@ __device__ __forceinline__ void decode_mma(T *o, float *partial, u32 *arrivals, 
             *reinterpret_cast<float2 *>(sums + row * D + d * 8 + lane % 4 * 2) = make_float2(acc[d][2 * r], acc[d][2 * r + 1]);
     }
     __syncthreads();
-    combine<T, D, WARPS>(o, partial, arrivals, all, reinterpret_cast<u32 *>(all + WARPS * (16 * D + 32))[0], range, n);
+    combine<T, D, WARPS>(text.o, text.partial, text.arrivals, all, reinterpret_cast<u32 *>(all + WARPS * (16 * D + 32))[0], range, n);
 }
 
 // A warp takes every WARPS-th key of the range; a lane columns lane + 32 c.
 template <int D>
-__device__ __forceinline__ void decode_f32(float *o, float *partial, u32 *arrivals, const float *q, const float *keys,
-                                           const float *values, const Cache &n) {
+__device__ __forceinline__ void decode_f32(Text<float> text, const u32 *slots, u32 capacity, const Cache &n) {
+    text.choose(slots, capacity, D, n);
+    const auto *const q = text.q, *const keys = text.keys, *const values = text.values;
     constexpr u32 WARPS = D == 256 ? 2 : 4;
     extern __shared__ __align__(128) u8 shared[];
     float *sums = reinterpret_cast<float *>(shared), *stats = sums + WARPS * 16 * D;
@@ -272,70 +291,70 @@ __device__ __forceinline__ void decode_f32(float *o, float *partial, u32 *arriva
         for (u32 c = 0; c < D / 32; c++) sums[warp * (16 * D) + row * D + c * 32 + lane] = acc[c];
     }
     __syncthreads();
-    combine<float, D, WARPS>(o, partial, arrivals, sums, reinterpret_cast<u32 *>(stats + WARPS * 32)[0], range, n);
+    combine<float, D, WARPS>(text.o, text.partial, text.arrivals, sums, reinterpret_cast<u32 *>(stats + WARPS * 32)[0], range, n);
 }
 
 #if HAS_BF16
 extern "C" __global__ void __launch_bounds__(128) attention_decode_bf16_d64(
-    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_mma<bf16, 64, 4>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<bf16, 64, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_bf16_d128(
-    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_mma<bf16, 128, 4>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<bf16, 128, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(64) attention_decode_bf16_d256(
-    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_mma<bf16, 256, 2>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<bf16, 256, 2>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 #endif
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f16_d64(
-    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_mma<f16, 64, 4>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<f16, 64, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f16_d128(
-    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_mma<f16, 128, 4>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<f16, 128, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(64) attention_decode_f16_d256(
-    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_mma<f16, 256, 2>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_mma<f16, 256, 2>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f32_d64(
-    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_f32<64>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_f32<64>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f32_d128(
-    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_f32<128>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_f32<128>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(64) attention_decode_f32_d256(
-    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len, u32 rows,
-    u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
-    decode_f32<256>(o, partial, arrivals, q, keys, values,
-        {*len, rows, heads, kv_heads, head_size, scale, window, softcap});
+    float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len,
+    const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
+    decode_f32<256>({o, partial, arrivals, q, keys, values}, slots, capacity,
+        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
 }

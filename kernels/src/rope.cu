@@ -11,6 +11,9 @@
 // q and k together in rope_qk. Any block of up to 256 threads is right. No shared memory. Grid: tokens, or less.
 //
 // Bytes: x and y once; the tables come from the caches.
+//
+// rope_append turns the newest token's query and key of each of B texts, the query in place, and puts key and value into the
+// text's slot of a cache, [slots, capacity, K, D], at position lens[text] - 1. Grid (B, H + 2 K), block any up to 256.
 
 #include "common/vec.cuh"
 
@@ -89,6 +92,28 @@ __device__ __forceinline__ void turn(T *y, const T *x, T *k, const u32 *position
     }
 }
 
+template <typename T>
+__device__ __forceinline__ void append(T *q, T *keys, T *values, const T *k, const T *v, const u32 *lens, const u32 *slots,
+                                       const float *cos, const float *sin, u32 q_heads, u32 k_heads, u32 head_size, u32 half,
+                                       u32 capacity) {
+    const u32 text = blockIdx.x, head = blockIdx.y, position = lens[text] - 1;
+    const u64 row = u64(slots[text]) * capacity + position;
+    const bool query = head < q_heads, key = !query && head < q_heads + k_heads;
+    const u32 kv_head = key ? head - q_heads : head - q_heads - k_heads;
+    const u64 from = (query ? u64(text) * q_heads + head : u64(text) * k_heads + kv_head) * head_size;
+    const T *in = (query ? q : key ? k : v) + from;
+    T *out = query ? q + from : (key ? keys : values) + (row * k_heads + kv_head) * head_size;
+    const u32 turned = query || key ? half : 0;
+    for (u32 i = threadIdx.x; i < turned; i += blockDim.x) {
+        const float c = cos[u64(position) * half + i], s = sin[u64(position) * half + i];
+        const float a = to_f32(in[i]), b = to_f32(in[half + i]);
+        out[i] = from_f32<T>(a * c - b * s);
+        out[half + i] = from_f32<T>(b * c + a * s);
+    }
+    if (query) return;
+    for (u32 i = 2 * turned + threadIdx.x; i < head_size; i += blockDim.x) out[i] = in[i];
+}
+
 extern "C" __global__ void __launch_bounds__(256, 3)
     rope_f32(float *y, const float *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
              u32 head_size, u32 half, u32 backward) {
@@ -113,7 +138,25 @@ extern "C" __global__ void __launch_bounds__(256, 3)
     turn<f16>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
 }
 
+extern "C" __global__ void __launch_bounds__(256)
+    rope_append_f32(float *q, float *keys, float *values, const float *k, const float *v, const u32 *lens, const u32 *slots, const float *cos,
+                   const float *sin, u32 q_heads, u32 k_heads, u32 head_size, u32 half, u32 capacity) {
+    append(q, keys, values, k, v, lens, slots, cos, sin, q_heads, k_heads, head_size, half, capacity);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+    rope_append_f16(f16 *q, f16 *keys, f16 *values, const f16 *k, const f16 *v, const u32 *lens, const u32 *slots, const float *cos,
+                   const float *sin, u32 q_heads, u32 k_heads, u32 head_size, u32 half, u32 capacity) {
+    append(q, keys, values, k, v, lens, slots, cos, sin, q_heads, k_heads, head_size, half, capacity);
+}
+
 #if HAS_BF16
+extern "C" __global__ void __launch_bounds__(256)
+    rope_append_bf16(bf16 *q, bf16 *keys, bf16 *values, const bf16 *k, const bf16 *v, const u32 *lens, const u32 *slots, const float *cos,
+                   const float *sin, u32 q_heads, u32 k_heads, u32 head_size, u32 half, u32 capacity) {
+    append(q, keys, values, k, v, lens, slots, cos, sin, q_heads, k_heads, head_size, half, capacity);
+}
+
 extern "C" __global__ void __launch_bounds__(256, 3)
     rope_bf16(bf16 *y, const bf16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
               u32 head_size, u32 half, u32 backward) {

@@ -1,7 +1,18 @@
 //! What only a GPU does: run with `NIBBLE_TEST_DEVICE=cuda`. With `REQUIRE_CUDA=1` a run without one fails.
 
 use nibble_nf4::{Format, QuantConfig};
-use nibble_tensor::{Absmax, Arena, DType, Device, Rng, Tensor, Weight, cuda::Graph, ops::quantize};
+use nibble_tensor::{
+    Absmax, Arena, DType, Device, Rng, Tensor, Weight,
+    cuda::Graph,
+    ops::{
+        attention,
+        linear::{self, Adapter, Part},
+        lm_head_loss, quantize,
+        rope::RopeTable,
+        sample::{self, Text, Texts},
+    },
+};
+use nibble_tests::relative_error;
 
 /// The GPU's arena; nothing where the tests run on the CPU.
 fn gpu() -> Option<Arena> {
@@ -80,4 +91,146 @@ fn a_graph_repeats_its_work_until_its_memory_is_taken() {
     assert!(!graph.is_valid() && graph.launch().is_err());
     drop(taken);
     assert!(graph.is_valid());
+}
+
+/// Parts over the same input on an arena: a matrix of normal values in 4 bits, a bias, an adapter, each made from `seed`.
+fn parts(arena: &Arena, outputs: &[usize], inputs: usize, config: &QuantConfig, rank: usize, dtype: DType) -> Vec<Part> {
+    let host = Arena::new(Device::Cpu);
+    let part = |(i, &n): (usize, &usize)| {
+        let of = |seed: u64, shape: [usize; 2]| {
+            let rng = Rng::new(seed).stream(i as u64);
+            let values: Vec<f32> = (0..(shape[0] * shape[1]) as u64).map(|n| 0.1 * rng.normal(n)).collect();
+            Tensor::from_slice(&host, &values, shape).unwrap()
+        };
+        let values = of(1, [n, inputs]).to_f32_vec().unwrap();
+        let blocks = nibble_nf4::quantize(&values, config).unwrap();
+        let adapter = (rank > 0).then(|| Adapter {
+            a: of(2, [rank, inputs]).to_dtype(dtype).unwrap().to_arena(arena).unwrap(),
+            b: of(3, [n, rank]).to_dtype(dtype).unwrap().to_arena(arena).unwrap(),
+            scale: 2.0,
+            dropout: None,
+        });
+        let bias = (i != 1).then(|| of(4, [1, n]).reshape([n]).unwrap().to_dtype(dtype).unwrap().to_arena(arena).unwrap());
+        Part { weight: Weight::from_blocks(arena, &blocks, [n, inputs]).unwrap(), bias, adapter }
+    };
+    outputs.iter().enumerate().map(part).collect()
+}
+
+#[test]
+fn products_of_a_few_rows_are_the_hosts() {
+    let Some(arena) = gpu() else { return };
+    let host = Arena::new(Device::Cpu);
+    let sizes: [(&[usize], usize); 7] = [
+        (&[1], 64),
+        (&[40, 17, 3], 192),
+        (&[1000], 4096),
+        (&[33, 16], 320),
+        (&[64], 14_336),
+        (&[4096, 100], 128),
+        (&[16; 3], 96),
+    ];
+    for (outputs, inputs) in sizes {
+        for (format, block_size, double_quant, rank, dtype) in [
+            (Format::Nf4, 64, true, 16, DType::Bf16),
+            (Format::Fp4, 64, false, 0, DType::F16),
+            (Format::Nf4, 256, true, 3, DType::F16),
+            (Format::Nf4, 32, true, 8, DType::Bf16),
+        ] {
+            let config = QuantConfig { format, block_size, double_quant };
+            let there = parts(&arena, outputs, inputs, &config, rank, dtype);
+            let here = parts(&host, outputs, inputs, &config, rank, dtype);
+            for rows in [1, 2, 3, 4, 5, 8] {
+                let x = normal(&host, [rows, inputs], dtype);
+                let expected = linear::forward(&x, &here).unwrap().0;
+                let found = linear::forward(&x.to_arena(&arena).unwrap(), &there).unwrap().0;
+                for (found, expected) in found.iter().zip(&expected) {
+                    let (found, expected) = (found.to_f32_vec().unwrap(), expected.to_f32_vec().unwrap());
+                    let error = relative_error(&found, &expected);
+                    assert!(error < 6e-3, "{rows} x {outputs:?} x {inputs}, {config:?}, rank {rank}, {dtype}: {error:.1e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn dense_products_of_a_few_rows_are_the_hosts() {
+    let Some(arena) = gpu() else { return };
+    let host = Arena::new(Device::Cpu);
+    for (rows, outputs, inputs, dtype) in [(1, 50, 64, DType::Bf16), (4, 9000, 328, DType::F16), (1, 700, 4096, DType::Bf16)] {
+        let (h, w) = (normal(&host, [rows, inputs], dtype), normal(&host, [outputs, inputs], dtype));
+        let expected = lm_head_loss::logits(&h, &w, None).unwrap().to_f32_vec().unwrap();
+        let found = lm_head_loss::logits(&h.to_arena(&arena).unwrap(), &w.to_arena(&arena).unwrap(), None).unwrap();
+        let error = relative_error(&found.to_f32_vec().unwrap(), &expected);
+        assert!(error < 1e-4, "{rows} x {outputs} x {inputs} {dtype}: {error:.1e}");
+    }
+}
+
+#[test]
+fn tokens_drawn_on_the_device_are_the_hosts() {
+    let Some(arena) = gpu() else { return };
+    let host = Arena::new(Device::Cpu);
+    let (count, vocab) = (6, 9001);
+    let rng = Rng::new(11);
+    let values: Vec<f32> = (0..(count * vocab) as u64).map(|n| (4.0 * rng.normal(n) * 8.0).round() / 8.0).collect();
+    let logits = Tensor::from_slice(&host, &values, [count, vocab]).unwrap();
+    let seen: Vec<u32> = (0..500).map(|i| i * 17).collect();
+    let list: Vec<Text<'_>> = (0..count).map(|chosen| Text { before: 3, tokens: &seen, chosen, slot: chosen }).collect();
+    for (temperature, top_k, top_p, repetition_penalty) in [
+        (0.0, 0, 1.0, 1.0),
+        (0.0, 0, 1.0, 1.5),
+        (1.0, 0, 1.0, 1.0),
+        (0.7, 50, 1.0, 1.3),
+        (1.3, 0, 0.8, 1.0),
+        (9.0, 700, 0.95, 1.1),
+        (1.0, 100_000, 1e-6, 1.0),
+        (0.01, 1, 0.5, 0.5),
+    ] {
+        let config = sample::Config { temperature, top_k, top_p, repetition_penalty, rng: Rng::new(5) };
+        let mut here = Texts::new(&host, &list, vocab, 600).unwrap();
+        let mut there = Texts::new(&arena, &list, vocab, 600).unwrap();
+        let on_device = logits.to_arena(&arena).unwrap();
+        for step in 0..40 {
+            sample::next(&logits, &mut here, &config).unwrap();
+            sample::next(&on_device, &mut there, &config).unwrap();
+            let of = |texts: &Texts| (texts.tokens.to_vec::<u32>().unwrap(), texts.lens.to_vec::<u32>().unwrap());
+            assert_eq!(of(&there), of(&here), "{config:?} {step}");
+        }
+    }
+}
+
+#[test]
+fn a_step_of_attention_is_the_hosts() {
+    let Some(arena) = gpu() else { return };
+    let host = Arena::new(Device::Cpu);
+    let capacity = 300;
+    for (heads, kv_heads, size, dtype, tolerance) in [
+        (4, 2, 64, DType::F32, 1e-5),
+        (32, 8, 128, DType::Bf16, 6e-3),
+        (6, 1, 96, DType::F16, 2e-3),
+        (3, 3, 256, DType::F32, 1e-5),
+    ] {
+        let inv_freq: Vec<f32> = (0..size / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / size as f32)).collect();
+        let ids = [1u32; 300];
+        let list = [(1, 0), (300, 2), (77, 1)].map(|(len, slot)| Text { before: 0, tokens: &ids[..len], chosen: 0, slot });
+        let config = attention::Config { scale: (size as f32).powf(-0.5), window: None, softcap: None };
+        let run = |arena: &Arena| {
+            let of = |seed, rows, heads| {
+                let rng = Rng::new(seed);
+                let values: Vec<f32> = (0..(rows * heads * size) as u64).map(|n| rng.normal(n)).collect();
+                let tensor = Tensor::from_slice(&host, &values, [rows, heads, size]).unwrap();
+                tensor.to_dtype(dtype).unwrap().to_arena(arena).unwrap()
+            };
+            let (mut keys, mut values) = (of(1, 3 * capacity, kv_heads), of(2, 3 * capacity, kv_heads));
+            let texts = Texts::new(arena, &list, 10, capacity).unwrap();
+            let table = RopeTable::new(arena, &inv_freq, 1.0, capacity).unwrap();
+            let new = [of(3, 3, heads), of(4, 3, kv_heads), of(5, 3, kv_heads)];
+            let o = attention::step(new, [&mut keys, &mut values], &texts, &table, config).unwrap();
+            [o, keys, values].map(|tensor| tensor.to_f32_vec().unwrap())
+        };
+        for (what, (found, expected)) in ["o", "keys", "values"].iter().zip(run(&arena).iter().zip(&run(&host))) {
+            let error = relative_error(found, expected);
+            assert!(error < tolerance, "{heads} / {kv_heads} x {size} {dtype}: {what} off by {error:.1e}");
+        }
+    }
 }

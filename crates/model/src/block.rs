@@ -4,7 +4,7 @@ use nibble_autograd::{Leaf, Tape, Var, ops};
 use nibble_lora::{Linear, forward_fused, forward_gated};
 use nibble_tensor::{
     HostWeight, Result, Rng, Tensor,
-    ops::{Documents, attention, glu, rms_norm, rope::RopeTable},
+    ops::{Documents, attention, glu, rms_norm, rope::RopeTable, sample::Texts},
 };
 
 /// Attention and MLP with their norms.
@@ -45,16 +45,24 @@ pub(crate) struct Shared {
 /// Where a block's queries find their keys.
 pub(crate) enum Keys<'a> {
     /// In their own document of the stream.
-    Stream,
-    /// In a cache of the tokens before, which the stream's are added to.
-    Cache(&'a mut LayerCache),
+    Stream(&'a Documents),
+    /// In a slot of a cache with the tokens before, which the document's are added to.
+    Slot(&'a Documents, &'a mut LayerCache, Slot),
+    /// Each in the slot of its own text, whose newest token it is.
+    Texts(&'a mut LayerCache, &'a Texts),
 }
 
-/// Keys and values of one layer: [L, K, D] each, of which the first `len` are filled.
+/// Keys and values of one layer, [S L, K, D] each: S slots of L tokens.
 #[derive(Debug)]
 pub(crate) struct LayerCache {
     pub(crate) keys: Tensor,
     pub(crate) values: Tensor,
+}
+
+/// A slot of a cache: its first row, and how many are filled.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Slot {
+    pub(crate) first: usize,
     pub(crate) len: usize,
 }
 
@@ -65,13 +73,12 @@ impl Block {
         &'m self,
         tape: &mut Tape<'m>,
         shared: &'m Shared,
-        documents: &Documents,
         x: Var,
         a: Option<Var>,
         keys: Keys<'_>,
         dropout: Option<Rng>,
     ) -> Result<[Var; 2]> {
-        let [x, a] = self.attention_part(tape, shared, documents, x, a, keys, dropout)?;
+        let [x, a] = self.attention_part(tape, shared, x, a, keys, dropout)?;
         self.mlp_part(tape, shared, x, Some(a), dropout)
     }
 
@@ -80,7 +87,6 @@ impl Block {
         &'m self,
         tape: &mut Tape<'m>,
         shared: &'m Shared,
-        documents: &Documents,
         x: Var,
         a: Option<Var>,
         keys: Keys<'_>,
@@ -89,7 +95,7 @@ impl Block {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
         let [x, h] = normed(tape, x, a, &self.input_norm, shared)?;
         let qkv = forward_fused(tape, [&self.q_proj, &self.k_proj, &self.v_proj], h, rng(0))?;
-        let o = self.attend(tape, shared, documents, qkv, keys)?;
+        let o = self.attend(tape, shared, qkv, keys)?;
         Ok([x, self.o_proj.forward(tape, o, rng(1))?])
     }
 
@@ -115,15 +121,8 @@ impl Block {
     }
 
     /// q, k, v as [T, channels] to the attention's output as [T, H D].
-    fn attend<'m>(
-        &'m self,
-        tape: &mut Tape<'m>,
-        shared: &'m Shared,
-        documents: &Documents,
-        [q, k, v]: [Var; 3],
-        keys: Keys<'_>,
-    ) -> Result<Var> {
-        let (tokens, d) = (documents.tokens(), shared.head_dim);
+    fn attend<'m>(&'m self, tape: &mut Tape<'m>, shared: &'m Shared, [q, k, v]: [Var; 3], keys: Keys<'_>) -> Result<Var> {
+        let ([tokens, channels], d) = ([q.tensor().shape().rows(), q.tensor().shape().last()], shared.head_dim);
         let heads = |tape: &mut Tape<'m>, x: Var| {
             let channels = x.tensor().shape().last();
             ops::reshape(tape, x, [tokens, channels / d, d])
@@ -133,12 +132,21 @@ impl Block {
             q = ops::rms_norm(tape, q, q_norm, shared.norm)?;
             k = ops::rms_norm(tape, k, k_norm, shared.norm)?;
         }
-        let q = ops::rope(tape, q, documents, &shared.rope)?;
-        let k = ops::rope(tape, k, documents, &shared.rope)?;
-        let channels = q.tensor().numel() / tokens;
         let o = match keys {
-            Keys::Stream => ops::attention(tape, [q, k, v], documents, self.attention)?,
-            Keys::Cache(cache) => cache.attend(q, &k, &v, self.attention)?,
+            Keys::Stream(documents) => {
+                let q = ops::rope(tape, q, documents, &shared.rope)?;
+                let k = ops::rope(tape, k, documents, &shared.rope)?;
+                ops::attention(tape, [q, k, v], documents, self.attention)?
+            }
+            Keys::Slot(documents, cache, slot) => {
+                let q = ops::rope(tape, q, documents, &shared.rope)?;
+                let k = ops::rope(tape, k, documents, &shared.rope)?;
+                cache.attend(slot, q, &k, &v, self.attention)?
+            }
+            Keys::Texts(cache, texts) => {
+                let (new, caches) = ([q, k, v].map(Var::into_tensor), [&mut cache.keys, &mut cache.values]);
+                Var::from(attention::step(new, caches, texts, &shared.rope, self.attention)?)
+            }
         };
         ops::reshape(tape, o, [tokens, channels])
     }
@@ -175,12 +183,11 @@ fn normed(tape: &mut Tape<'_>, x: Var, a: Option<Var>, norm: &Leaf, shared: &Sha
 
 impl LayerCache {
     /// Adds the stream's keys and values, and attends to all.
-    fn attend(&mut self, q: Var, k: &Var, v: &Var, config: attention::Config) -> Result<Var> {
-        let new = k.tensor().dims()[0];
-        self.keys.copy_rows(self.len, k.tensor())?;
-        self.values.copy_rows(self.len, v.tensor())?;
-        self.len += new;
-        let o = attention::cached_forward(&q.into_tensor(), &self.keys, &self.values, self.len, config)?;
-        Ok(Var::from(o))
+    fn attend(&mut self, slot: Slot, q: Var, k: &Var, v: &Var, config: attention::Config) -> Result<Var> {
+        let len = slot.len + k.tensor().dims()[0];
+        self.keys.copy_rows(slot.first + slot.len, k.tensor())?;
+        self.values.copy_rows(slot.first + slot.len, v.tensor())?;
+        let (keys, values) = (self.keys.rows(slot.first, len)?, self.values.rows(slot.first, len)?);
+        Ok(Var::from(attention::cached_forward(&q.into_tensor(), &keys, &values, len, config)?))
     }
 }

@@ -27,6 +27,6 @@ mod transformer;
 
 pub use checkpointing::{Checkpointing, Mix};
 pub use error::{Error, Result};
-pub use generate::{GenerateOptions, Session};
+pub use generate::{GenerateOptions, Session, generate_batch};
 pub use load::LoadOptions;
 pub use transformer::{LossOptions, Stream, Transformer};

@@ -192,10 +192,10 @@ impl Transformer {
             let keep = if block.host_bases().next().is_some() { Keep::Input } else { plan.keep };
             let [next, added] = match keep {
                 Keep::Everything | Keep::Products => {
-                    block.forward(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?
+                    block.forward(tape, &self.shared, x, a, Keys::Stream(&stream.documents), rng)?
                 }
                 Keep::Attention => {
-                    let [x, a] = block.attention_part(tape, &self.shared, &stream.documents, x, a, Keys::Stream, rng)?;
+                    let [x, a] = block.attention_part(tape, &self.shared, x, a, Keys::Stream(&stream.documents), rng)?;
                     let x = ops::residual(tape, x, a)?;
                     self.checkpointed_mlp(tape, block, x, rng)?
                 }
@@ -228,7 +228,7 @@ impl Transformer {
             self.bring_weights(index, tape.is_replaying())?;
             // What is not kept of the block need not be kept while it runs again either.
             tape.set_recomputing(true);
-            block.forward(tape, shared, &documents, x, None, Keys::Stream, rng)
+            block.forward(tape, shared, x, None, Keys::Stream(&documents), rng)
         };
         Ok(tape.checkpoint([x], trains, run)?)
     }

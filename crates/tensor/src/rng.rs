@@ -57,6 +57,11 @@ impl Rng {
         device.dropout_root(self.root).map(drop)
     }
 
+    /// What numbers are counted from.
+    pub(crate) const fn key(self) -> u64 {
+        self.key
+    }
+
     /// The root's key, and the path from it to this stream with its depth.
     pub(crate) const fn parts(self) -> (u64, u64, u32) {
         (self.root, self.path, self.depth)

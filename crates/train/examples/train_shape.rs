@@ -204,7 +204,8 @@ fn main() -> Result<()> {
     }
     let new: usize = options.get("generate", 0)?;
     if new > 0 {
-        generate(&trainer, new.min(length / 2))?;
+        let profile = options.get("profile", 0)? == 1;
+        generate(&trainer, new.min(length / 2), profile)?;
     }
     print_memory(&arena)?;
     rates.sort_by(f64::total_cmp);
@@ -253,9 +254,10 @@ fn print_memory(arena: &Arena) -> Result<()> {
     Ok(())
 }
 
-/// Greedy tokens after a prompt of as many, one at a time.
-fn generate(trainer: &Trainer, new: usize) -> Result<()> {
-    let mut session = Session::new(trainer.model(), trainer.params(), 2 * new + 1)?;
+/// Greedy tokens after a prompt of as many, one at a time; with `profile` also where the time of eight more goes.
+fn generate(trainer: &Trainer, new: usize, profile: bool) -> Result<()> {
+    const PROFILED: usize = 8;
+    let mut session = Session::new(trainer.model(), trainer.params(), 2 * new + 2 * PROFILED)?;
     let prompt: Vec<u32> = (0..new as u32).collect();
     let mut times = Vec::new();
     let options = GenerateOptions { max_new_tokens: new, ..GenerateOptions::default() };
@@ -267,13 +269,19 @@ fn generate(trainer: &Trainer, new: usize) -> Result<()> {
         let rate = (times.len() - 1) as f64 / (last - first).as_secs_f64();
         println!("generation after {new} tokens: {rate:.0} tokens/s");
     }
+    if let (Device::Cuda(device), true) = (trainer.model().arena().device(), profile) {
+        device.start_profile();
+        session.generate(&[0], &GenerateOptions { max_new_tokens: PROFILED, ..GenerateOptions::default() }, |_| true)?;
+        println!("{PROFILED} tokens:");
+        print_profile(&device.end_profile()?);
+    }
     Ok(())
 }
 
 /// Kernels by their time in one step, with their names' types and sizes.
 fn print_profile(kernels: &[KernelTime]) {
     let total: f64 = kernels.iter().map(|kernel| kernel.milliseconds).sum();
-    println!("one step, kernel by kernel: {total:.2} ms");
+    println!("kernel by kernel: {total:.2} ms");
     for KernelTime { name, calls, milliseconds } in kernels.iter().take(48) {
         println!(
             "{milliseconds:9.3} ms {:5.1} % {calls:6} x {:9.1} us  {name}",

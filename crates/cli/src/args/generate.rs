@@ -28,6 +28,9 @@ pub(crate) struct GenerateArgs {
     /// A file of prompts: a text a line, or JSONL with "prompt"
     #[arg(long, value_name = "FILE", help_heading = "Input")]
     pub(crate) prompts: Option<PathBuf>,
+    /// Answer this many of a file's prompts at once
+    #[arg(long, value_name = "N", value_parser = parse::positive, default_value = "8", help_heading = "Input")]
+    pub(crate) batch_size: usize,
     /// A system message before the prompt
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "raw", help_heading = "Input")]
     pub(crate) system: Option<String>,

@@ -5,7 +5,7 @@ use std::path::Path;
 use nibble_autograd::ParamStore;
 use nibble_data::{ChatTemplate, Message, Tokenizer};
 use nibble_lora::{AdapterFile, Init};
-use nibble_model::{GenerateOptions, Session, Transformer};
+use nibble_model::{GenerateOptions, Session, Transformer, generate_batch};
 use nibble_tensor::Arena;
 use serde_json::{Value, json};
 
@@ -41,16 +41,22 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     let mut model = base.load(&arena, &precision, longest.saturating_add(options.max_new_tokens))?;
     let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
     let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
-    for (i, prompt) in prompts.iter().enumerate() {
-        if args.json {
-            let answer = speaker.answer(prompt, |_| Ok(()))?;
-            ui::line(json!({ "prompt_ids": prompt, "token_ids": answer.ids, "text": answer.text }))?;
-        } else {
-            if i > 0 {
-                ui::line("")?;
-            }
+    let mut first = true;
+    for prompts in prompts.chunks(args.batch_size) {
+        let mut separate = || if std::mem::take(&mut first) { Ok(()) } else { ui::line("") };
+        if let ([prompt], false) = (prompts, args.json) {
+            separate()?;
             speaker.answer(prompt, |text| ui::write(text))?;
             ui::line("")?;
+            continue;
+        }
+        for (prompt, answer) in prompts.iter().zip(speaker.answers(prompts)?) {
+            if args.json {
+                ui::line(json!({ "prompt_ids": prompt, "token_ids": answer.ids, "text": answer.text }))?;
+            } else {
+                separate()?;
+                ui::line(&answer.text)?;
+            }
         }
     }
     Ok(())
@@ -173,10 +179,7 @@ impl Speaker<'_> {
     /// # Errors
     /// As [`Session::generate`], and what `on_text` says, which ends the answer.
     pub(super) fn answer(&self, prompt: &[u32], mut on_text: impl FnMut(&str) -> Result<()>) -> Result<Answer> {
-        // A prompt alone beyond the positions is refused; an answer just ends with them.
-        let wanted = prompt.len().saturating_add(self.options.max_new_tokens);
-        let capacity = if prompt.len() < self.model.max_positions() { wanted.min(self.model.max_positions()) } else { wanted };
-        let mut session = Session::new(self.model, self.params, capacity)?;
+        let mut session = Session::new(self.model, self.params, self.capacity(prompt))?;
         let mut stream = self.tokenizer.stream(true);
         let (mut text, mut failed) = (String::new(), None);
         let mut hear = |piece: Result<Option<String>>| -> bool {
@@ -194,6 +197,33 @@ impl Speaker<'_> {
         })?;
         hear(stream.finish().map(Some).map_err(CliError::from));
         failed.map_or(Ok(Answer { ids, text }), Err)
+    }
+
+    /// Answers several prompts at once.
+    ///
+    /// # Errors
+    /// As [`generate_batch`].
+    fn answers(&self, prompts: &[Vec<u32>]) -> Result<Vec<Answer>> {
+        let capacity = prompts.iter().map(|prompt| self.capacity(prompt)).max().unwrap_or(1);
+        let all = generate_batch(self.model, self.params, prompts, capacity, self.options, |_, _| true)?;
+        all.into_iter().map(|ids| self.decoded(ids)).collect()
+    }
+
+    /// Tokens of prompt and answer: a prompt alone beyond the positions is refused; an answer just ends with them.
+    fn capacity(&self, prompt: &[u32]) -> usize {
+        let (wanted, positions) = (prompt.len().saturating_add(self.options.max_new_tokens), self.model.max_positions());
+        if prompt.len() < positions { wanted.min(positions) } else { wanted }
+    }
+
+    /// An answer's text, without the token that ends it.
+    fn decoded(&self, ids: Vec<u32>) -> Result<Answer> {
+        let (mut stream, mut text) = (self.tokenizer.stream(true), String::new());
+        // An end token that is not special (GGUF files may forget) would show.
+        for &id in ids.iter().filter(|id| !self.options.stop.contains(id)) {
+            text.extend(stream.push(id)?);
+        }
+        text.push_str(&stream.finish()?);
+        Ok(Answer { ids, text })
     }
 }
 

@@ -14,6 +14,7 @@ pub mod dequantize;
 mod documents;
 pub mod dynamic8;
 pub mod embedding;
+mod few;
 pub mod global_norm;
 pub mod glu;
 pub mod linear;
@@ -26,6 +27,7 @@ pub mod quantize;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
+pub mod sample;
 #[cfg(test)]
 mod samples;
 pub mod sgd;

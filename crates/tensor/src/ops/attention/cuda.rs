@@ -4,6 +4,7 @@ use super::{Config, Documents, Sizes, hopper};
 use crate::{
     DType, Error, Result, Tensor,
     cuda::{Arg, CudaDevice, Grid, suffix},
+    ops::{rope::RopeTable, sample::Texts},
 };
 
 const OP: &str = "attention";
@@ -174,7 +175,7 @@ pub(super) fn cached(
     o.rows(len - new, new)
 }
 
-/// A few queries: the keys are split among blocks, whose sums the last one adds up.
+/// A few queries of one text.
 fn decode(
     device: CudaDevice,
     q: &Tensor,
@@ -184,19 +185,83 @@ fn decode(
     heads: Sizes,
     config: Config,
 ) -> Result<Tensor> {
-    let (new, d) = (q.dims()[0], instance(&DECODE_SIZES, heads.head_size)?);
+    let cache = Cached { keys, values, lens: device.number(len)?, slots: None, capacity: 0, longest: len };
+    split(device, q, q.dims()[0], 1, &cache, heads, config)
+}
+
+/// The newest token of each text.
+pub(super) fn step(
+    device: CudaDevice,
+    [mut q, k, v]: [Tensor; 3],
+    [keys, values]: [&mut Tensor; 2],
+    texts: &Texts,
+    table: &RopeTable,
+    heads: Sizes,
+    config: Config,
+) -> Result<Tensor> {
+    let (lens, slots) = (texts.lens.address()?, texts.slots.address()?);
+    let args = [
+        Arg::write(&mut q)?,
+        Arg::write(keys)?,
+        Arg::write(values)?,
+        Arg::read(&k)?,
+        Arg::read(&v)?,
+        Arg::Pointer(lens),
+        Arg::Pointer(slots),
+        Arg::read(&table.cos)?,
+        Arg::read(&table.sin)?,
+        Arg::size(heads.heads),
+        Arg::size(heads.kv_heads),
+        Arg::size(heads.head_size),
+        Arg::size(table.cos.shape().last()),
+        Arg::size(texts.capacity()),
+    ];
+    let blocks = [texts.count() as u32, (heads.heads + 2 * heads.kv_heads) as u32, 1];
+    let grid = Grid { blocks, threads: [heads.head_size.div_ceil(2).next_multiple_of(32).min(256) as u32, 1], shared: 0 };
+    device.launch(&format!("rope_append_{}", suffix(OP, q.dtype())?), grid, &args)?;
+    let (capacity, slots) = (texts.capacity(), Some(slots));
+    let cache = Cached { keys, values, lens, slots, capacity, longest: capacity };
+    split(device, &q, 1, texts.count(), &cache, heads, config)
+}
+
+/// Where the keys and values of texts lie.
+struct Cached<'a> {
+    keys: &'a Tensor,
+    values: &'a Tensor,
+    /// Addresses of each text's length and slot; no slots for one text.
+    lens: u64,
+    slots: Option<u64>,
+    /// Rows of a slot.
+    capacity: usize,
+    /// The most tokens of a text.
+    longest: usize,
+}
+
+/// `new` queries of each of `texts`: the keys are split among blocks, whose sums the last one adds up.
+fn split(
+    device: CudaDevice,
+    q: &Tensor,
+    new: usize,
+    texts: usize,
+    cache: &Cached<'_>,
+    heads: Sizes,
+    config: Config,
+) -> Result<Tensor> {
+    let d = instance(&DECODE_SIZES, heads.head_size)?;
     let rows = heads.kv_heads * (new * heads.group()).div_ceil(16);
-    let splits = (2 * device.info().multiprocessors / rows).min(len.div_ceil(64)).clamp(1, 256);
+    let splits = (2 * device.info().multiprocessors / (rows * texts)).min(cache.longest.div_ceil(64)).clamp(1, 256);
     let mut o = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
-    let mut partial = Tensor::empty(q.arena(), DType::F32, [rows, splits, 16 * (d + 2)])?;
+    let mut partial = Tensor::empty(q.arena(), DType::F32, [texts * rows, splits, 16 * (d + 2)])?;
     let args = [
         Arg::write(&mut o)?,
         Arg::write(&mut partial)?,
-        Arg::Pointer(device.zeros("attention_decode", 4 * rows)?),
+        Arg::Pointer(device.zeros("attention_decode", 4 * rows * texts)?),
         Arg::read(q)?,
-        Arg::read(keys)?,
-        Arg::read(values)?,
-        Arg::Pointer(device.number(len)?),
+        Arg::read(cache.keys)?,
+        Arg::read(cache.values)?,
+        Arg::Pointer(cache.lens),
+        Arg::Pointer(cache.slots.unwrap_or(0)),
+        Arg::size(cache.capacity),
         Arg::size(new),
         Arg::size(heads.heads),
         Arg::size(heads.kv_heads),
@@ -206,7 +271,8 @@ fn decode(
         Arg::F32(config.softcap.unwrap_or(0.0)),
     ];
     let threads = if d == 256 { 64 } else { 128 };
-    let grid = Grid { blocks: [splits as u32, rows as u32, 1], threads: [threads, 1], shared: (512 * d).min(65_536) as u32 };
+    let blocks = [splits as u32, rows as u32, texts as u32];
+    let grid = Grid { blocks, threads: [threads, 1], shared: (512 * d).min(65_536) as u32 };
     device.launch(&format!("attention_decode_{}_d{d}", suffix(OP, q.dtype())?), grid, &args)?;
     Ok(o)
 }

@@ -30,10 +30,13 @@ mod forward;
 mod hopper;
 mod operands;
 mod scratch;
+mod step;
 mod strip;
 #[cfg(test)]
 mod tests;
 mod tile;
+
+pub use step::step;
 
 use super::Documents;
 use crate::{DType, Device, Error, Result, Tensor, dtype::with_float};

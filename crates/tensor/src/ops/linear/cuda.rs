@@ -7,6 +7,7 @@
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
+mod few;
 mod hopper;
 
 use call::{Call, columns, rows, transposed};
@@ -38,6 +39,9 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         }
         None => None,
     };
+    if let Some(ys) = few::products(&call, h.as_ref())? {
+        return Ok((ys, Saved(h.into_iter().map(Some).collect())));
+    }
     let mut ys = Vec::with_capacity(parts.len());
     for (i, part) in parts.iter().enumerate() {
         let mut y = Tensor::with_room(x.arena(), x.dtype(), [call.tokens, part.outputs()], room)?;

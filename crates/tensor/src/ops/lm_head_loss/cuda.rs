@@ -4,6 +4,7 @@ use super::{Config, OP, Output};
 use crate::{
     Arena, DType, Result, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
+    ops::few,
 };
 
 /// Rows are padded to a multiple of this, so that streams whose trained rows are nearly as many run the same kernels.
@@ -161,7 +162,7 @@ impl<'a> Chunks<'a> {
 /// y = h weightᵀ, in the type of y.
 fn logits_of(device: CudaDevice, h: &Tensor, weight: &Tensor, y: &mut Tensor) -> Result<()> {
     let (m, n, k) = (h.dims()[0], weight.dims()[0], weight.dims()[1]);
-    device.gemm(&Gemm {
+    let gemm = Gemm {
         m,
         n,
         k,
@@ -174,7 +175,8 @@ fn logits_of(device: CudaDevice, h: &Tensor, weight: &Tensor, y: &mut Tensor) ->
         bias: None,
         input: h.dtype(),
         output: y.dtype(),
-    })
+    };
+    if few::product(device, &gemm)? { Ok(()) } else { device.gemm(&gemm) }
 }
 
 pub(super) fn forward(

@@ -4,6 +4,7 @@ use super::super::{Adapter, Dropout, MANY_TOKENS, OP, Part};
 use crate::{
     Arena, DType, Error, Result, Shape, Tensor,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
+    ops::few,
 };
 
 /// Rows of a tensor as an operand.
@@ -112,7 +113,8 @@ impl<'x, 'p> Call<'x, 'p> {
         accumulate: bool,
     ) -> Result<()> {
         let (input, output) = (self.dtype, self.dtype);
-        self.device.gemm(&Gemm { m, n, k, a, b, c: c.address, ldc: c.ld, alpha, accumulate, bias: None, input, output })
+        let gemm = Gemm { m, n, k, a, b, c: c.address, ldc: c.ld, alpha, accumulate, bias: None, input, output };
+        if few::product(self.device, &gemm)? { Ok(()) } else { self.device.gemm(&gemm) }
     }
 
     /// c += alpha aᵀ b over the tokens, in f32.

@@ -1,0 +1,169 @@
+//! Products of a few rows with 4-bit matrices, which read the codes themselves: the step of generation, `few_rows.cu`.
+
+use nibble_kernels::ComputeCapability;
+
+use super::call::Call;
+use crate::{
+    Absmax, BlockWeight, DType, Result, Tensor, Weight,
+    cuda::{Arg, Grid, suffix},
+    ops::{
+        dequantize::cuda::code,
+        linear::{OP, Part},
+    },
+};
+
+/// Rows of x at most.
+pub(super) const FEW: usize = 8;
+/// Matrices of one launch.
+const PARTS: usize = 3;
+/// Rows of W in a tile, and columns in a slice.
+const TILE: usize = 16;
+const SLICE: usize = 128;
+/// Warps of a block.
+const WARPS: usize = 16;
+/// Bytes of a slice's scales.
+const STAGE: usize = 4 * (2 * TILE + 2);
+/// Bytes of shared memory that are not dynamic.
+const FIXED: usize = 3 * 256 * 4;
+
+/// y = x Wᵀ + bias + s h Bᵀ of all parts in one launch, h being [m, ΣR]; nothing for what the kernels do not serve.
+pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option<Vec<Tensor>>> {
+    let Some(blocks) = served(call) else { return Ok(None) };
+    let x = call.x()?;
+    let Some(plan) = Plan::new(call, &blocks) else { return Ok(None) };
+    let mut ys = Vec::with_capacity(blocks.len());
+    for part in call.parts {
+        ys.push(Tensor::empty(&call.arena, call.dtype, [call.tokens, part.outputs()])?);
+    }
+    // Copies must live until the launch.
+    let biases = call.parts.iter().map(|part| part.bias.as_ref().map(|bias| bias.to_dtype(call.dtype)).transpose());
+    let biases = biases.collect::<Result<Vec<_>>>()?;
+    let mut list = [Described::NONE; PARTS];
+    for (i, described) in list.iter_mut().enumerate().take(blocks.len()) {
+        let b = call.pairs[i].as_ref().map(|(_, b)| b);
+        *described = Described::new(blocks[i], &call.parts[i], &mut ys[i], biases[i].as_ref(), b)?;
+    }
+    let mut args: Vec<Arg> = list.iter().map(|part| part.y).collect();
+    args.extend([Arg::read(x)?, Arg::read_or_none(h)?, code(call.device, blocks[0])?]);
+    let pick = |pick: fn(&Described) -> Arg| list.iter().map(pick).collect::<Vec<_>>();
+    for column in [pick(|p| p.packed), pick(|p| p.absmax), pick(|p| p.absmax2), pick(|p| p.map), pick(|p| p.bias), pick(|p| p.b)]
+    {
+        args.extend(column);
+    }
+    for column in [pick(|p| p.offset), pick(|p| p.scale), pick(|p| p.n), pick(|p| p.rank)] {
+        args.extend(column);
+    }
+    args.extend([call.tokens, call.inputs, blocks[0].config.block_size, plan.segments].map(Arg::size));
+    let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, WARPS as u32 * 32) };
+    call.device.launch(&format!("{}_{}", plan.kernel, suffix(OP, call.dtype)?), grid, &args)?;
+    Ok(Some(ys))
+}
+
+/// The weights, when all are 4-bit of one format and the sizes are what the kernels take.
+fn served<'a>(call: &Call<'_, 'a>) -> Option<Vec<&'a BlockWeight>> {
+    let (k, tokens) = (call.inputs, call.tokens);
+    if tokens > FEW || call.dtype == DType::F32 || !k.is_multiple_of(64) || !(1..=PARTS).contains(&call.parts.len()) {
+        return None;
+    }
+    let blocks = call.parts.iter().map(|part| match &part.weight {
+        Weight::Nf4(blocks) | Weight::Fp4(blocks) => Some(blocks),
+        _ => None,
+    });
+    let blocks = blocks.collect::<Option<Vec<_>>>()?;
+    let config = blocks.first()?.config;
+    let fits = |b: &&BlockWeight| {
+        let one_kind = (b.config.format, b.config.block_size) == (config.format, config.block_size);
+        one_kind && config.block_size >= 64 && b.shape.numel() < 1 << 32
+    };
+    blocks.iter().all(fits).then_some(blocks)
+}
+
+/// Which kernel, and with how much of everything.
+struct Plan {
+    kernel: &'static str,
+    blocks: usize,
+    segments: usize,
+    shared: usize,
+}
+
+impl Plan {
+    fn new(call: &Call<'_, '_>, weights: &[&BlockWeight]) -> Option<Self> {
+        let info = call.device.info();
+        let tiles: usize = weights.iter().map(|w| w.shape.dims()[0].div_ceil(TILE)).sum();
+        let slices = call.inputs.div_ceil(SLICE);
+        let blocks = tiles.min(info.multiprocessors).max(1);
+        let table = if info.capability.major >= 8 { 64 << 10 } else { 32 << 10 };
+        // Slices of a warp at most, and the tiles that they can lie in.
+        let of_block = tiles.div_ceil(blocks) * slices;
+        let segments = (of_block.div_ceil(WARPS) + slices - 2) / slices + 1;
+        let sums = WARPS * segments * TILE * call.tokens * 4;
+        let plan = |kernel, more: usize| {
+            let shared = table + more + sums;
+            (shared + FIXED <= most_shared(info.capability)).then_some(Self { kernel, blocks, segments, shared })
+        };
+        let held = slices * 256 * call.tokens + of_block * STAGE;
+        plan(if call.tokens <= 4 { "few_rows" } else { "few_rows_held" }, held).or_else(|| plan("few_rows_any", 0))
+    }
+}
+
+/// Bytes of shared memory that a block may have (CUDA's programming guide, by compute capability).
+fn most_shared(capability: ComputeCapability) -> usize {
+    match (capability.major, capability.minor) {
+        (7, _) => 64 << 10,
+        (8, 0 | 7) => 163 << 10,
+        (8 | 12, _) => 99 << 10,
+        _ => 227 << 10,
+    }
+}
+
+/// A part's arguments.
+#[derive(Clone, Copy)]
+struct Described {
+    y: Arg,
+    packed: Arg,
+    absmax: Arg,
+    absmax2: Arg,
+    map: Arg,
+    bias: Arg,
+    b: Arg,
+    offset: Arg,
+    scale: Arg,
+    n: Arg,
+    rank: Arg,
+}
+
+impl Described {
+    const NONE: Self = Self {
+        y: Arg::NONE,
+        packed: Arg::NONE,
+        absmax: Arg::NONE,
+        absmax2: Arg::NONE,
+        map: Arg::NONE,
+        bias: Arg::NONE,
+        b: Arg::NONE,
+        offset: Arg::F32(0.0),
+        scale: Arg::F32(0.0),
+        n: Arg::U32(0),
+        rank: Arg::U32(0),
+    };
+
+    fn new(weight: &BlockWeight, part: &Part, y: &mut Tensor, bias: Option<&Tensor>, b: Option<&Tensor>) -> Result<Self> {
+        let (absmax, absmax2, map, offset) = match &weight.absmax {
+            Absmax::Plain(absmax) => (absmax, Arg::NONE, Arg::NONE, 0.0),
+            Absmax::Nested { codes, absmax, offset, map } => (codes, Arg::read(absmax)?, Arg::read(map)?, *offset),
+        };
+        Ok(Self {
+            y: Arg::write(y)?,
+            packed: Arg::read(&weight.packed)?,
+            absmax: Arg::read(absmax)?,
+            absmax2,
+            map,
+            bias: Arg::read_or_none(bias)?,
+            b: Arg::read_or_none(b)?,
+            offset: Arg::F32(offset),
+            scale: Arg::F32(part.adapter.as_ref().map_or(0.0, |adapter| adapter.scale)),
+            n: Arg::size(part.outputs()),
+            rank: Arg::size(b.map_or(0, |b| b.shape().last())),
+        })
+    }
+}
