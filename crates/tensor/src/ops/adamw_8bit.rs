@@ -259,7 +259,7 @@ mod tests {
             .collect();
         assert_within("p", &p.to_f32_vec().unwrap(), &want, |i| 8.0 * UNIT_F32 * (want[i].abs() + 0.04));
         let levels = nibble_nf4::dynamic_map_signed();
-        let (codes, absmax) = (m.0[0].as_slice::<u8>().unwrap(), m.0[1].as_slice::<f32>().unwrap());
+        let (codes, absmax) = (m.0[0].to_vec::<u8>().unwrap(), m.0[1].to_vec::<f32>().unwrap());
         for i in 0..n {
             // The second piece begins anew, at a multiple of a block here.
             let found = levels[usize::from(codes[i])] * absmax[i / BLOCK];
@@ -293,7 +293,9 @@ mod tests {
         let [mut m, mut v] = [(); 2].map(|()| Owned::new(&p, &blocks));
         step(p.view_mut().unwrap(), &g, m.moment(), v.moment(), &blocks, 1.0, &HYPER).unwrap();
         let before = p.to_f32_vec().unwrap();
-        g.as_mut_slice::<f32>().unwrap()[300] = f32::NAN;
+        let mut spoilt = g.to_f32_vec().unwrap();
+        spoilt[300] = f32::NAN;
+        g.write(&spoilt).unwrap();
         step(p.view_mut().unwrap(), &g, m.moment(), v.moment(), &blocks, 1.0, &Hyper { step: 2, ..HYPER }).unwrap();
         let after = p.to_f32_vec().unwrap();
         assert_eq!(before[300], after[300]);

@@ -387,8 +387,8 @@ mod tests {
             Coded { codes: &mut codes, absmax: &mut absmax }.decode(map, &mut x);
             assert_eq!(x, [0.0; 4]);
         }
-        // 1 / absmax is infinite.
-        assert_eq!(coded_as(DynamicMap::Unsigned, &[1e-40, 0.0, 5e-41]), (vec![255, 0, 184], 1e-40));
+        // 1 / absmax is infinite; a half lies nearest to level 183, 0.4973.
+        assert_eq!(coded_as(DynamicMap::Unsigned, &[1e-40, 0.0, 5e-41]), (vec![255, 0, 183], 1e-40));
     }
 
     #[test]
