@@ -197,10 +197,9 @@ impl Base {
     ///
     /// # Errors
     /// As [`Transformer::load`].
-    pub(crate) fn load(self, arena: &Arena, precision: &Precision, max_positions: usize) -> Result<Transformer> {
-        let options = load_options(precision, max_positions);
+    pub(crate) fn load(self, arena: &Arena, options: &LoadOptions) -> Result<Transformer> {
         let bar = ui::Bar::new("loading", self.config.tensors().len());
-        let model = Transformer::load(&self.checkpoint, arena, &options, &mut |done, _| bar.set(done, "tensors"));
+        let model = Transformer::load(&self.checkpoint, arena, options, &mut |done, _| bar.set(done, "tensors"));
         bar.finish();
         Ok(model?)
     }

@@ -187,6 +187,8 @@ impl Shape {
 
     /// The work of a step, in order.
     fn run(&mut self, parts: &mut Parts<'_>, dropout: Rng) -> Result<()> {
+        // An evaluation may have left some on the device: a captured step begins without.
+        parts.model.release_weights()?;
         parts.grads.zero()?;
         for (i, ((stream, labels), &checkpointing)) in self.batches.iter().zip(&self.checkpointing).enumerate() {
             let options = LossOptions { checkpointing, dropout: Some(dropout.stream(i as u64)) };

@@ -18,7 +18,7 @@ pub(crate) use merge::{MergeArgs, MergeBase, MergeDtype};
 pub(crate) use parse::bytes as parse_bytes;
 pub(crate) use plan::PlanArgs;
 pub(crate) use quickstart::QuickstartArgs;
-pub(crate) use train::{GradientCheckpointing, TrainArgs};
+pub(crate) use train::{GradientCheckpointing, OffloadWeights, TrainArgs};
 
 use clap::{Parser, Subcommand};
 

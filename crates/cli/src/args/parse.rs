@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use nibble_optim::ScheduleOptions;
 
+use super::OffloadWeights;
+
 /// A whole number of at least 1.
 pub(super) fn positive(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&n| n > 0).ok_or_else(|| "expected a whole number of at least 1".to_owned())
@@ -80,6 +82,18 @@ fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> Result<f64,
 }
 
 /// Bytes with a unit: `24GiB`, `500 MB`, `1.5g` (binary unless the unit is MB, GB or KB).
+/// A number of blocks, `none` or `auto`.
+pub(crate) fn offload_weights(text: &str) -> Result<OffloadWeights, String> {
+    match text {
+        "auto" => Ok(OffloadWeights::Auto),
+        "none" => Ok(OffloadWeights::Blocks(0)),
+        number => number
+            .parse()
+            .map(OffloadWeights::Blocks)
+            .map_err(|_| format!("expected auto, none or a number of blocks, found `{text}`")),
+    }
+}
+
 pub(crate) fn bytes(text: &str) -> Result<usize, String> {
     let expected = || format!("expected a size such as 8GiB or 500MB, found `{text}`");
     let text = text.trim();

@@ -131,6 +131,10 @@ pub(crate) struct TrainDataArgs {
     /// Hold the run to this much memory: 8GiB, 500MB [default: what is there]
     #[arg(long, value_name = "SIZE", value_parser = parse::bytes)]
     pub(crate) memory_limit: Option<usize>,
+    /// Blocks whose 4-bit weights wait in host memory and come to the GPU when they run: a number, none, or as many as the memory asks
+    /// for
+    #[arg(long, value_name = "N", value_parser = parse::offload_weights, default_value = "auto")]
+    pub(crate) offload_weights: OffloadWeights,
     /// Fill each forward pass with as many documents as fit into --max-length tokens; they do not see each other
     #[arg(long)]
     pub(crate) packing: bool,
@@ -180,6 +184,15 @@ pub(crate) struct LoraArgs {
     /// Only these blocks get adapters: 0,1,2
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     pub(crate) layers_to_transform: Vec<usize>,
+}
+
+/// `--offload-weights`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OffloadWeights {
+    /// As many blocks as must, on a GPU.
+    Auto,
+    /// So many.
+    Blocks(usize),
 }
 
 /// `--gradient-checkpointing`.

@@ -5,7 +5,7 @@ use nibble_train::{EvalStats, evaluate};
 use super::generate::with_adapter;
 use crate::{
     args::EvalArgs,
-    base::{Base, Precision, open_adapter, warn_of_other_base},
+    base::{Base, Precision, load_options, open_adapter, warn_of_other_base},
     dataset::Reader,
     error::Result,
     ui,
@@ -25,7 +25,7 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let data = reader.read(&args.data)?;
     reader.report("data", &data);
     let arena = precision.arena(None)?;
-    let mut model = base.load(&arena, &precision, data.summary().longest)?;
+    let mut model = base.load(&arena, &load_options(&precision, data.summary().longest))?;
     let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
     ui::fact("compute", precision.describe());
     let EvalStats { loss, perplexity, tokens } = evaluate(&model, &params, &data, args.per_device_eval_batch_size)?;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     args::GenerateArgs,
-    base::{Base, Precision, open_adapter, warn_of_other_base},
+    base::{Base, Precision, load_options, open_adapter, warn_of_other_base},
     error::{CliError, Result, io_error},
     ui,
 };
@@ -38,7 +38,7 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     }
 
     let arena = precision.arena(None)?;
-    let mut model = base.load(&arena, &precision, longest.saturating_add(options.max_new_tokens))?;
+    let mut model = base.load(&arena, &load_options(&precision, longest.saturating_add(options.max_new_tokens)))?;
     let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
     let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
     let mut first = true;

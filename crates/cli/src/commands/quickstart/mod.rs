@@ -20,7 +20,7 @@ use crate::{
     Ending,
     args::QuickstartArgs,
     assets,
-    base::{Base, Precision},
+    base::{Base, Precision, load_options},
     dataset::Reader,
     error::Result,
     output::Staging,
@@ -160,7 +160,7 @@ impl Learner {
         let positions = train.summary().longest.max(eval.summary().longest).max(longest_prompt + ANSWER);
         let precision = Precision::default();
         let arena = precision.arena(None)?;
-        let model = base.load(&arena, &precision, positions)?;
+        let model = base.load(&arena, &load_options(&precision, positions))?;
         Ok(Self { flag, reader, train, eval, prompts, options, precision, arena, model })
     }
 

@@ -59,6 +59,26 @@ impl Planned<'_> {
         })
     }
 
+    /// The fewest blocks whose weights must wait on the host for the run to fit; none where that does not help, or on the processor.
+    pub(super) fn blocks_on_host(&self) -> Result<usize> {
+        let (place, blocks) = (self.place(), self.model.num_hidden_layers);
+        let Some(room) = self.room()?.filter(|_| place != Place::Cpu && self.setup.load.quant.is_some()) else { return Ok(0) };
+        let mut setup = self.setup.clone();
+        let mut fits = |count| {
+            setup.load.blocks_on_host = count;
+            place.fits(self.model, &setup, room)
+        };
+        if fits(0)? || !fits(blocks)? {
+            return Ok(0);
+        }
+        let (mut short, mut enough) = (0, blocks);
+        while enough - short > 1 {
+            let middle = usize::midpoint(short, enough);
+            if fits(middle)? { enough = middle } else { short = middle }
+        }
+        Ok(enough)
+    }
+
     fn place(&self) -> Place {
         match self.device {
             Device::Cuda(device) => Place::Gpu(Gpu::of_device(device.info())),

@@ -20,7 +20,7 @@ pub(super) use settings::modules;
 
 use crate::{
     Ending,
-    args::TrainArgs,
+    args::{OffloadWeights, TrainArgs},
     base::{Base, load_options, open_adapter, warn_of_other_base},
     dataset::Reader,
     error::{CliError, Result},
@@ -87,7 +87,7 @@ fn prepare(
         (None, None) => (AdapterConfig::default(), Init::Random(settings.config.seed)),
     };
     let model_config = base.config.clone();
-    let planned = memory::Planned {
+    let mut planned = memory::Planned {
         model: &model_config,
         setup: Setup {
             load: load_options(&settings.precision, longest),
@@ -100,9 +100,21 @@ fn prepare(
         device: settings.precision.device,
         memory_limit: settings.memory_limit,
     };
+    planned.setup.load.blocks_on_host = match settings.offload_weights {
+        OffloadWeights::Auto => planned.blocks_on_host()?,
+        OffloadWeights::Blocks(count) => count.min(model_config.num_hidden_layers),
+    };
     let held = planned.check()?;
+    let load = planned.setup.load;
+    if load.blocks_on_host > 0 {
+        let (count, all) = (load.blocks_on_host, model_config.num_hidden_layers);
+        ui::fact(
+            "weights",
+            format!("of {count} of {all} blocks in host memory; they cross the link twice a step while others run"),
+        );
+    }
     let arena = settings.precision.arena(settings.memory_limit)?;
-    let mut model = base.load(&arena, &settings.precision, longest).map_err(|error| error.with_owners(&arena))?;
+    let mut model = base.load(&arena, &load).map_err(|error| error.with_owners(&arena))?;
     let params = model.attach(&config, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
     let loader = DataLoader::new(data.into(), loader)?;
     let trainer = Trainer::new(model, params, loader, settings.config.clone())?;

@@ -7,7 +7,7 @@ use nibble_optim::{Paging, ScheduleName};
 use nibble_train::TrainConfig;
 
 use crate::{
-    args::{GradientCheckpointing, TrainArgs},
+    args::{GradientCheckpointing, OffloadWeights, TrainArgs},
     base::Precision,
     error::{CliError, Result},
 };
@@ -32,6 +32,8 @@ pub(crate) struct Settings {
     pub(crate) loader: Loader,
     /// The most memory that tensors may take, in bytes.
     pub(crate) memory_limit: Option<usize>,
+    /// Blocks whose weights wait on the host.
+    pub(crate) offload_weights: OffloadWeights,
 }
 
 /// How examples are grouped.
@@ -82,6 +84,7 @@ impl Settings {
             config,
             loader,
             memory_limit: args.data.memory_limit,
+            offload_weights: args.data.offload_weights,
         })
     }
 }
