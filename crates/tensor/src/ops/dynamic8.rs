@@ -1,7 +1,7 @@
 //! Optimizer states in 8 bits: which blocks of the flat buffer have them, and how a state is held.
 //!
 //! As in bitsandbytes, each parameter is cut into blocks of 256 elements that begin at its own start; a block's values are
-//! level[code] · absmax. Parameters below [`MIN_8BIT`] elements keep f32. In memory, each block has 256 places, so that all of
+//! `level[code] · absmax`. Parameters below [`MIN_8BIT`] elements keep f32. In memory, each block has 256 places, so that all of
 //! them begin at a multiple of 256 bytes; what is beyond a parameter's end stays unused.
 
 use std::{ops::Range, sync::OnceLock};
