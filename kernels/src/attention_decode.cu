@@ -17,7 +17,7 @@
 // SPLITS: about 2 multiprocessors / gridDim.y, 1 to 32, at most one for 64 keys of the longest *len expected.
 // partial: F32 [texts, gridDim.y, SPLITS, 16, D' + 2]; arrivals: u32 [texts, gridDim.y], zero before the first launch and left zero.
 //
-// spills: attention_decode_f16_d256 80 on sm_75: 255 registers hold the queries' 64 and the output's 128
+// spills: attention_decode_f16_d256 96 on sm_75: 255 registers hold the queries' 64 and the output's 128
 // spills: attention_decode_f16_d64 8 one value outside the loop
 // spills: attention_decode_bf16_d64 8 one value outside the loop
 
