@@ -93,11 +93,12 @@ impl HostPool {
         if let Some(buffer) = state.free.get_mut(&bytes).and_then(Vec::pop) {
             return Ok(buffer);
         }
-        state.bytes += bytes;
-        Ok(match self.0.device {
+        let buffer = match self.0.device {
             Device::Cpu => Buffer::Plain(vec![0; bytes]),
             Device::Cuda(device) => Buffer::Pinned(Pinned::new(device, bytes)?),
-        })
+        };
+        state.bytes += bytes;
+        Ok(buffer)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

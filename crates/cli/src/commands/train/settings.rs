@@ -4,6 +4,7 @@ use nibble_data::{LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, TargetModules};
 use nibble_model::Checkpointing;
 use nibble_optim::{Paging, ScheduleName};
+use nibble_tensor::Device;
 use nibble_train::TrainConfig;
 
 use crate::{
@@ -78,8 +79,15 @@ impl Settings {
         // A schedule or an optimizer that cannot be is said before anything is read.
         config.schedule(1)?;
         config.optimizer()?;
+        let precision = Precision::from_args(&args.precision)?;
+        if !matches!(args.data.offload_weights, OffloadWeights::Auto | OffloadWeights::Blocks(0)) {
+            let idle = [(precision.quant.is_none(), "--quant none"), (precision.device == Device::Cpu, "--device cpu")];
+            if let Some((_, with)) = idle.into_iter().find(|(idle, _)| *idle) {
+                return Err(CliError::NoEffect { flag: "--offload-weights", with });
+            }
+        }
         Ok(Self {
-            precision: Precision::from_args(&args.precision)?,
+            precision,
             adapter: if args.adapter.is_some() { None } else { Some(adapter_config(args)) },
             config,
             loader,
@@ -284,6 +292,18 @@ mod tests {
         assert_eq!(settings("--adapter a").unwrap().adapter, None);
         let error = settings("--adapter a --lora-r 4 --use-rslora").unwrap_err().to_string();
         assert!(error.contains("`--lora-r`, `--use-rslora`"), "{error}");
+    }
+
+    #[test]
+    fn weights_wait_on_the_host_for_a_gpu_and_in_4_bits() {
+        for flags in ["--device cpu --offload-weights 2", "--device cpu --quant none --offload-weights 2"] {
+            assert!(settings(flags).unwrap_err().to_string().contains("`--offload-weights`"));
+        }
+        let offload = |flags| settings(flags).unwrap().offload_weights;
+        assert_eq!(offload("--device cpu"), OffloadWeights::Auto);
+        assert_eq!(offload("--device cpu --offload-weights none"), OffloadWeights::Blocks(0));
+        let line = "nibble train --model m --data d --output o --offload-weights some";
+        assert!(Cli::try_parse_from(line.split_whitespace()).is_err());
     }
 
     #[test]
