@@ -322,7 +322,7 @@ __device__ __forceinline__ void cross_entropy_whole(T *logits, float *losses, co
             all.add(z);
         }
         all.join_all();
-        if (threadIdx.x == 0) losses[row] = target < 0 ? 0.0f : all.most + logf(all.sum) - at_target;
+        if (threadIdx.x == 0) losses[row] = target < 0 ? 0.0f : (all.most - at_target) + logf(all.sum);
         const Gradient<T, false> gradient = {{}, all.most, scale / all.sum, scale, u32(target)};
         const auto write = [&](const Held<T, N> &from, u32 at) {
             float z[N];

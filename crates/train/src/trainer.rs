@@ -389,6 +389,7 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
         sum += value;
         tokens += loss.rows;
     }
+    model.release_weights()?;
     let loss = sum / tokens.max(1) as f64;
     Ok(EvalStats { loss, perplexity: loss.exp(), tokens })
 }

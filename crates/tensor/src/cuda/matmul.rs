@@ -16,11 +16,6 @@ const CANDIDATES: usize = 8;
 const REPEATS: usize = 3;
 /// Floating-point operations from which a product is worth it: some 50 microseconds on a large GPU.
 const WORTH_TIMING: f64 = 3e10;
-/// The same for timing under load: some 300 microseconds.
-const WORTH_LOAD: f64 = 2.5e11;
-/// Milliseconds that a choice runs at a time under load, and rounds of that, the first of which brings the load about.
-const LOAD: f64 = 12.0;
-const ROUNDS: usize = 3;
 
 /// One operand as it lies in memory: rows of `ld` elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -242,53 +237,33 @@ impl Blas {
             return Err(Error::Cuda { call: "cublasLtMatmulAlgoGetHeuristic", reason: "no algorithm serves the product".into() });
         };
         let mut plan = Plan { description, a, b, c, algorithm: first };
-        // Small products take as long as their launch.
-        if work(gemm) > WORTH_TIMING && !device.is_capturing() {
-            plan.algorithm = self.fastest(device, gemm, plan, &candidates)?;
+        // Small products take as long as their launch; one that adds to its result cannot be repeated on it.
+        let work = 2.0 * gemm.m as f64 * gemm.n as f64 * gemm.k as f64;
+        if work > WORTH_TIMING && !gemm.accumulate && !device.is_capturing() {
+            plan.algorithm = self.fastest(device, gemm, plan, &candidates);
         }
         Ok(plan)
     }
 
-    /// The fastest by a few percent at least, else the first: so that noise does not choose. Large products run at the card's power
-    /// limit, where another choice may be the fastest than on a cool card: of those that are nearly the fastest at first, the
-    /// fastest under load.
+    /// The fastest by a few percent at least, else the first: so that noise does not choose. Timing under load instead chose others
+    /// for large products, and steps were not faster by it.
     fn fastest(
         &self,
         device: CudaDevice,
         gemm: &Gemm,
         plan: Plan,
         candidates: &[sys::cublasLtMatmulAlgo_t],
-    ) -> Result<sys::cublasLtMatmulAlgo_t> {
-        // A product that adds to its result cannot be repeated on it.
-        let spare = if gemm.accumulate { Spare::new(gemm.m * gemm.ldc * gemm.output.size()) } else { None };
-        if gemm.accumulate && spare.is_none() {
-            return Ok(plan.algorithm);
-        }
-        let gemm = &Gemm { c: spare.as_ref().map_or(gemm.c, |spare| spare.0), ..*gemm };
-        let run = |algorithm, times| {
+    ) -> sys::cublasLtMatmulAlgo_t {
+        let time = |algorithm| {
             let plan = Plan { algorithm, ..plan };
-            device.milliseconds(|| (0..times).try_for_each(|_| self.launch(gemm, &plan, device.gpu().stream)))
-        };
-        let cool = |algorithm| {
+            let run = || device.milliseconds(|| self.launch(gemm, &plan, device.gpu().stream));
             // One to load the kernel, then the shortest of a few.
-            run(algorithm, 1)?;
-            (0..REPEATS).try_fold(f64::INFINITY, |least, _| Ok::<_, Error>(least.min(run(algorithm, 1)?)))
+            run()?;
+            (0..REPEATS).try_fold(f64::INFINITY, |least, _| Ok::<_, Error>(least.min(run()?)))
         };
-        let mut times: Vec<f64> = candidates.iter().map(|&algorithm| cool(algorithm).unwrap_or(f64::INFINITY)).collect();
-        let least = times.iter().copied().fold(f64::INFINITY, f64::min);
-        if work(gemm) > WORTH_LOAD && least.is_finite() {
-            let close: Vec<bool> = times.iter().map(|&time| time < 1.06 * least).collect();
-            let repeats = (LOAD / least).ceil() as usize;
-            times.iter_mut().zip(&close).for_each(|(time, &close)| *time = if close { 0.0 } else { f64::INFINITY });
-            for round in 0..ROUNDS {
-                for ((&algorithm, time), _) in candidates.iter().zip(&mut times).zip(&close).filter(|(_, close)| **close) {
-                    let spent = run(algorithm, repeats)?;
-                    *time += if round > 0 { spent } else { 0.0 };
-                }
-            }
-        }
+        let times: Vec<f64> = candidates.iter().map(|&algorithm| time(algorithm).unwrap_or(f64::INFINITY)).collect();
         let best = (0..times.len()).min_by(|&i, &j| times[i].total_cmp(&times[j])).unwrap_or(0);
-        Ok(candidates[if times[best] < 0.98 * times[0] { best } else { 0 }])
+        candidates[if times[best] < 0.98 * times[0] { best } else { 0 }]
     }
 
     /// The library's choices, the one it thinks best first.
@@ -338,35 +313,6 @@ impl Blas {
         found.and_then(|()| status.result()).map_err(|error| failed("cublasLtMatmulAlgoGetHeuristic", error))?;
         let good = |found: &&sys::cublasLtMatmulHeuristicResult_t| found.state.result().is_ok();
         Ok(results[..count as usize].iter().filter(good).map(|found| found.algo).collect())
-    }
-}
-
-/// Floating-point operations of a product.
-fn work(gemm: &Gemm) -> f64 {
-    2.0 * gemm.m as f64 * gemm.n as f64 * gemm.k as f64
-}
-
-/// Memory of the driver for a result that nobody reads.
-struct Spare(u64);
-
-impl Spare {
-    /// Zeros; nothing where there is no memory for them.
-    fn new(bytes: usize) -> Option<Self> {
-        let mut address = 0;
-        // SAFETY: a context is bound; `address` outlives the call, and the memory the fill.
-        unsafe {
-            check("cuMemAlloc", cudarc::driver::sys::cuMemAlloc_v2(&raw mut address, bytes)).ok()?;
-            let spare = Self(address);
-            check("cuMemsetD8", cudarc::driver::sys::cuMemsetD8_v2(address, 0, bytes)).ok()?;
-            Some(spare)
-        }
-    }
-}
-
-impl Drop for Spare {
-    fn drop(&mut self) {
-        // SAFETY: what was allocated is freed once; the driver waits for what uses it.
-        let _ = unsafe { cudarc::driver::sys::cuMemFree_v2(self.0) };
     }
 }
 
