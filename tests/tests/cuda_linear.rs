@@ -113,3 +113,31 @@ fn layers_with_adapters_on_the_device_are_those_of_the_host() {
         }
     }
 }
+
+#[test]
+fn what_an_adapter_adds_below_the_last_place_is_rounded_with_the_sum_and_not_lost() {
+    // A quarter of the last place of y at most: added to a y that is rounded already it would vanish.
+    let arena = nibble_tests::arena();
+    let case = Case { tokens: 64, inputs: 256, outputs: &[512], rank: 4, dtype: DType::Bf16 };
+    let mut parts = parts(&arena, case);
+    let x = normed(&arena, 20, [case.tokens, case.inputs], case.dtype, false);
+    let b = normal(&arena, 12, [512, case.rank], 2e-4, case.dtype);
+    let a = parts[0].adapter.as_ref().unwrap().a.clone();
+    parts[0].adapter = Some(Adapter { a, b, scale: SCALE, dropout: None });
+    let values = |parts: &[Part]| linear::forward(&x, parts).unwrap().0[0].to_f32_vec().unwrap();
+    let with = values(&parts);
+    let Adapter { a, b, scale, .. } = parts[0].adapter.take().unwrap();
+    let without = values(&parts);
+    let [x, a, b] = [&x, &a, &b].map(|tensor| tensor.to_f32_vec().unwrap());
+    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+    let (mut found, mut size) = (0.0, 0.0);
+    for (t, x) in x.chunks(case.inputs).enumerate() {
+        let h: Vec<f32> = a.chunks(case.inputs).map(|a| dot(x, a) as f32).collect();
+        for (n, b) in b.chunks(case.rank).enumerate() {
+            let added = f64::from(scale) * dot(&h, b);
+            found += added * f64::from(with[t * 512 + n] - without[t * 512 + n]);
+            size += added * added;
+        }
+    }
+    assert!((found / size - 1.0).abs() < 0.1, "{} of what the adapter adds is found", found / size);
+}

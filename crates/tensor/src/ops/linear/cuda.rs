@@ -3,7 +3,7 @@
 //! Adapters whose A lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product gives the h
 //! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is
 //! one product over K + ΣR columns, for which h is written behind x where there is room and x is
-//! copied where not; elsewhere y += h Bᵀ reads and writes y once more. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
+//! copied where not; elsewhere y = h Bᵀ, then y += x Wᵀ, which rounds the sum once. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
@@ -48,11 +48,10 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         if let Some(beside) = &beside {
             call.product_beside(rows(beside)?, i, &y)?;
         } else {
-            call.base_product(part, &mut y)?;
-            if let (Some(h), Some(adapter), Some((_, b))) = (&h, &part.adapter, &call.pairs[i]) {
-                let sizes = [call.tokens, part.outputs(), b.shape().last()];
-                let h = columns(rows(h)?, call.offsets[i], x.dtype());
-                call.gemm(sizes, h, transposed(rows(b)?), rows(&y)?, adapter.scale, true)?;
+            let first = call.adds_adapters_first() && call.adapter_product(i, h.as_ref(), &y, false)?;
+            call.base_product(part, &mut y, first)?;
+            if !first {
+                call.adapter_product(i, h.as_ref(), &y, true)?;
             }
         }
         ys.push(y);
@@ -118,18 +117,33 @@ struct OnePass {
 }
 
 impl Call<'_, '_> {
-    /// y = x Wᵀ + bias.
-    fn base_product(&self, part: &Part, y: &mut Tensor) -> Result<()> {
+    /// Whether an adapter's product comes before the base's, which is added to it in f32 and rounded once. The other way round, what
+    /// the adapter adds to a result of 16 bits is lost while it is below half of its last place: it would not learn at first.
+    fn adds_adapters_first(&self) -> bool {
+        self.dtype != DType::F32
+    }
+
+    /// y (+)= s h Bᵀ of one part; false where it has no adapter.
+    fn adapter_product(&self, i: usize, h: Option<&Tensor>, y: &Tensor, accumulate: bool) -> Result<bool> {
+        let (Some(h), Some(adapter), Some((_, b))) = (h, &self.parts[i].adapter, &self.pairs[i]) else { return Ok(false) };
+        let sizes = [self.tokens, self.parts[i].outputs(), b.shape().last()];
+        let h = columns(rows(h)?, self.offsets[i], self.dtype);
+        self.gemm(sizes, h, transposed(rows(b)?), rows(y)?, adapter.scale, accumulate)?;
+        Ok(true)
+    }
+
+    /// y (+)= x Wᵀ + bias.
+    fn base_product(&self, part: &Part, y: &mut Tensor, accumulate: bool) -> Result<()> {
         let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
-        if product_of_few(self.device, self.x()?, &part.weight, bias.as_ref(), y)? {
+        if !accumulate && product_of_few(self.device, self.x()?, &part.weight, bias.as_ref(), y)? {
             return Ok(());
         }
         let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
-        self.biased_product(part, y, rows(self.x()?)?, rows(&weight)?, self.inputs)
+        self.biased_product(part, y, [rows(self.x()?)?, rows(&weight)?], self.inputs, accumulate)
     }
 
-    /// y = a bᵀ + bias of the part, over `k` columns.
-    fn biased_product(&self, part: &Part, y: &Tensor, a: Matrix, b: Matrix, k: usize) -> Result<()> {
+    /// y (+)= a bᵀ + bias of the part, over `k` columns.
+    fn biased_product(&self, part: &Part, y: &Tensor, [a, b]: [Matrix; 2], k: usize, accumulate: bool) -> Result<()> {
         let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
         let result = rows(y)?;
         self.device.gemm(&Gemm {
@@ -141,7 +155,7 @@ impl Call<'_, '_> {
             c: result.address,
             ldc: result.ld,
             alpha: 1.0,
-            accumulate: false,
+            accumulate,
             bias: bias.as_ref().map(Tensor::address).transpose()?,
             input: self.dtype,
             output: self.dtype,
@@ -175,7 +189,7 @@ impl Call<'_, '_> {
         ];
         let grid = Grid::over(n * self.ranks, 2048, 256);
         self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)?;
-        self.biased_product(part, y, beside, rows(&weight)?, width)
+        self.biased_product(part, y, [beside, rows(&weight)?], width, false)
     }
 
     /// h = dropout(x) Aᵀ of all parts, side by side, and the same `beside` x where it rides.
@@ -287,6 +301,13 @@ impl Call<'_, '_> {
     fn input_gradient(&self, dys: &[Tensor], t: Option<Matrix>) -> Result<Tensor> {
         let dx = Tensor::empty(&self.arena, self.dtype, self.shape)?;
         let rider = self.rider(dys).filter(|_| t.is_some());
+        let first = match (t, self.all_a()?) {
+            (Some(t), Some(a)) if rider.is_none() && self.adds_adapters_first() => {
+                self.gemm([self.tokens, self.inputs, self.ranks], t, a, rows(&dx)?, 1.0, false)?;
+                true
+            }
+            _ => false,
+        };
         for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate() {
             if let (Some(t), true) = (t, rider == Some(i)) {
                 self.gradient_beside(part, dy, t, &dx, i > 0)?;
@@ -294,10 +315,10 @@ impl Call<'_, '_> {
             }
             let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
             let sizes = [self.tokens, self.inputs, part.outputs()];
-            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, i > 0)?;
+            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, first || i > 0)?;
         }
         match t {
-            Some(t) if rider.is_none() => self.add_adapters(t, dx),
+            Some(t) if rider.is_none() && !first => self.add_adapters(t, dx),
             _ => Ok(dx),
         }
     }
