@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use nibble_autograd::{ParamStore, Tape};
-use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
+use nibble_data::{Batch, DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
 use nibble_model::{Checkpointing, LoadOptions, LossOptions, Mix, Stream, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
@@ -98,8 +98,11 @@ fn gradients(checkpointing: Checkpointing, dropout: f64, dtype: DType) -> (f64, 
     gradients_of(&model(&adapter(InitLoraWeights::Random, dropout), dtype), checkpointing)
 }
 
-fn gradients_of((model, params): &(Transformer, ParamStore), checkpointing: Checkpointing) -> (f64, Vec<f32>) {
-    let batch = dataset(4).batch(&[0, 1, 2, 3]);
+fn gradients_of(model: &(Transformer, ParamStore), checkpointing: Checkpointing) -> (f64, Vec<f32>) {
+    gradients_for(model, &dataset(4).batch(&[0, 1, 2, 3]), checkpointing)
+}
+
+fn gradients_for((model, params): &(Transformer, ParamStore), batch: &Batch, checkpointing: Checkpointing) -> (f64, Vec<f32>) {
     let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
     let labels = Labels::new(model.arena(), &batch.labels, 0.1).unwrap();
     let mut grads = params.zero_grads().unwrap();
@@ -109,6 +112,21 @@ fn gradients_of((model, params): &(Transformer, ParamStore), checkpointing: Chec
     let value = loss.value().unwrap();
     loss.backward(tape, &mut grads).unwrap();
     (value, grads.flat().to_f32_vec().unwrap())
+}
+
+#[test]
+fn padding_changes_neither_loss_nor_gradients() {
+    let model = model(&adapter(InitLoraWeights::Random, 0.0), DType::F32);
+    let batch = dataset(4).batch(&[0, 1, 2, 3]);
+    let (loss, plain) = gradients_for(&model, &batch, Checkpointing::Selective);
+    for (tokens, documents) in [(batch.len(), 8), (80, 8), (192, 16)] {
+        let padded = batch.clone().padded(tokens, |n| n.next_multiple_of(documents));
+        assert_eq!((padded.len(), padded.documents()), (tokens, documents));
+        let (found, gradients) = gradients_for(&model, &padded, Checkpointing::Selective);
+        assert!((found - loss).abs() <= 1e-6 * loss, "{tokens}: {found} instead of {loss}");
+        let error = relative_error(&gradients, &plain);
+        assert!(error < 1e-5, "{tokens}: gradients off by {error:.1e}");
+    }
 }
 
 #[test]

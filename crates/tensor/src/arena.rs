@@ -10,6 +10,7 @@ use crate::{
     Device, Error, Owner, OwnerStats, Result,
     cuda::{DeviceHeap, Span},
     owner::Owners,
+    shape::size_class,
 };
 
 /// One cache line: the unit blocks are made of, so that every tensor starts on 64 bytes.
@@ -20,12 +21,9 @@ struct Line([u8; 64]);
 /// What an arena may hold beyond its peak before it gives kept blocks back: a quarter of the peak, and this.
 const SLACK_BYTES: usize = 64 << 20;
 
-/// Sizes are rounded up to eight steps an octave, so that steps of slightly different lengths use the same blocks. The pages
-/// behind the rounding are never touched.
-fn class(lines: usize) -> usize {
-    let step = if lines < 16 { 1 } else { 1 << (lines.ilog2() - 3) };
-    lines.next_multiple_of(step)
-}
+/// Sizes an octave that blocks are rounded up to, so that steps of slightly different lengths use the same. The pages behind the
+/// rounding are never touched.
+const CLASSES: usize = 8;
 
 /// A pool of memory on one device, with an account of it.
 ///
@@ -175,7 +173,7 @@ impl Arena {
     /// # Errors
     /// [`Error::OutOfMemory`] when the limit would be passed or the system has no more.
     pub(crate) fn take(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
-        let lines = class(bytes.div_ceil(64));
+        let lines = size_class(bytes.div_ceil(64), CLASSES);
         let mut pool = self.pool();
         let out_of_memory =
             |live, limit| Err(Error::OutOfMemory { device: self.0.device.to_string(), requested: bytes, live, limit });
@@ -356,14 +354,6 @@ mod tests {
             drop(arena.take(size * 100_000, Location::caller()).unwrap());
             let stats = arena.stats();
             assert!(stats.live + stats.free <= stats.peak + stats.peak / 4 + SLACK_BYTES, "{stats:?}");
-        }
-    }
-
-    #[test]
-    fn classes_are_at_most_an_eighth_larger_and_stable() {
-        for lines in 0..5000 {
-            let class = super::class(lines);
-            assert!(class >= lines && class * 8 <= lines * 9 && super::class(class) == class, "{lines} {class}");
         }
     }
 

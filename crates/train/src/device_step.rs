@@ -1,6 +1,6 @@
 //! Steps on a GPU: enqueued without waiting, and captured when their shape comes again.
 //!
-//! The inputs of a shape (tokens, documents, labels) have memory of their own, which each step of that shape writes anew; all
+//! Streams are padded to one of few shapes. The inputs of a shape (tokens, documents, labels) have memory of their own, which each step of that shape writes anew; all
 //! else that changes from step to step is read from device memory. The first step of a shape runs kernel by kernel, the second
 //! is captured as a graph, later ones replay it. Loss and gradient norm are copied to pinned memory and read when asked for.
 
@@ -12,12 +12,15 @@ use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor,
     cuda::{CudaDevice, Graph, Pinned},
     ops::{lm_head_loss::Labels, loss_scale::LossScale, step},
+    size_class,
 };
 
 use crate::{Result, TrainConfig, trainer::resolve};
 
-/// Shapes whose inputs and graphs are kept.
-const MOST_SHAPES: usize = 16;
+/// Shapes whose inputs and graphs are kept: those used last.
+const MOST_SHAPES: usize = 32;
+/// Tokens of a stream are padded to a multiple of this, in 16 classes an octave: 2 % on average.
+const PAD: usize = 64;
 /// Steps that may be on their way at once.
 const SLOTS: usize = 2;
 
@@ -95,7 +98,8 @@ impl DeviceSteps {
         lr: f64,
         dropout: Rng,
     ) -> Result<Ticket> {
-        let index = self.shape(&parts, batches, scale)?;
+        let batches: Vec<Batch> = batches.iter().cloned().map(of_a_class).collect();
+        let index = self.shape(&parts, &batches, scale)?;
         parts.optimizer.begin(lr)?;
         dropout.announce(self.device)?;
         let shape = &mut self.shapes[index];
@@ -152,6 +156,9 @@ impl DeviceSteps {
         };
         let labels = batches.iter().map(labels).collect::<Result<Vec<_>, _>>()?;
         if let Some(index) = self.shapes.iter().position(|shape| shape.fits(batches, &labels)) {
+            // The one used last comes last.
+            self.shapes[index..].rotate_left(1);
+            let index = self.shapes.len() - 1;
             let shape = &mut self.shapes[index];
             for ((held, batch), labels) in shape.batches.iter_mut().zip(batches).zip(&labels) {
                 held.0.update(&batch.tokens, &batch.cu_seqlens)?;
@@ -173,6 +180,12 @@ impl DeviceSteps {
         self.shapes.push(Shape { batches, checkpointing, losses, graph: None, steps: 0 });
         Ok(self.shapes.len() - 1)
     }
+}
+
+/// The batch padded to one of few shapes, so that steps of about the same size are one graph.
+pub(crate) fn of_a_class(batch: Batch) -> Batch {
+    let tokens = size_class(batch.len().div_ceil(PAD), 16) * PAD;
+    batch.padded(tokens, |documents| size_class(documents.div_ceil(4), 8) * 4)
 }
 
 impl Shape {

@@ -7,7 +7,7 @@ use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
 use nibble_tensor::{
-    DType, Rng,
+    DType, Device, Rng,
     ops::{
         lm_head_loss::Labels,
         loss_scale::{self, LossScale},
@@ -16,7 +16,7 @@ use nibble_tensor::{
 
 use crate::{
     Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig,
-    device_step::{DeviceSteps, Outcome as Found, Parts, Ticket},
+    device_step::{DeviceSteps, Outcome as Found, Parts, Ticket, of_a_class},
 };
 
 /// How a run ended.
@@ -377,6 +377,7 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     let (mut sum, mut tokens) = (0.0, 0);
     for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
         let batch = data.batch(&indices);
+        let batch = if model.arena().device() == Device::Cpu { batch } else { of_a_class(batch) };
         let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
         let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
         let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };

@@ -106,6 +106,11 @@ impl Pinned {
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.event) })
     }
 
+    /// How many bytes there are.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
     /// The bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
