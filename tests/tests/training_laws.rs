@@ -56,8 +56,13 @@ fn trainer(adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfi
 
 fn trainer_in(dtype: DType, adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfig) -> Trainer {
     let (model, params) = model(adapter_config, dtype);
+    trainer_of(model, params, dataset(8), batch_size, config)
+}
+
+/// Rows in the order of the dataset.
+fn trainer_of(model: Transformer, params: ParamStore, data: Arc<Dataset>, batch_size: usize, config: TrainConfig) -> Trainer {
     let options = LoaderOptions { packer: Packer::Documents { batch_size }, seed: 0, shuffle: false };
-    Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap()
+    Trainer::new(model, params, DataLoader::new(data, options).unwrap(), config).unwrap()
 }
 
 fn one_step(batch_size: usize, gradient_accumulation_steps: usize) -> (f64, Vec<f32>) {
@@ -95,7 +100,13 @@ fn after_one_step_every_adapter_matrix_of_every_layer_has_a_gradient() {
 }
 
 fn gradients(checkpointing: Checkpointing, dropout: f64, dtype: DType) -> (f64, Vec<f32>) {
-    gradients_of(&model(&adapter(InitLoraWeights::Random, dropout), dtype), checkpointing)
+    let mut model = model(&adapter(InitLoraWeights::Random, dropout), dtype);
+    // Tensors of this model are small: on a GPU none would leave it.
+    model.0.set_smallest_on_host(0);
+    let found = gradients_of(&model, checkpointing);
+    let sends = matches!(checkpointing, Checkpointing::Offload | Checkpointing::Mixed(_));
+    assert_eq!(model.0.host().bytes() > 0, sends, "{checkpointing:?}");
+    found
 }
 
 fn gradients_of(model: &(Transformer, ParamStore), checkpointing: Checkpointing) -> (f64, Vec<f32>) {
@@ -142,6 +153,19 @@ fn checkpointed_step_is_bitwise_equal() {
             }
         }
     }
+}
+
+#[test]
+fn activations_below_the_smallest_that_is_sent_stay_on_the_device() {
+    let mut model = model(&adapter(InitLoraWeights::Random, 0.0), DType::F32);
+    // The residual stream that a block keeps: 64 channels of 4 bytes.
+    let bytes = dataset(4).batch(&[0, 1, 2, 3]).len() * 64 * 4;
+    let sent = [bytes + 1, bytes].map(|smallest| {
+        model.0.set_smallest_on_host(smallest);
+        gradients_of(&model, Checkpointing::Offload);
+        model.0.host().bytes()
+    });
+    assert!(sent[0] == 0 && sent[1] >= 3 * bytes, "{sent:?}");
 }
 
 #[test]
@@ -200,16 +224,23 @@ fn a_run_repeats_bit_for_bit() {
 
 #[test]
 fn a_steady_step_asks_the_system_for_no_memory() {
-    let config = TrainConfig { max_steps: Some(20), ..TrainConfig::default() };
-    let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.0), 8, config);
-    trainer.step().unwrap();
-    let before = trainer.model().arena().stats();
-    for _ in 0..5 {
+    for checkpointing in [Checkpointing::Selective, Checkpointing::Offload] {
+        let config = TrainConfig { max_steps: Some(20), checkpointing, ..TrainConfig::default() };
+        let (mut model, params) = model(&adapter(InitLoraWeights::Default, 0.0), DType::F32);
+        model.set_smallest_on_host(0);
+        let mut trainer = trainer_of(model, params, dataset(8), 8, config);
+        let account = |trainer: &Trainer| {
+            let stats = trainer.model().arena().stats();
+            (stats.system_allocations, stats.peak, trainer.model().host().bytes())
+        };
         trainer.step().unwrap();
+        let before = account(&trainer);
+        for _ in 0..5 {
+            trainer.step().unwrap();
+        }
+        assert_eq!(account(&trainer), before, "{checkpointing:?}");
+        assert!(before.0 > 0 && (before.2 > 0) == (checkpointing == Checkpointing::Offload), "{before:?}");
     }
-    let after = trainer.model().arena().stats();
-    assert_eq!(before.system_allocations, after.system_allocations);
-    assert_eq!(before.peak, after.peak);
 }
 
 #[test]
@@ -262,9 +293,8 @@ fn at_the_least_loss_scale_gradients_that_are_not_finite_are_an_error() {
     let nan = vec![f32::NAN; params.numel()];
     params.data_mut().write(&nan).unwrap();
     params.prepare(DType::F16).unwrap();
-    let options = LoaderOptions { packer: Packer::Documents { batch_size: 4 }, seed: 0, shuffle: false };
     let config = TrainConfig { max_steps: Some(4), ..TrainConfig::default() };
-    let mut trainer = Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap();
+    let mut trainer = trainer_of(model, params, dataset(8), 4, config);
     trainer.load_loss_scale((2.0, 0)).unwrap();
     assert!(trainer.step().unwrap().skipped);
     assert!(matches!(trainer.step(), Err(nibble_train::Error::NonFinite { step: 2, quantity: "loss", .. })));

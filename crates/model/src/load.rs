@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use half::bf16;
-use nibble_autograd::Leaf;
+use nibble_autograd::{Leaf, Offload};
 use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
@@ -107,7 +107,8 @@ impl Transformer {
             head_dim: config.head_dim,
         };
         let dtype = options.compute_dtype;
-        Ok(Self { config, arena: arena.clone(), host: host.clone(), dtype, embed_tokens, blocks, shared, norm, lm_head })
+        let (arena, smallest_on_host) = (arena.clone(), Offload::smallest_on(arena.device()));
+        Ok(Self { config, arena, host, smallest_on_host, dtype, embed_tokens, blocks, shared, norm, lm_head })
     }
 }
 
