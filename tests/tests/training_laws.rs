@@ -288,6 +288,64 @@ fn gradients_beyond_f16_halve_the_loss_scale_and_change_nothing_else() {
 }
 
 #[test]
+fn steps_that_the_loss_scale_spoilt_do_not_count_for_the_optimizer() {
+    let config = TrainConfig { max_steps: Some(100), learning_rate: 1e-2, ..TrainConfig::default() };
+    let mut trainer = trainer_in(DType::F16, &adapter(InitLoraWeights::Random, 0.0), 8, config);
+    trainer.load_loss_scale((2f32.powi(60), 0)).unwrap();
+    let values = |trainer: &Trainer| trainer.params().data().to_f32_vec().unwrap();
+    let before = values(&trainer);
+    let mut stats = trainer.step().unwrap();
+    assert!(stats.skipped);
+    while stats.skipped {
+        stats = trainer.step().unwrap();
+    }
+    // AdamW's first update is as large as the learning rate, where the gradient is far above eps.
+    let moved = values(&trainer).iter().zip(&before).map(|(after, before)| f64::from((after - before).abs())).fold(0.0, f64::max);
+    assert!((moved / stats.learning_rate - 1.0).abs() < 1e-3, "step {}: {moved} of {}", stats.step, stats.learning_rate);
+}
+
+/// A trainer in whose third step alone a token's embedding is NaN.
+fn spoilt_in_step_3(dtype: DType) -> Trainer {
+    const SPOILT: u64 = 310;
+    let rows = (0..6u64).map(|row| {
+        let ids: Vec<u64> = (0..12).map(|i| if row == 2 && i == 5 { SPOILT } else { 3 + Rng::new(row).bits(i) % 300 }).collect();
+        serde_json::json!({ "input_ids": ids, "labels": ids })
+    });
+    let options = DatasetOptions { vocab_size: Some(320), ..DatasetOptions::default() };
+    let data = Arc::new(Dataset::from_tokenized_rows(rows, &options).unwrap());
+    let modules = Some(vec!["embed_tokens".to_owned()]);
+    let (model, mut params) = model(&AdapterConfig { modules_to_save: modules, ..adapter(InitLoraWeights::Random, 0.0) }, dtype);
+    let embedding = params.params().iter().find(|param| param.name.contains("embed_tokens")).unwrap();
+    let (first, channels) = (embedding.offset + SPOILT as usize * 64, 64);
+    let mut values = params.data().to_f32_vec().unwrap();
+    values[first..first + channels].fill(f32::NAN);
+    params.data_mut().write(&values).unwrap();
+    params.prepare(dtype).unwrap();
+    let config = TrainConfig { max_steps: Some(6), learning_rate: 1e-2, ..TrainConfig::default() };
+    let mut trainer = trainer_of(model, params, data, 1, config);
+    trainer.load_loss_scale((1.0, 0)).unwrap();
+    trainer
+}
+
+#[test]
+fn a_run_that_a_step_ends_leaves_the_values_before_that_step() {
+    for dtype in [DType::F32, DType::F16] {
+        let bits = |trainer: &Trainer| -> Vec<u32> {
+            trainer.params().data().to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        let mut one_by_one = spoilt_in_step_3(dtype);
+        (0..2).for_each(|_| assert!(!one_by_one.step().unwrap().skipped));
+        let mut run = spoilt_in_step_3(dtype);
+        let error = run.train(None, &mut ()).unwrap_err();
+        assert!(matches!(error, nibble_train::Error::NonFinite { step: 3, .. }), "{error}");
+        let left = bits(&run);
+        assert!(left == bits(&one_by_one), "{dtype}: a step behind the third has changed the values");
+        // The next one is an ordinary step again.
+        assert!(!run.step().unwrap().skipped && bits(&run) != left);
+    }
+}
+
+#[test]
 fn at_the_least_loss_scale_gradients_that_are_not_finite_are_an_error() {
     let (model, mut params) = model(&adapter(InitLoraWeights::Random, 0.0), DType::F16);
     let nan = vec![f32::NAN; params.numel()];

@@ -213,7 +213,7 @@ impl Shape {
         parts.model.release_weights()?;
         let scaler = parts.loss_scale.zip(parts.optimizer.report());
         scaler.map_or(Ok(()), |(scale, values)| scale.divide(values))?;
-        parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), parts.config.max_grad_norm)?;
+        parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), Some(&self.losses), parts.config.max_grad_norm)?;
         let scaler = parts.loss_scale.zip(parts.optimizer.report());
         scaler.map_or(Ok(()), |(scale, values)| scale.update_from(values))?;
         parts.params.prepare(parts.model.compute_dtype())?;

@@ -254,6 +254,8 @@ impl Trainer {
         if stats.skipped && stats.loss_scale.is_none_or(|scale| scale <= loss_scale::LEAST.into()) {
             let (quantity, value) =
                 if stats.loss.is_finite() { ("gradient norm", stats.grad_norm) } else { ("loss", stats.loss) };
+            // On a GPU the step behind this one is on its way, and changes nothing either.
+            self.optimizer.resume()?;
             return Err(Error::NonFinite { step: stats.step, quantity, value, rows });
         }
         Ok(stats)
