@@ -7,7 +7,11 @@ use nibble_data::{Batch, DataLoader, Dataset, DatasetOptions, LoaderOptions, Pac
 use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
 use nibble_model::{Checkpointing, LoadOptions, LossOptions, Mix, Stream, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
-use nibble_tensor::{DType, Rng, ops::lm_head_loss::Labels};
+use nibble_optim::{OptimizerName, Paging};
+use nibble_tensor::{
+    DType, Device, Rng,
+    ops::{lm_head_loss::Labels, loss_scale},
+};
 use nibble_tests::{golden, relative_error};
 use nibble_train::{TrainConfig, Trainer};
 
@@ -220,6 +224,76 @@ fn a_run_repeats_bit_for_bit() {
         trainer.params().data().to_f32_vec().unwrap()
     };
     assert_eq!(run(), run());
+}
+
+/// How a step keeps what it needs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mode {
+    checkpointing: Checkpointing,
+    blocks_on_host: usize,
+    paged: bool,
+}
+
+/// Five steps of one shape whose documents, labels, learning rate, masks and (in f16) loss scale differ: the values' bits and how many
+/// steps ran as a graph. While a profile is made none does.
+fn five_steps(dtype: DType, mode: Mode, profiled: bool) -> (Vec<u32>, usize) {
+    let lengths = [5u64, 15, 12, 8, 9, 11, 7, 13, 10, 10];
+    let rows = lengths.into_iter().zip(0..).map(|(len, row)| {
+        let ids: Vec<u64> = (0..len).map(|i| 3 + Rng::new(row).bits(i) % 300).collect();
+        let labels: Vec<i64> = ids.iter().enumerate().map(|(i, &id)| if i < 3 { -100 } else { id as i64 }).collect();
+        serde_json::json!({ "input_ids": ids, "labels": labels })
+    });
+    let options = DatasetOptions { vocab_size: Some(320), ..DatasetOptions::default() };
+    let data = Arc::new(Dataset::from_tokenized_rows(rows, &options).unwrap());
+    let (mut model, params) = model_on_host(&adapter(InitLoraWeights::Random, 0.1), dtype, mode.blocks_on_host);
+    model.set_smallest_on_host(0);
+    let device = model.arena().device();
+    let page = 8 << 10;
+    let folder = tempfile::tempdir().unwrap();
+    let file = (device == Device::Cpu).then(|| folder.path().join("pages"));
+    let config = TrainConfig {
+        max_steps: Some(5),
+        learning_rate: 1e-2,
+        warmup_steps: 2,
+        optim: if mode.paged { OptimizerName::PagedAdamW32bit } else { OptimizerName::AdamWTorchFused },
+        optim_paging: Paging { device_memory: Some(3 * (page + 4096)), file, masters: false, page: Some(page) },
+        checkpointing: mode.checkpointing,
+        ..TrainConfig::default()
+    };
+    let mut trainer = trainer_of(model, params, data, 2, config);
+    trainer.load_loss_scale((loss_scale::START, loss_scale::INTERVAL - 3)).unwrap();
+    match device {
+        Device::Cuda(device) if profiled => {
+            device.start_profile();
+            trainer.train(None, &mut ()).unwrap();
+            assert!(!device.end_profile().unwrap().is_empty());
+        }
+        _ => drop(trainer.train(None, &mut ()).unwrap()),
+    }
+    let scale = trainer.loss_scale().unwrap();
+    assert_eq!(scale, (dtype == DType::F16).then_some((2.0 * loss_scale::START, 2)));
+    (trainer.params().data().to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect(), trainer.replayed_steps())
+}
+
+#[test]
+fn replayed_steps_are_those_one_by_one() {
+    let plain = Mode::default();
+    let modes = [
+        plain,
+        Mode { checkpointing: Checkpointing::Offload, ..plain },
+        Mode { checkpointing: Checkpointing::Full, blocks_on_host: 2, ..plain },
+        Mode { paged: true, ..plain },
+    ];
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        let (want, by_graph) = five_steps(dtype, plain, true);
+        assert_eq!(by_graph, 0);
+        for mode in modes {
+            let (found, by_graph) = five_steps(dtype, mode, false);
+            assert!(found == want, "{dtype} {mode:?}");
+            // The first step runs kernel by kernel.
+            assert_eq!(by_graph, if nibble_tests::arena().device() == Device::Cpu { 0 } else { 4 }, "{dtype} {mode:?}");
+        }
+    }
 }
 
 #[test]

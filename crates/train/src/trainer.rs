@@ -129,6 +129,12 @@ impl Trainer {
         &self.grads
     }
 
+    /// Steps on a GPU that ran as a graph, and not kernel by kernel.
+    #[must_use]
+    pub fn replayed_steps(&self) -> usize {
+        self.device.as_ref().map_or(0, |device| device.replayed)
+    }
+
     /// With gradients in f16: what the next step's loss is multiplied by, and the steps since that changed; a run continues from
     /// it.
     ///
