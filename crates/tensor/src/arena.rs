@@ -57,7 +57,7 @@ pub struct ArenaStats {
     pub peak: usize,
     /// Kept for reuse.
     pub free: usize,
-    /// How many times the system was asked for memory.
+    /// How many times the system was asked for memory: on a GPU, for physical memory behind the arena's addresses.
     pub system_allocations: usize,
 }
 
@@ -99,7 +99,9 @@ impl Arena {
     /// The account so far.
     #[must_use]
     pub fn stats(&self) -> ArenaStats {
-        self.pool().stats
+        let stats = self.pool().stats;
+        let system_allocations = self.0.heap.as_ref().map_or(stats.system_allocations, DeviceHeap::requests);
+        ArenaStats { system_allocations, ..stats }
     }
 
     /// Bytes that tensors can take beside those that live: within the limit and what the device has free. Nothing without
@@ -345,6 +347,19 @@ mod tests {
         step();
         assert_eq!(arena.stats(), before);
         assert_eq!(before.live, 0);
+    }
+
+    #[test]
+    fn a_gpu_is_asked_for_memory_once_a_granule_and_not_for_what_came_back() {
+        let capability = crate::cuda::ComputeCapability::new(9, 0);
+        let name = "a GPU of the arena's tests".to_owned();
+        let info = crate::cuda::DeviceInfo { ordinal: 0, name, capability, memory: 1 << 30, multiprocessors: 1, driver: 12_090 };
+        let arena = Arena::on(Device::Cuda(crate::cuda::CudaDevice::dry(&info)), usize::MAX).unwrap();
+        let asked = |bytes: usize| {
+            drop(arena.take(bytes, Location::caller()).unwrap());
+            arena.stats().system_allocations
+        };
+        assert_eq!([asked(1000), asked(1 << 20), asked(40 << 20), asked(39 << 20)], [1, 1, 2, 2]);
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub(crate) struct DeviceSteps {
     shapes: Vec<Shape>,
     reports: Vec<Report>,
     next: usize,
+    /// Steps that a graph ran.
+    pub(crate) replayed: usize,
 }
 
 /// One shape of a step: its inputs, and the graph once it has come twice.
@@ -86,7 +88,7 @@ impl DeviceSteps {
         let Device::Cuda(device) = arena.device() else { return Ok(None) };
         let report = || Ok(Report { values: Pinned::new(device, 4 * step::LEN)?, losses: Pinned::new(device, 4 * batches)? });
         let reports = (0..SLOTS).map(|_| report()).collect::<Result<_>>()?;
-        Ok(Some(Self { device, shapes: Vec::new(), reports, next: 0 }))
+        Ok(Some(Self { device, shapes: Vec::new(), reports, next: 0, replayed: 0 }))
     }
 
     /// Enqueues a step: forward and backward of the micro-batches, clipping, update.
@@ -116,7 +118,10 @@ impl DeviceSteps {
             shape.graph = Some(graph);
         }
         match &shape.graph {
-            Some(graph) => graph.launch()?,
+            Some(graph) => {
+                graph.launch()?;
+                self.replayed += 1;
+            }
             None => shape.run(&mut parts, dropout)?,
         }
         let slot = self.next;
@@ -213,7 +218,7 @@ impl Shape {
         parts.model.release_weights()?;
         let scaler = parts.loss_scale.zip(parts.optimizer.report());
         scaler.map_or(Ok(()), |(scale, values)| scale.divide(values))?;
-        parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), parts.config.max_grad_norm)?;
+        parts.optimizer.apply(parts.params.data_mut(), parts.grads.flat(), Some(&self.losses), parts.config.max_grad_norm)?;
         let scaler = parts.loss_scale.zip(parts.optimizer.report());
         scaler.map_or(Ok(()), |(scale, values)| scale.update_from(values))?;
         parts.params.prepare(parts.model.compute_dtype())?;

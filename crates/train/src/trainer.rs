@@ -129,6 +129,12 @@ impl Trainer {
         &self.grads
     }
 
+    /// Steps on a GPU that ran as a graph, and not kernel by kernel.
+    #[must_use]
+    pub fn replayed_steps(&self) -> usize {
+        self.device.as_ref().map_or(0, |device| device.replayed)
+    }
+
     /// With gradients in f16: what the next step's loss is multiplied by, and the steps since that changed; a run continues from
     /// it.
     ///
@@ -254,6 +260,8 @@ impl Trainer {
         if stats.skipped && stats.loss_scale.is_none_or(|scale| scale <= loss_scale::LEAST.into()) {
             let (quantity, value) =
                 if stats.loss.is_finite() { ("gradient norm", stats.grad_norm) } else { ("loss", stats.loss) };
+            // On a GPU the step behind this one is on its way, and changes nothing either.
+            self.optimizer.resume()?;
             return Err(Error::NonFinite { step: stats.step, quantity, value, rows });
         }
         Ok(stats)
