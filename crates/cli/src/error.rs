@@ -1,6 +1,10 @@
 //! The error of the command line: what the libraries say, plus a hint where there is something to do.
 
-use std::{error::Error as StdError, io, path::PathBuf};
+use std::{
+    error::Error as StdError,
+    io,
+    path::{Path, PathBuf},
+};
 
 use nibble_data::Error as DataError;
 use nibble_lora::{AdapterConfig, Error as LoraError, Mismatch};
@@ -71,9 +75,12 @@ pub(crate) enum CliError {
     /// A prompt file without prompts.
     #[error("read prompts `{}`: expected a prompt a line, found none", path.display())]
     NoPrompts { path: PathBuf },
-    /// A run that stopped at a broken step; what it had learned until then is kept.
+    /// A run that broke; what it had learned until then is kept.
     #[error("{source}")]
-    Stopped { source: Box<TrainError>, saved: PathBuf },
+    Stopped { source: Box<CliError>, saved: PathBuf },
+    /// A run that broke, and what it had learned until then could not be kept.
+    #[error("{source}\nwhat was learned is lost: {also}")]
+    Lost { source: Box<CliError>, also: Box<CliError> },
     /// A file or folder the system refuses.
     #[error("{op} `{}`: {source}", path.display())]
     Io { op: &'static str, path: PathBuf, source: io::Error },
@@ -129,13 +136,11 @@ impl CliError {
             Self::DoesNotFit { nearest: None, .. } => Some(
                 "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
             ),
-            Self::OutOfMemory { source, .. } => source.hint(),
+            Self::OutOfMemory { source, .. } | Self::Lost { source, .. } => source.hint(),
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
-            Self::Stopped { saved, .. } => {
-                Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
-            }
+            Self::Stopped { source, saved } => Some(stopped_hint(source, saved)),
             Self::Command { hint, .. } => hint.clone(),
             Self::Model(error) => model_hint(error),
             Self::Data(error) => data_hint(error),
@@ -162,6 +167,7 @@ impl CliError {
         let model = |error: &ModelError| matches!(error, ModelError::Tensor(error) if is_out_of_memory(error));
         let out = match self {
             Self::DoesNotFit { .. } | Self::OutOfMemory { .. } => true,
+            Self::Stopped { source, .. } | Self::Lost { source, .. } => return source.exit_code(),
             Self::Tensor(error) => is_out_of_memory(error),
             Self::Model(error) => model(error),
             Self::Train(error) => match &**error {
@@ -201,9 +207,17 @@ fn listed(flags: &[&str]) -> String {
     flags.iter().map(|flag| format!("`{flag}`")).collect::<Vec<_>>().join(", ")
 }
 
+/// Where the adapter of a run that broke is, and what to do about the rest.
+fn stopped_hint(source: &CliError, saved: &Path) -> String {
+    let kept = format!("the adapter as it was before that is in `{}`", saved.display());
+    source.hint().map_or_else(|| kept.clone(), |hint| format!("{kept}; {hint}"))
+}
+
 fn train_hint(error: &TrainError) -> Option<String> {
     match error {
-        TrainError::NonFinite { .. } => Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into()),
+        TrainError::NonFinite { .. } | TrainError::NonFiniteEval { .. } => {
+            Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into())
+        }
         TrainError::NothingTrains => Some("choose `--target-modules all-linear`".into()),
         TrainError::TooLong { .. } => Some("cut long rows with `--max-length`".into()),
         TrainError::Optim(OptimError::PageFile { .. }) => {

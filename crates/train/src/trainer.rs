@@ -157,7 +157,14 @@ impl Trainer {
         let mut stopped_early = false;
         let mut pending: Option<Pending> = None;
         loop {
-            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { Some(self.enqueue()?) } else { None };
+            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { self.enqueue().map(Some) } else { Ok(None) };
+            if next.is_err()
+                && let Some(before) = pending.take()
+            {
+                // What the step before has learned is learned.
+                observer.on_step(&self.finish(before)?);
+            }
+            let next = next?;
             // On a GPU the step before is looked at while this one runs.
             let ready = if self.device.is_some() && next.is_some() {
                 std::mem::replace(&mut pending, next)

@@ -19,7 +19,7 @@ Data is JSONL or a JSON array. The columns tell the format: `messages`; `convers
 `prompt`, `completion`; `text`; or `input_ids` and `labels`. Answers are learned, prompts are only read.
 
 The output folder is what PEFT writes: adapter_config.json, adapter_model.safetensors, the tokenizer and a model card; and
-metrics.jsonl, a line a logged step. Ctrl-C saves what is learned so far.";
+metrics.jsonl, a line a logged step. Ctrl-C saves what is learned so far, and so does an error.";
 
 /// Train a LoRA adapter on a 4-bit model.
 ///

@@ -1,0 +1,47 @@
+//! What a run learned before it broke is saved, whatever broke it.
+
+#![forbid(unsafe_code)]
+
+mod common;
+
+use common::{Ended, World, tiny::read_tensors};
+use serde_json::json;
+
+/// The run ended with `code` and the error `says`; its adapter is there, can be used, and the message says where.
+#[track_caller]
+fn is_kept(world: &World, ended: &Ended, code: i32, says: &str) {
+    assert_eq!(ended.code, Some(code), "{}", ended.stderr);
+    for part in ["error: ", says, "hint: the adapter as it was before that is in `out`"] {
+        assert!(ended.stderr.contains(part), "expected `{part}` in:\n{}", ended.stderr);
+    }
+    assert!(!read_tensors(&world.path("out/adapter_model.safetensors")).is_empty());
+    assert!(world.path("out/metrics.jsonl").exists() && world.path("out/adapter_config.json").exists());
+}
+
+#[test]
+fn a_step_without_a_number_keeps_the_steps_before_it() {
+    let world = World::new();
+    let line = "train --model model --data rows.jsonl --output out --max-steps 9 --lr 1e30 --max-grad-norm 0 --compute-dtype f32 --device cpu";
+    let ended = world.run(line);
+    is_kept(&world, &ended, 2, "step 2: the loss is ");
+}
+
+#[test]
+fn an_evaluation_without_a_number_keeps_what_was_learned() {
+    let world = World::new();
+    let line = "train --model model --data rows.jsonl --eval-data rows.jsonl --output out --max-steps 1 --lr 1e30 --compute-dtype f32 --device cpu";
+    let ended = world.run(line);
+    is_kept(&world, &ended, 2, "evaluate: the loss is ");
+}
+
+#[test]
+fn memory_that_runs_out_keeps_what_was_learned() {
+    let world = World::new();
+    // The longest row comes last, and takes most of what a run takes.
+    let row = |length: usize| json!({ "instruction": "Say", "output": "a".repeat(length) });
+    world.jsonl("growing.jsonl", (0..3).map(|_| row(4)).chain([row(200)]));
+    // The plan says 824 kB and lets 15 % less through; the last step takes 980 kB, those before it 400.
+    let line = "train --model model --data growing.jsonl --output out --num-train-epochs 1 --batch-size 1 --no-shuffle --lora-r 2 \
+                --compute-dtype f32 --device cpu --memory-limit 840KB";
+    is_kept(&world, &world.run(line), 3, "out of memory");
+}
