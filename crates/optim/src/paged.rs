@@ -248,7 +248,10 @@ impl Paged {
             (Home::Device(tensor), _) => tensor.to_vec::<u8>()?,
             (Home::Pinned(pinned), _) => {
                 self.wait()?;
-                pinned.bytes().to_vec()
+                let mut bytes = pinned.bytes().to_vec();
+                // A device that only counts has none.
+                bytes.resize(page.slice.bytes, 0);
+                bytes
             }
             (Home::File(at), Visits::File { file, .. }) => {
                 let mut bytes = vec![0; page.slice.bytes];
@@ -264,7 +267,8 @@ impl Paged {
         match (&mut self.pages[page].home, &self.visits) {
             (Home::Device(tensor), _) => Ok(tensor.write(bytes)?),
             (Home::Pinned(pinned), _) => {
-                pinned.bytes_mut().copy_from_slice(bytes);
+                let own = pinned.bytes_mut();
+                own.copy_from_slice(&bytes[..own.len()]);
                 Ok(())
             }
             (Home::File(at), Visits::File { file, .. }) => file.write(*at, bytes),
@@ -285,6 +289,12 @@ impl Paged {
             Visits::Pinned { slots, .. } => slots.first().map_or(Device::Cpu, Tensor::device),
             _ => Device::Cpu,
         }
+    }
+
+    /// Bytes of pinned host memory.
+    pub(crate) fn host_bytes(&self) -> usize {
+        let pinned = self.pages.iter().filter(|page| matches!(page.home, Home::Pinned(_)));
+        pinned.map(|page| page.slice.bytes).sum()
     }
 
     /// Pages, and how many of them are on the device.

@@ -76,7 +76,7 @@ impl HostPool {
     /// Begins to copy `tensor` to the host; its memory is held until [`HostCopy::release`].
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the host has no more memory to lock.
+    /// [`Error::OutOfHostMemory`] when the host has no more memory to lock.
     pub fn store(&self, tensor: Tensor) -> Result<HostCopy> {
         let bytes = tensor.span();
         let mut buffer = self.take(bytes)?;
