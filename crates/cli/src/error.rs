@@ -21,6 +21,10 @@ use crate::ui;
 /// Of those that hold memory, so many are listed.
 const MOST_OWNERS: usize = 8;
 
+/// What to do where the host has too little memory for what a GPU leaves with it.
+const HOST_HINT: &str = "leave less on the host: `--gradient-checkpointing full` instead of `offload`, fewer blocks with `--offload-weights`, \
+                         more `--optim-device-memory`; or raise the limits of locked memory (`ulimit -l`) and of the container";
+
 /// What a command returns.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
 
@@ -151,9 +155,9 @@ impl CliError {
         }
     }
 
-    /// The same with who held the memory of `arena` at its peak, if it is that the memory ran out.
+    /// The same with who held the memory of `arena` at its peak, if it is that its memory ran out.
     pub(crate) fn with_owners(self, arena: &Arena) -> Self {
-        if self.exit_code() != 3 {
+        if !matches!(self.out_of_memory(), Some(TensorError::OutOfMemory { .. })) {
             return self;
         }
         let mut owners = arena.at_peak();
@@ -162,22 +166,25 @@ impl CliError {
         Self::OutOfMemory { source: Box::new(self), owners: owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect() }
     }
 
+    /// What was asked for when the memory ran out, if it is that.
+    pub(crate) fn out_of_memory(&self) -> Option<&TensorError> {
+        match self {
+            Self::OutOfMemory { source, .. } | Self::Stopped { source, .. } | Self::Lost { source, .. } => source.out_of_memory(),
+            Self::Tensor(error) | Self::Adapter(LoraError::Tensor(error)) => Some(error).filter(|error| error.is_out_of_memory()),
+            Self::Model(error) => match &**error {
+                ModelError::Tensor(error) | ModelError::Adapter(LoraError::Tensor(error)) => {
+                    Some(error).filter(|error| error.is_out_of_memory())
+                }
+                _ => None,
+            },
+            Self::Train(error) => error.out_of_memory(),
+            _ => None,
+        }
+    }
+
     /// 3 when memory ran out, else 2.
     pub(crate) fn exit_code(&self) -> u8 {
-        let model = |error: &ModelError| matches!(error, ModelError::Tensor(error) if is_out_of_memory(error));
-        let out = match self {
-            Self::DoesNotFit { .. } | Self::OutOfMemory { .. } => true,
-            Self::Stopped { source, .. } | Self::Lost { source, .. } => return source.exit_code(),
-            Self::Tensor(error) => is_out_of_memory(error),
-            Self::Model(error) => model(error),
-            Self::Train(error) => match &**error {
-                TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => is_out_of_memory(error),
-                TrainError::Model(error) => model(error),
-                _ => false,
-            },
-            _ => false,
-        };
-        if out { 3 } else { 2 }
+        if matches!(self, Self::DoesNotFit { .. }) || self.out_of_memory().is_some() { 3 } else { 2 }
     }
 
     /// Whether the reader of standard output went away, which is no failure.
@@ -230,7 +237,7 @@ fn train_hint(error: &TrainError) -> Option<String> {
         TrainError::Data(error) => data_hint(error),
         TrainError::Model(error) => model_hint(error),
         TrainError::Adapter(error) => adapter_hint(error),
-        TrainError::Tensor(error) => tensor_hint(error),
+        TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => tensor_hint(error),
         _ => None,
     }
 }
@@ -292,15 +299,12 @@ fn data_hint(error: &DataError) -> Option<String> {
     }
 }
 
-fn is_out_of_memory(error: &TensorError) -> bool {
-    matches!(error, TensorError::OutOfMemory { .. })
-}
-
 fn tensor_hint(error: &TensorError) -> Option<String> {
     match error {
         TensorError::NoDevice { .. } | TensorError::Cuda { .. } | TensorError::Kernel { .. } => {
             Some("`--device cpu` needs no GPU; `nibble doctor` shows what this machine has".into())
         }
+        TensorError::OutOfHostMemory { .. } => Some(HOST_HINT.into()),
         TensorError::OutOfMemory { .. } => {
             Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
         }
@@ -353,5 +357,43 @@ mod tests {
         let direct = CliError::Tensor(oom()).hint();
         assert!(direct.as_deref().is_some_and(|hint| hint.contains("--gradient-checkpointing")));
         assert_eq!(CliError::from(TrainError::Model(ModelError::Tensor(oom()))).hint(), direct);
+        assert_eq!(CliError::from(TrainError::Optim(OptimError::Tensor(oom()))).hint(), direct);
+    }
+
+    #[test]
+    fn memory_that_runs_out_anywhere_is_exit_code_3() {
+        let device = || TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 };
+        let host = || TensorError::OutOfHostMemory { requested: 8 };
+        for oom in [device as fn() -> TensorError, host] {
+            let adapter = || LoraError::Tensor(oom());
+            for error in [
+                CliError::Tensor(oom()),
+                CliError::Adapter(adapter()),
+                ModelError::Tensor(oom()).into(),
+                ModelError::Adapter(adapter()).into(),
+                TrainError::Tensor(oom()).into(),
+                TrainError::Optim(OptimError::Tensor(oom())).into(),
+                TrainError::Model(ModelError::Adapter(adapter())).into(),
+                CliError::Stopped { source: Box::new(CliError::Tensor(oom())), saved: "out".into() },
+                CliError::Lost {
+                    source: Box::new(CliError::Tensor(oom())),
+                    also: Box::new(CliError::NoPrompts { path: "p".into() }),
+                },
+            ] {
+                assert_eq!(error.exit_code(), 3, "{error:?}");
+            }
+        }
+        let full = CliError::Stopped { source: Box::new(CliError::NoPrompts { path: "p".into() }), saved: "out".into() };
+        assert_eq!(full.exit_code(), 2);
+    }
+
+    #[test]
+    fn host_memory_that_runs_out_is_not_blamed_on_the_gpu() {
+        let arena = Arena::new(nibble_tensor::Device::Cpu);
+        let error = CliError::Tensor(TensorError::OutOfHostMemory { requested: 8 }).with_owners(&arena);
+        assert!(matches!(error, CliError::Tensor(_)), "those that hold the device's memory have no part in it");
+        assert_eq!(error.to_string(), "out of host memory: 8 bytes asked to be locked for copies to the GPU and back");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("ulimit -l") && !hint.contains("--device cpu"), "{hint}");
     }
 }
