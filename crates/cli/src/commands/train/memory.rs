@@ -6,8 +6,8 @@ use nibble_tensor::Device;
 use nibble_train::plan::{self, COMPONENTS, Document, Footprint, Gpu, MODES, Nearest, Place, Setup};
 
 use crate::{
-    commands::doctor::available_memory,
     error::{CliError, Result},
+    machine::available_memory,
     ui,
 };
 
