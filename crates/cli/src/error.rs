@@ -155,9 +155,10 @@ impl CliError {
         }
     }
 
-    /// The same with who held the memory of `arena` at its peak, if it is that its memory ran out.
+    /// The same with who held the memory of `arena` at its peak, if it is that its memory ran out and nobody has said it yet.
     pub(crate) fn with_owners(self, arena: &Arena) -> Self {
-        if !matches!(self.out_of_memory(), Some(TensorError::OutOfMemory { .. })) {
+        let told = matches!(self, Self::OutOfMemory { .. } | Self::Stopped { .. } | Self::Lost { .. });
+        if told || !matches!(self.out_of_memory(), Some(TensorError::OutOfMemory { .. })) {
             return self;
         }
         let mut owners = arena.at_peak();
@@ -385,6 +386,18 @@ mod tests {
         }
         let full = CliError::Stopped { source: Box::new(CliError::NoPrompts { path: "p".into() }), saved: "out".into() };
         assert_eq!(full.exit_code(), 2);
+    }
+
+    #[test]
+    fn who_held_the_memory_is_told_once() {
+        let arena = Arena::new(nibble_tensor::Device::Cpu);
+        let _held = nibble_tensor::Tensor::zeros(&arena, nibble_tensor::DType::F32, [1024]).unwrap();
+        let oom = CliError::Tensor(TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 });
+        let told = oom.with_owners(&arena);
+        assert!(matches!(&told, CliError::OutOfMemory { owners, .. } if owners.len() == 1));
+        let again = told.to_string();
+        assert_eq!(told.with_owners(&arena).to_string(), again);
+        assert!(matches!(CliError::NoPrompts { path: "p".into() }.with_owners(&arena), CliError::NoPrompts { .. }));
     }
 
     #[test]

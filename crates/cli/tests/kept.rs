@@ -45,3 +45,19 @@ fn memory_that_runs_out_keeps_what_was_learned() {
                 --compute-dtype f32 --device cpu --memory-limit 840KB";
     is_kept(&world, &world.run(line), 3, "out of memory");
 }
+
+#[test]
+fn memory_that_runs_out_before_the_first_step_is_told_by_owner_and_leaves_nothing() {
+    let world = World::new();
+    world.jsonl("short.jsonl", [json!({ "input_ids": [1, 2, 3], "labels": [1, 2, 3] })]);
+    let before = world.entries();
+    // Adapters, gradients and states are nearly all of it.
+    let line = "train --model model --data short.jsonl --output out --max-steps 1 --batch-size 1 --lora-r 256 --compute-dtype f32 \
+                --device cpu --memory-limit 3600KB";
+    let ended = world.run(line);
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    for part in ["error: out of memory", "trained weights: ", "optimizer: ", "hint: "] {
+        assert!(ended.stderr.contains(part), "expected `{part}` in:\n{}", ended.stderr);
+    }
+    assert_eq!(world.entries(), before);
+}

@@ -38,9 +38,17 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     }
 
     let arena = precision.arena(None)?;
-    let mut model = base.load(&arena, &load_options(&precision, longest.saturating_add(options.max_new_tokens)))?;
-    let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
-    let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
+    let answer = || {
+        let mut model = base.load(&arena, &load_options(&precision, longest.saturating_add(options.max_new_tokens)))?;
+        let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
+        let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
+        answer_all(&speaker, &prompts, args)
+    };
+    answer().map_err(|error| error.with_owners(&arena))
+}
+
+/// Writes the answers, in the order of the prompts.
+fn answer_all(speaker: &Speaker<'_>, prompts: &[Vec<u32>], args: &GenerateArgs) -> Result<()> {
     let mut first = true;
     for prompts in prompts.chunks(args.batch_size) {
         let mut separate = || if std::mem::take(&mut first) { Ok(()) } else { ui::line("") };

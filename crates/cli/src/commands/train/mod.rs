@@ -117,7 +117,8 @@ fn prepare(
     let mut model = base.load(&arena, &load).map_err(|error| error.with_owners(&arena))?;
     let params = model.attach(&config, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
     let loader = DataLoader::new(data.into(), loader)?;
-    let trainer = Trainer::new(model, params, loader, settings.config.clone())?;
+    let trainer = Trainer::new(model, params, loader, settings.config.clone());
+    let trainer = trainer.map_err(|error| CliError::from(error).with_owners(&arena))?;
     run::show(&trainer, settings.precision, &config, adapter.map(AdapterFile::path), &settings.config);
     ui::fact("memory", memory::line(&held));
     Ok((trainer, config))
