@@ -352,10 +352,7 @@ pub(crate) fn optimizer(model: &Transformer, params: &mut ParamStore, config: &T
     if !config.optim.is_paged() {
         return Ok(Optimizer::new(arena, &layout, optim)?);
     }
-    if config.optim_paging.masters && model.compute_dtype() == DType::F32 {
-        let found = DType::F32.name().to_owned();
-        return Err(Error::Setting { option: "optim_page_masters", expected: "a compute type of 16 bits", found });
-    }
+    config.check_paging(arena.device(), model.compute_dtype())?;
     let mut optimizer = Optimizer::paged(arena, &layout, optim, &config.optim_paging)?;
     if optimizer.holds_values() {
         optimizer.set_values(&params.hand_over(model.compute_dtype())?)?;
