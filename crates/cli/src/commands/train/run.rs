@@ -108,7 +108,10 @@ pub(super) fn show(trainer: &Trainer, precision: Precision, adapter: &AdapterCon
     let plan = trainer.plan();
     ui::fact("base", format_args!("{}, {}", quantisation(precision.quant), precision.describe()));
     if let Some(from) = from {
-        ui::fact("adapter", format_args!("continues `{}`: its own config decides", from.display()));
+        ui::fact(
+            "adapter",
+            format_args!("continues `{}`: its own config decides; optimizer and schedule begin anew", from.display()),
+        );
     }
     let targets = target_names(trainer.params());
     let AdapterConfig { r, lora_alpha, .. } = adapter;
