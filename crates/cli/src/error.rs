@@ -67,6 +67,9 @@ pub(crate) enum CliError {
     /// A run that needs more memory than there is: known before anything is loaded.
     #[error("train: the run needs about {}, found {}{}{}", ui::bytes(*needed), ui::bytes(*room), of_limit(*limited), held(owners))]
     DoesNotFit { needed: usize, room: usize, limited: bool, owners: Vec<(String, usize)>, nearest: Option<String> },
+    /// A run that leaves more with the host than it has: known before anything is loaded.
+    #[error("train: the run keeps about {} in host memory, found {} available{}", ui::bytes(*needed), ui::bytes(*room), held(owners))]
+    HostDoesNotFit { needed: usize, room: usize, owners: Vec<(String, usize)> },
     /// Memory that ran out in a run.
     #[error("{source}{}", held(owners))]
     OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)> },
@@ -140,6 +143,7 @@ impl CliError {
             Self::DoesNotFit { nearest: None, .. } => Some(
                 "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
             ),
+            Self::HostDoesNotFit { .. } => Some(HOST_HINT.into()),
             Self::OutOfMemory { source, .. } | Self::Lost { source, .. } => source.hint(),
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
@@ -185,7 +189,11 @@ impl CliError {
 
     /// 3 when memory ran out, else 2.
     pub(crate) fn exit_code(&self) -> u8 {
-        if matches!(self, Self::DoesNotFit { .. }) || self.out_of_memory().is_some() { 3 } else { 2 }
+        if matches!(self, Self::DoesNotFit { .. } | Self::HostDoesNotFit { .. }) || self.out_of_memory().is_some() {
+            3
+        } else {
+            2
+        }
     }
 
     /// Whether the reader of standard output went away, which is no failure.

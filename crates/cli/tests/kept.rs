@@ -61,3 +61,23 @@ fn memory_that_runs_out_before_the_first_step_is_told_by_owner_and_leaves_nothin
     }
     assert_eq!(world.entries(), before);
 }
+
+#[test]
+fn an_evaluation_that_does_not_fit_is_refused_before_the_first_step() {
+    let world = World::new();
+    let rows = |n: usize, length: usize| (0..n).map(move |_| json!({ "instruction": "Say", "output": "a".repeat(length) }));
+    world.jsonl("short.jsonl", rows(4, 4));
+    world.jsonl("long.jsonl", rows(12, 200));
+    let line = "train --model model --data short.jsonl --output out --max-steps 1 --batch-size 1 --lora-r 2 --compute-dtype f32 \
+                --device cpu --eval-data long.jsonl --memory-limit 1MB";
+    let before = world.entries();
+    let ended = world.run(&format!("{line} --per-device-eval-batch-size 12"));
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    assert!(ended.stderr.contains("error: train: the run needs about"), "{}", ended.stderr);
+    assert_eq!(world.entries(), before);
+    // What it proposes fits, and so does the default: as many documents as a step has.
+    let hint = ended.stderr.split("hint: what fits: `").nth(1).and_then(|rest| rest.split('`').next()).expect("a hint");
+    assert!(hint.starts_with("--per-device-eval-batch-size "), "{hint}");
+    world.ok(&format!("{line} {hint}"));
+    world.ok(&line.replace("--output out", "--output other"));
+}

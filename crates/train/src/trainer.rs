@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use nibble_autograd::{ParamGrads, ParamStore, Tape};
+use nibble_autograd::{ParamGrads, ParamStore, Tape, ops::Loss};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
@@ -381,10 +381,7 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     let (mut sum, mut tokens) = (0.0, 0);
     for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
         let batch = data.batch(&indices);
-        let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
-        let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
-        let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
-        let loss = model.loss(&mut Tape::inference(params), &stream, &labels, options)?;
+        let loss = eval_loss(model, params, &batch)?;
         let value = loss.value()?;
         if !value.is_finite() {
             let rows = indices.iter().map(|&i| data.examples()[i].row).collect();
@@ -396,6 +393,14 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     model.release_weights()?;
     let loss = sum / tokens.max(1) as f64;
     Ok(EvalStats { loss, perplexity: loss.exp(), tokens })
+}
+
+/// The summed loss of one micro-batch of an evaluation.
+pub(crate) fn eval_loss(model: &Transformer, params: &ParamStore, batch: &Batch) -> Result<Loss> {
+    let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
+    let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
+    let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
+    Ok(model.loss(&mut Tape::inference(params), &stream, &labels, options)?)
 }
 
 fn check_lengths(model: &Transformer, data: &Dataset) -> Result<()> {

@@ -104,7 +104,7 @@ pub(crate) struct TrainArgs {
     /// Steps between evaluations; without it one at the end
     #[arg(long, value_name = "N", value_parser = parse::positive, requires = "eval_data", help_heading = "Log and evaluation")]
     pub(crate) eval_steps: Option<usize>,
-    /// Documents of a forward pass in evaluation [default: 8]
+    /// Documents of a forward pass in evaluation [default: as in training]
     #[arg(long, value_name = "N", value_parser = parse::positive, requires = "eval_data", help_heading = "Log and evaluation")]
     pub(crate) per_device_eval_batch_size: Option<usize>,
 }

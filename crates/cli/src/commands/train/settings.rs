@@ -75,7 +75,7 @@ impl Settings {
             shuffle: !args.data.no_shuffle,
             seed: args.seed,
         };
-        let config = train_config(args);
+        let config = train_config(args, loader.batch_size);
         // A schedule or an optimizer that cannot be is said before anything is read.
         config.schedule(1)?;
         config.optimizer()?;
@@ -163,7 +163,7 @@ pub(in crate::commands) fn modules(text: &str) -> TargetModules {
     TargetModules::Names(text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect())
 }
 
-fn train_config(args: &TrainArgs) -> TrainConfig {
+fn train_config(args: &TrainArgs, batch_size: usize) -> TrainConfig {
     TrainConfig {
         num_train_epochs: args.num_train_epochs.unwrap_or(3.0),
         max_steps: args.max_steps,
@@ -193,7 +193,7 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
         seed: args.seed,
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
-        eval_batch_size: args.per_device_eval_batch_size.unwrap_or(DEFAULT_BATCH),
+        eval_batch_size: args.per_device_eval_batch_size.unwrap_or(batch_size),
     }
 }
 
@@ -251,7 +251,7 @@ mod tests {
                      --optim-device-memory 1KiB --optim-page-file pages --optim-page-masters --gradient-checkpointing --seed 9 --logging-steps 4 \
                      --eval-data e --eval-steps 5 --per-device-eval-batch-size 6";
         // Pages of all kinds at once are for no device.
-        let config = train_config(&args(flags));
+        let config = train_config(&args(flags), 1);
         let expected = TrainConfig {
             num_train_epochs: 3.0,
             max_steps: Some(7),
@@ -275,6 +275,13 @@ mod tests {
         assert_eq!(config, expected);
         let other = settings("--num-train-epochs 0.5 --warmup-ratio 0.1").unwrap().config;
         assert_eq!((other.num_train_epochs, other.warmup_ratio, other.max_steps), (0.5, 0.1, None));
+    }
+
+    #[test]
+    fn an_evaluation_takes_as_many_documents_as_a_step_unless_asked() {
+        let size = |flags: &str| settings(&format!("--eval-data e {flags}")).unwrap().config.eval_batch_size;
+        assert_eq!((size(""), size("--batch-size 1"), size("--packing")), (DEFAULT_BATCH, 1, 1));
+        assert_eq!(size("--batch-size 1 --per-device-eval-batch-size 4"), 4);
     }
 
     #[test]
