@@ -1,6 +1,10 @@
 //! The error of the command line: what the libraries say, plus a hint where there is something to do.
 
-use std::{error::Error as StdError, io, path::PathBuf};
+use std::{
+    error::Error as StdError,
+    io,
+    path::{Path, PathBuf},
+};
 
 use nibble_data::Error as DataError;
 use nibble_lora::{AdapterConfig, Error as LoraError, Mismatch};
@@ -16,6 +20,10 @@ use crate::ui;
 
 /// Of those that hold memory, so many are listed.
 const MOST_OWNERS: usize = 8;
+
+/// What to do where the host has too little memory for what a GPU leaves with it.
+const HOST_HINT: &str = "leave less on the host: `--gradient-checkpointing full` instead of `offload`, fewer blocks with `--offload-weights`, \
+                         more `--optim-device-memory`; or raise the limits of locked memory (`ulimit -l`) and of the container";
 
 /// What a command returns.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
@@ -59,6 +67,9 @@ pub(crate) enum CliError {
     /// A run that needs more memory than there is: known before anything is loaded.
     #[error("train: the run needs about {}, found {}{}{}", ui::bytes(*needed), ui::bytes(*room), of_limit(*limited), held(owners))]
     DoesNotFit { needed: usize, room: usize, limited: bool, owners: Vec<(String, usize)>, nearest: Option<String> },
+    /// A run that leaves more with the host than it has: known before anything is loaded.
+    #[error("train: the run keeps about {} in host memory, found {} available{}", ui::bytes(*needed), ui::bytes(*room), held(owners))]
+    HostDoesNotFit { needed: usize, room: usize, owners: Vec<(String, usize)> },
     /// Memory that ran out in a run.
     #[error("{source}{}", held(owners))]
     OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)> },
@@ -71,9 +82,12 @@ pub(crate) enum CliError {
     /// A prompt file without prompts.
     #[error("read prompts `{}`: expected a prompt a line, found none", path.display())]
     NoPrompts { path: PathBuf },
-    /// A run that stopped at a broken step; what it had learned until then is kept.
+    /// A run that broke; what it had learned until then is kept.
     #[error("{source}")]
-    Stopped { source: Box<TrainError>, saved: PathBuf },
+    Stopped { source: Box<CliError>, saved: PathBuf },
+    /// A run that broke, and what it had learned until then could not be kept.
+    #[error("{source}\nwhat was learned is lost: {also}")]
+    Lost { source: Box<CliError>, also: Box<CliError> },
     /// A file or folder the system refuses.
     #[error("{op} `{}`: {source}", path.display())]
     Io { op: &'static str, path: PathBuf, source: io::Error },
@@ -129,13 +143,12 @@ impl CliError {
             Self::DoesNotFit { nearest: None, .. } => Some(
                 "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
             ),
-            Self::OutOfMemory { source, .. } => source.hint(),
+            Self::HostDoesNotFit { .. } => Some(HOST_HINT.into()),
+            Self::OutOfMemory { source, .. } | Self::Lost { source, .. } => source.hint(),
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
-            Self::Stopped { saved, .. } => {
-                Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
-            }
+            Self::Stopped { source, saved } => Some(stopped_hint(source, saved)),
             Self::Command { hint, .. } => hint.clone(),
             Self::Model(error) => model_hint(error),
             Self::Data(error) => data_hint(error),
@@ -146,9 +159,10 @@ impl CliError {
         }
     }
 
-    /// The same with who held the memory of `arena` at its peak, if it is that the memory ran out.
+    /// The same with who held the memory of `arena` at its peak, if it is that its memory ran out and nobody has said it yet.
     pub(crate) fn with_owners(self, arena: &Arena) -> Self {
-        if self.exit_code() != 3 {
+        let told = matches!(self, Self::OutOfMemory { .. } | Self::Stopped { .. } | Self::Lost { .. });
+        if told || !matches!(self.out_of_memory(), Some(TensorError::OutOfMemory { .. })) {
             return self;
         }
         let mut owners = arena.at_peak();
@@ -157,21 +171,29 @@ impl CliError {
         Self::OutOfMemory { source: Box::new(self), owners: owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect() }
     }
 
+    /// What was asked for when the memory ran out, if it is that.
+    pub(crate) fn out_of_memory(&self) -> Option<&TensorError> {
+        match self {
+            Self::OutOfMemory { source, .. } | Self::Stopped { source, .. } | Self::Lost { source, .. } => source.out_of_memory(),
+            Self::Tensor(error) | Self::Adapter(LoraError::Tensor(error)) => Some(error).filter(|error| error.is_out_of_memory()),
+            Self::Model(error) => match &**error {
+                ModelError::Tensor(error) | ModelError::Adapter(LoraError::Tensor(error)) => {
+                    Some(error).filter(|error| error.is_out_of_memory())
+                }
+                _ => None,
+            },
+            Self::Train(error) => error.out_of_memory(),
+            _ => None,
+        }
+    }
+
     /// 3 when memory ran out, else 2.
     pub(crate) fn exit_code(&self) -> u8 {
-        let model = |error: &ModelError| matches!(error, ModelError::Tensor(error) if is_out_of_memory(error));
-        let out = match self {
-            Self::DoesNotFit { .. } | Self::OutOfMemory { .. } => true,
-            Self::Tensor(error) => is_out_of_memory(error),
-            Self::Model(error) => model(error),
-            Self::Train(error) => match &**error {
-                TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => is_out_of_memory(error),
-                TrainError::Model(error) => model(error),
-                _ => false,
-            },
-            _ => false,
-        };
-        if out { 3 } else { 2 }
+        if matches!(self, Self::DoesNotFit { .. } | Self::HostDoesNotFit { .. }) || self.out_of_memory().is_some() {
+            3
+        } else {
+            2
+        }
     }
 
     /// Whether the reader of standard output went away, which is no failure.
@@ -201,9 +223,17 @@ fn listed(flags: &[&str]) -> String {
     flags.iter().map(|flag| format!("`{flag}`")).collect::<Vec<_>>().join(", ")
 }
 
+/// Where the adapter of a run that broke is, and what to do about the rest.
+fn stopped_hint(source: &CliError, saved: &Path) -> String {
+    let kept = format!("the adapter as it was before that is in `{}`", saved.display());
+    source.hint().map_or_else(|| kept.clone(), |hint| format!("{kept}; {hint}"))
+}
+
 fn train_hint(error: &TrainError) -> Option<String> {
     match error {
-        TrainError::NonFinite { .. } => Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into()),
+        TrainError::NonFinite { .. } | TrainError::NonFiniteEval { .. } => {
+            Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into())
+        }
         TrainError::NothingTrains => Some("choose `--target-modules all-linear`".into()),
         TrainError::TooLong { .. } => Some("cut long rows with `--max-length`".into()),
         TrainError::Optim(OptimError::PageFile { .. }) => {
@@ -216,7 +246,7 @@ fn train_hint(error: &TrainError) -> Option<String> {
         TrainError::Data(error) => data_hint(error),
         TrainError::Model(error) => model_hint(error),
         TrainError::Adapter(error) => adapter_hint(error),
-        TrainError::Tensor(error) => tensor_hint(error),
+        TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => tensor_hint(error),
         _ => None,
     }
 }
@@ -278,15 +308,12 @@ fn data_hint(error: &DataError) -> Option<String> {
     }
 }
 
-fn is_out_of_memory(error: &TensorError) -> bool {
-    matches!(error, TensorError::OutOfMemory { .. })
-}
-
 fn tensor_hint(error: &TensorError) -> Option<String> {
     match error {
         TensorError::NoDevice { .. } | TensorError::Cuda { .. } | TensorError::Kernel { .. } => {
             Some("`--device cpu` needs no GPU; `nibble doctor` shows what this machine has".into())
         }
+        TensorError::OutOfHostMemory { .. } => Some(HOST_HINT.into()),
         TensorError::OutOfMemory { .. } => {
             Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
         }
@@ -339,5 +366,55 @@ mod tests {
         let direct = CliError::Tensor(oom()).hint();
         assert!(direct.as_deref().is_some_and(|hint| hint.contains("--gradient-checkpointing")));
         assert_eq!(CliError::from(TrainError::Model(ModelError::Tensor(oom()))).hint(), direct);
+        assert_eq!(CliError::from(TrainError::Optim(OptimError::Tensor(oom()))).hint(), direct);
+    }
+
+    #[test]
+    fn memory_that_runs_out_anywhere_is_exit_code_3() {
+        let device = || TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 };
+        let host = || TensorError::OutOfHostMemory { requested: 8 };
+        for oom in [device as fn() -> TensorError, host] {
+            let adapter = || LoraError::Tensor(oom());
+            for error in [
+                CliError::Tensor(oom()),
+                CliError::Adapter(adapter()),
+                ModelError::Tensor(oom()).into(),
+                ModelError::Adapter(adapter()).into(),
+                TrainError::Tensor(oom()).into(),
+                TrainError::Optim(OptimError::Tensor(oom())).into(),
+                TrainError::Model(ModelError::Adapter(adapter())).into(),
+                CliError::Stopped { source: Box::new(CliError::Tensor(oom())), saved: "out".into() },
+                CliError::Lost {
+                    source: Box::new(CliError::Tensor(oom())),
+                    also: Box::new(CliError::NoPrompts { path: "p".into() }),
+                },
+            ] {
+                assert_eq!(error.exit_code(), 3, "{error:?}");
+            }
+        }
+        let full = CliError::Stopped { source: Box::new(CliError::NoPrompts { path: "p".into() }), saved: "out".into() };
+        assert_eq!(full.exit_code(), 2);
+    }
+
+    #[test]
+    fn who_held_the_memory_is_told_once() {
+        let arena = Arena::new(nibble_tensor::Device::Cpu);
+        let _held = nibble_tensor::Tensor::zeros(&arena, nibble_tensor::DType::F32, [1024]).unwrap();
+        let oom = CliError::Tensor(TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 });
+        let told = oom.with_owners(&arena);
+        assert!(matches!(&told, CliError::OutOfMemory { owners, .. } if owners.len() == 1));
+        let again = told.to_string();
+        assert_eq!(told.with_owners(&arena).to_string(), again);
+        assert!(matches!(CliError::NoPrompts { path: "p".into() }.with_owners(&arena), CliError::NoPrompts { .. }));
+    }
+
+    #[test]
+    fn host_memory_that_runs_out_is_not_blamed_on_the_gpu() {
+        let arena = Arena::new(nibble_tensor::Device::Cpu);
+        let error = CliError::Tensor(TensorError::OutOfHostMemory { requested: 8 }).with_owners(&arena);
+        assert!(matches!(error, CliError::Tensor(_)), "those that hold the device's memory have no part in it");
+        assert_eq!(error.to_string(), "out of host memory: 8 bytes asked to be locked for copies to the GPU and back");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("ulimit -l") && !hint.contains("--device cpu"), "{hint}");
     }
 }

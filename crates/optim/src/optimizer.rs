@@ -72,6 +72,12 @@ impl Optimizer {
         if let States::Paged(paged) = &self.states { Some(paged.count()) } else { None }
     }
 
+    /// Bytes of pinned host memory that pages take.
+    #[must_use]
+    pub fn host_bytes(&self) -> usize {
+        if let States::Paged(paged) = &self.states { paged.host_bytes() } else { 0 }
+    }
+
     /// Whether the pages hold the f32 values ([`Paging::masters`]): then [`Optimizer::set_values`] comes before the first step,
     /// and the params of a step are copies of 16 bits, which it writes.
     #[must_use]

@@ -77,6 +77,13 @@ pub enum Error {
         /// The limit in bytes.
         limit: usize,
     },
+    /// The host has no more memory that a device could copy from and to by itself: such memory is locked, and neither swapped nor
+    /// taken beyond the system's limit.
+    #[error("out of host memory: {requested} bytes asked to be locked for copies to the GPU and back")]
+    OutOfHostMemory {
+        /// Bytes asked for.
+        requested: usize,
+    },
     /// A device that is not there, or too old.
     #[error("no GPU can be used: {reason}")]
     NoDevice {
@@ -118,4 +125,12 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+}
+
+impl Error {
+    /// Whether there was no more memory, on the device or on the host.
+    #[must_use]
+    pub const fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::OutOfMemory { .. } | Self::OutOfHostMemory { .. })
+    }
 }

@@ -42,7 +42,7 @@ impl Buffer {
     fn len(&self) -> usize {
         match self {
             Self::Plain(buffer) => buffer.len(),
-            Self::Pinned(pinned) => pinned.len(),
+            Self::Pinned(pinned) => pinned.byte_len(),
         }
     }
 }
@@ -89,7 +89,7 @@ impl HostPool {
     /// Begins to copy `tensor` to the host; its memory is held until [`HostCopy::release`].
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the host has no more memory to lock.
+    /// [`Error::OutOfHostMemory`] when the host has no more memory to lock.
     pub fn store(&self, tensor: Tensor) -> Result<HostCopy> {
         let bytes = tensor.span();
         let mut buffer = self.take(bytes)?;

@@ -173,7 +173,7 @@ fn main() -> Result<()> {
     };
     let train = TrainConfig { checkpointing, optim, optim_paging, max_steps: Some(steps + 1), ..TrainConfig::default() };
     if device == "plan" {
-        let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), train };
+        let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), evaluation: Vec::new(), train };
         return print_plan(&config, &setup.with_documents(batch, length));
     }
     let limit: f64 = options.get("memory", f64::INFINITY)?;

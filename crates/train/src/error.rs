@@ -78,17 +78,23 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether a device had no more memory.
+    /// Whether there was no more memory, on the device or on the host.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
+        self.out_of_memory().is_some()
+    }
+
+    /// What was asked for when there was no more memory, if it is that.
+    #[must_use]
+    pub fn out_of_memory(&self) -> Option<&nibble_tensor::Error> {
         let (Self::Tensor(error)
-        | Self::Model(nibble_model::Error::Tensor(error))
-        | Self::Adapter(nibble_lora::Error::Tensor(error))
-        | Self::Optim(nibble_optim::Error::Tensor(error))) = self
+        | Self::Optim(nibble_optim::Error::Tensor(error))
+        | Self::Model(nibble_model::Error::Tensor(error) | nibble_model::Error::Adapter(nibble_lora::Error::Tensor(error)))
+        | Self::Adapter(nibble_lora::Error::Tensor(error))) = self
         else {
-            return false;
+            return None;
         };
-        matches!(error, nibble_tensor::Error::OutOfMemory { .. })
+        error.is_out_of_memory().then_some(error)
     }
 }
 

@@ -1,8 +1,8 @@
 //! The loop.
 
-use std::time::Instant;
+use std::{borrow::Cow, time::Instant};
 
-use nibble_autograd::{ParamGrads, ParamStore, Tape};
+use nibble_autograd::{ParamGrads, ParamStore, Tape, ops::Loss};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
@@ -163,7 +163,14 @@ impl Trainer {
         let mut stopped_early = false;
         let mut pending: Option<Pending> = None;
         loop {
-            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { Some(self.enqueue()?) } else { None };
+            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { self.enqueue().map(Some) } else { Ok(None) };
+            if next.is_err()
+                && let Some(before) = pending.take()
+            {
+                // What the step before has learned is learned.
+                observer.on_step(&self.finish(before)?);
+            }
+            let next = next?;
             // On a GPU the step before is looked at while this one runs.
             let ready = if self.device.is_some() && next.is_some() {
                 std::mem::replace(&mut pending, next)
@@ -353,10 +360,7 @@ pub(crate) fn optimizer(model: &Transformer, params: &mut ParamStore, config: &T
     if !config.optim.is_paged() {
         return Ok(Optimizer::new(arena, &layout, optim)?);
     }
-    if config.optim_paging.masters && model.compute_dtype() == DType::F32 {
-        let found = DType::F32.name().to_owned();
-        return Err(Error::Setting { option: "optim_page_masters", expected: "a compute type of 16 bits", found });
-    }
+    config.check_paging(arena.device(), model.compute_dtype())?;
     let mut optimizer = Optimizer::paged(arena, &layout, optim, &config.optim_paging)?;
     if optimizer.holds_values() {
         optimizer.set_values(&params.hand_over(model.compute_dtype())?)?;
@@ -385,11 +389,7 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     let (mut sum, mut tokens) = (0.0, 0);
     for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
         let batch = data.batch(&indices);
-        let batch = if model.arena().device() == Device::Cpu { batch } else { of_a_class(batch) };
-        let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
-        let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
-        let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
-        let loss = model.loss(&mut Tape::inference(params), &stream, &labels, options)?;
+        let loss = eval_loss(model, params, &batch)?;
         let value = loss.value()?;
         if !value.is_finite() {
             let rows = indices.iter().map(|&i| data.examples()[i].row).collect();
@@ -401,6 +401,16 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     model.release_weights()?;
     let loss = sum / tokens.max(1) as f64;
     Ok(EvalStats { loss, perplexity: loss.exp(), tokens })
+}
+
+/// The summed loss of one micro-batch of an evaluation.
+pub(crate) fn eval_loss(model: &Transformer, params: &ParamStore, batch: &Batch) -> Result<Loss> {
+    let on_cpu = model.arena().device() == Device::Cpu;
+    let batch = if on_cpu { Cow::Borrowed(batch) } else { Cow::Owned(of_a_class(batch.clone())) };
+    let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
+    let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
+    let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
+    Ok(model.loss(&mut Tape::inference(params), &stream, &labels, options)?)
 }
 
 fn check_lengths(model: &Transformer, data: &Dataset) -> Result<()> {

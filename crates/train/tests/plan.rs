@@ -45,6 +45,7 @@ fn qlora(checkpointing: Checkpointing) -> Setup {
         },
         adapter: Some(AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }),
         documents: Vec::new(),
+        evaluation: Vec::new(),
         train: TrainConfig { checkpointing, ..TrainConfig::default() },
     }
 }

@@ -36,6 +36,7 @@ pub fn nearest(setup: &Setup, batch: usize, fits: impl Fn(&Setup) -> Result<bool
                 for checkpointing in savings(setup.train.checkpointing) {
                     let mut tried = setup.clone();
                     tried.documents = part(&setup.documents, parts, length);
+                    tried.evaluation = part(&setup.evaluation, parts, length);
                     (tried.train.optim, tried.train.checkpointing) = (optim, checkpointing);
                     if fits(&tried)? {
                         let max_length = (length < longest).then_some(length);

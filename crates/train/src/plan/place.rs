@@ -3,7 +3,7 @@
 use nibble_model::{config::ModelConfig, files::StoredType};
 use nibble_tensor::{DType, Owner};
 
-use super::{Footprint, Gpu, Setup, fit, footprint};
+use super::{Footprint, Gpu, HostBytes, Setup, fit, footprint};
 use crate::Result;
 
 /// Device memory that a paged optimizer can always do with: more than the pages that visit at once.
@@ -71,5 +71,7 @@ fn on_cpu(model: &ModelConfig, setup: &Setup) -> Result<Footprint> {
     }
     found.peak = found.owners.iter().map(|(_, bytes)| bytes).sum();
     found.device = found.peak;
+    // The host is the device.
+    found.host = HostBytes::default();
     Ok(found)
 }

@@ -6,8 +6,8 @@ use nibble_tensor::Device;
 use nibble_train::plan::{self, COMPONENTS, Document, Footprint, Gpu, MODES, Nearest, Place, Setup};
 
 use crate::{
-    commands::doctor::available_memory,
     error::{CliError, Result},
+    machine::available_memory,
     ui,
 };
 
@@ -79,7 +79,7 @@ impl Planned<'_> {
         Ok(enough)
     }
 
-    fn place(&self) -> Place {
+    pub(super) fn place(&self) -> Place {
         match self.device {
             Device::Cuda(device) => Place::Gpu(Gpu::of_device(device.info())),
             _ => Place::Cpu,
@@ -87,7 +87,7 @@ impl Planned<'_> {
     }
 
     /// Bytes for tensors, where that is known.
-    fn room(&self) -> Result<Option<usize>> {
+    pub(super) fn room(&self) -> Result<Option<usize>> {
         let free = match self.device {
             Device::Cuda(device) => Some(device.free_memory()?),
             _ => available_memory(),
@@ -101,8 +101,31 @@ impl Planned<'_> {
     /// The flags of the nearest run that fits, where there is one.
     pub(super) fn nearest(&self, room: usize) -> Result<Option<String>> {
         let place = self.place();
+        if let Some(flag) = self.smaller_evaluation(room)? {
+            return Ok(Some(flag));
+        }
         let fits = |setup: &Setup| place.fits(self.model, setup, room);
         Ok(plan::nearest(&self.setup, self.batch, fits)?.map(|nearest| self.flags(&nearest)))
+    }
+
+    /// The flag of the largest micro-batch of an evaluation that fits, where the steps do.
+    fn smaller_evaluation(&self, room: usize) -> Result<Option<String>> {
+        let fits = |documents: usize| {
+            let mut setup = self.setup.clone();
+            setup.evaluation.sort_by_key(|document| std::cmp::Reverse(document.tokens));
+            setup.evaluation.truncate(documents);
+            self.place().fits(self.model, &setup, room)
+        };
+        let sizes = std::iter::successors(Some(self.setup.evaluation.len() / 2), |size| Some(size / 2));
+        if self.setup.evaluation.is_empty() || !fits(0)? {
+            return Ok(None);
+        }
+        for size in sizes.take_while(|&size| size > 0) {
+            if fits(size)? {
+                return Ok(Some(format!("--per-device-eval-batch-size {size}")));
+            }
+        }
+        Ok(None)
     }
 
     /// What differs, as flags.
@@ -118,6 +141,10 @@ impl Planned<'_> {
             let batch = self.batch.div_ceil(nearest.parts);
             let accumulation = self.accumulation * nearest.parts;
             flags.push(format!("--batch-size {batch} --gradient-accumulation-steps {accumulation}"));
+            // Where it does not follow the batch.
+            if !self.setup.evaluation.is_empty() && train.eval_batch_size != self.batch {
+                flags.push(format!("--per-device-eval-batch-size {}", train.eval_batch_size.div_ceil(nearest.parts)));
+            }
         }
         if train.optim != self.setup.train.optim {
             flags.push(format!("--optim {}", train.optim));
@@ -141,12 +168,20 @@ pub(super) fn line(found: &Footprint) -> String {
     format!("about {}: {}", ui::bytes(found.peak), parts.join(", "))
 }
 
+fn document(example: &Example) -> Document {
+    let learned = example.labels.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count();
+    Document { tokens: example.tokens.len(), learned }
+}
+
+/// The documents of the largest micro-batch of `batch_size` there is, in the order of the file.
+pub(super) fn largest_in_order(data: &Dataset, batch_size: usize) -> Vec<Document> {
+    let documents: Vec<Document> = data.examples().iter().map(document).filter(|document| document.tokens > 0).collect();
+    let tokens = |batch: &&[Document]| batch.iter().map(|document| document.tokens).sum::<usize>();
+    documents.chunks(batch_size.max(1)).max_by_key(tokens).map(<[Document]>::to_vec).unwrap_or_default()
+}
+
 /// The documents of the largest micro-batch there can be.
 pub(super) fn largest_batch(data: &Dataset, loader: LoaderOptions) -> Vec<Document> {
-    let document = |example: &Example| Document {
-        tokens: example.tokens.len(),
-        learned: example.labels.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count(),
-    };
     let mut documents: Vec<Document> = data.examples().iter().map(document).filter(|document| document.tokens > 0).collect();
     documents.sort_by_key(|document| std::cmp::Reverse(document.tokens));
     match loader.packer {

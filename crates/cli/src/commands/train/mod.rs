@@ -1,6 +1,7 @@
 //! `nibble train`: data, model, adapter, the run, the folder.
 
 mod card;
+mod host;
 mod interrupt;
 mod memory;
 mod progress;
@@ -24,6 +25,7 @@ use crate::{
     base::{Base, load_options, open_adapter, warn_of_other_base},
     dataset::Reader,
     error::{CliError, Result},
+    machine::available_memory,
     output::Staging,
     ui,
 };
@@ -93,6 +95,7 @@ fn prepare(
             load: load_options(&settings.precision, longest),
             adapter: Some(config.clone()),
             documents: memory::largest_batch(&data, loader),
+            evaluation: eval.map_or_else(Vec::new, |eval| memory::largest_in_order(eval, settings.config.eval_batch_size)),
             train: settings.config.clone(),
         },
         batch: settings.loader.batch_size,
@@ -105,6 +108,7 @@ fn prepare(
         OffloadWeights::Blocks(count) => count.min(model_config.num_hidden_layers),
     };
     let held = planned.check()?;
+    planned.check_host(available_memory())?;
     let load = planned.setup.load;
     if load.blocks_on_host > 0 {
         let (count, all) = (load.blocks_on_host, model_config.num_hidden_layers);
@@ -117,7 +121,8 @@ fn prepare(
     let mut model = base.load(&arena, &load).map_err(|error| error.with_owners(&arena))?;
     let params = model.attach(&config, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
     let loader = DataLoader::new(data.into(), loader)?;
-    let trainer = Trainer::new(model, params, loader, settings.config.clone())?;
+    let trainer = Trainer::new(model, params, loader, settings.config.clone());
+    let trainer = trainer.map_err(|error| CliError::from(error).with_owners(&arena))?;
     run::show(&trainer, settings.precision, &config, adapter.map(AdapterFile::path), &settings.config);
     ui::fact("memory", memory::line(&held));
     Ok((trainer, config))
