@@ -39,7 +39,7 @@ pub(crate) struct Parts<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Outcome {
     pub(crate) loss: f64,
-    /// Norm of the gradient; not finite where the step changed nothing.
+    /// Norm of the gradient. Where it or the loss is not finite the step changed nothing.
     pub(crate) grad_norm: f64,
     /// What the loss was multiplied by, with gradients in f16.
     pub(crate) loss_scale: Option<f64>,
