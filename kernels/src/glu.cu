@@ -1,14 +1,16 @@
-// Gated linear unit y = act(gate) · up and its gradients dgate = dy · up · act'(gate), dup = dy · act(gate).
+// Gated linear unit y = act(gate) · up and its gradients dgate = dy · up · act'(gate), dup = dy · act(gate), beside which y is made again
+// where it is asked for.
 //
 // activation: 0 SiLU, 1 GELU by tanh, 2 GELU (the formulas of crates/tensor/src/ops/glu.rs).
 //
 // gate, up [rows, cols] with a pitch of ld_in >= cols, y with one of ld. Backward: gate, up, dgate and dup with a pitch of ld, dy
-// dense. dgate may be dy or gate, dup may be up (or dy), of one pitch: a thread reads all its values before it writes one.
+// dense. dgate may be dy or gate, dup may be up (or dy), of one pitch, y (dense, or null) may be dy: a thread reads all its values before it
+// writes one.
 //
 // Threads: two packs of 16 bytes of each operand a thread, blockDim.x packs apart. Blocks of 256; grid: with n = rows · cols and P = n / (16 / sizeof(T)), ceil(P / 512) blocks in x, at least 1; a smaller grid takes them in turn. No shared
 // memory. Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
 //
-// Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup.
+// Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup, and y.
 
 #include "common/vec.cuh"
 
@@ -104,8 +106,8 @@ __device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, 
 }
 
 template <u32 ACTIVATION, int N, typename T>
-__device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u64 count, u32 per_row,
-                                               u32 ld) {
+__device__ __forceinline__ void backward_packs(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up, u64 count,
+                                               u32 per_row, u32 ld) {
     constexpr int PACKS = 2;
     for (u64 first = u64(blockIdx.x) * blockDim.x * PACKS; first < count; first += u64(gridDim.x) * blockDim.x * PACKS) {
         Held<T, N> d[PACKS], g[PACKS], u[PACKS];
@@ -130,12 +132,14 @@ __device__ __forceinline__ void backward_packs(T *dgate, T *dup, const T *dy, co
 #pragma unroll
             for (int j = 0; j < N; ++j) {
                 const Act act = activate<ACTIVATION>(vg[j]);
+                vg[j] = vu[j] * act.value;
                 vu[j] = vd[j] * vu[j] * act.slope;
                 vd[j] *= act.value;
             }
             const u64 at = place_of<N>(n, count, per_row, ld);
             store_f32(dgate + at, vu);
             store_f32(dup + at, vd);
+            if (y) store_f32(y + n * N, vg);
         }
     }
 }
@@ -150,14 +154,15 @@ __device__ __forceinline__ void forward_of(T *y, const T *gate, const T *up, u32
 }
 
 template <u32 ACTIVATION, typename T>
-__device__ __forceinline__ void backward_of(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u32 rows, u32 cols,
+__device__ __forceinline__ void backward_of(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up, u32 rows, u32 cols,
                                             u32 ld) {
     constexpr u32 N = Pack<T>::N;
-    const bool aligned = aligned16(dgate) && aligned16(dup) && aligned16(dy) && aligned16(gate) && aligned16(up);
+    const bool aligned =
+        aligned16(dgate) && aligned16(dup) && aligned16(y) && aligned16(dy) && aligned16(gate) && aligned16(up);
     if (cols % N == 0 && ld % N == 0 && aligned)
-        backward_packs<ACTIVATION, N>(dgate, dup, dy, gate, up, u64(rows) * (cols / N), cols / N, ld);
+        backward_packs<ACTIVATION, N>(dgate, dup, y, dy, gate, up, u64(rows) * (cols / N), cols / N, ld);
     else
-        backward_packs<ACTIVATION, 1>(dgate, dup, dy, gate, up, u64(rows) * cols, cols, ld);
+        backward_packs<ACTIVATION, 1>(dgate, dup, y, dy, gate, up, u64(rows) * cols, cols, ld);
 }
 
 template <typename T>
@@ -171,14 +176,14 @@ __device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 ac
 }
 
 template <typename T>
-__device__ __forceinline__ void backward(T *dgate, T *dup, const T *dy, const T *gate, const T *up, u32 activation, u32 rows,
+__device__ __forceinline__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up, u32 activation, u32 rows,
                                          u32 cols, u32 ld) {
     if (activation == SILU)
-        backward_of<SILU>(dgate, dup, dy, gate, up, rows, cols, ld);
+        backward_of<SILU>(dgate, dup, y, dy, gate, up, rows, cols, ld);
     else if (activation == GELU_TANH)
-        backward_of<GELU_TANH>(dgate, dup, dy, gate, up, rows, cols, ld);
+        backward_of<GELU_TANH>(dgate, dup, y, dy, gate, up, rows, cols, ld);
     else
-        backward_of<GELU>(dgate, dup, dy, gate, up, rows, cols, ld);
+        backward_of<GELU>(dgate, dup, y, dy, gate, up, rows, cols, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -194,15 +199,15 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_bwd_f32(float *dgate, float *dup, const float *dy, const float *gate, const float *up, u32 activation, u32 rows,
+    glu_bwd_f32(float *dgate, float *dup, float *y, const float *dy, const float *gate, const float *up, u32 activation, u32 rows,
                  u32 cols, u32 ld) {
-    backward(dgate, dup, dy, gate, up, activation, rows, cols, ld);
+    backward(dgate, dup, y, dy, gate, up, activation, rows, cols, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_bwd_f16(f16 *dgate, f16 *dup, const f16 *dy, const f16 *gate, const f16 *up, u32 activation, u32 rows,
+    glu_bwd_f16(f16 *dgate, f16 *dup, f16 *y, const f16 *dy, const f16 *gate, const f16 *up, u32 activation, u32 rows,
                  u32 cols, u32 ld) {
-    backward(dgate, dup, dy, gate, up, activation, rows, cols, ld);
+    backward(dgate, dup, y, dy, gate, up, activation, rows, cols, ld);
 }
 
 #if HAS_BF16
@@ -213,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    glu_bwd_bf16(bf16 *dgate, bf16 *dup, const bf16 *dy, const bf16 *gate, const bf16 *up, u32 activation, u32 rows,
+    glu_bwd_bf16(bf16 *dgate, bf16 *dup, bf16 *y, const bf16 *dy, const bf16 *gate, const bf16 *up, u32 activation, u32 rows,
                  u32 cols, u32 ld) {
-    backward(dgate, dup, dy, gate, up, activation, rows, cols, ld);
+    backward(dgate, dup, y, dy, gate, up, activation, rows, cols, ld);
 }
 #endif

@@ -7,8 +7,8 @@
 //
 // Threads: 288 a block. One thread of the last warp has the copy engine bring tiles of x [128 rows, 64 columns] (for dA: 64 rows,
 // 128 columns) and of A (t) through STAGES buffers; two warpgroups multiply 64 rows (columns) each by wgmma, with f32 sums. The
-// reduction, over k (rows), is dealt to the four blocks of a cluster, tile by tile in stretches; they leave their sums in shared
-// memory, and each adds up a quarter of the results, in the order of the blocks: results repeat bit for bit.
+// reduction, over k (rows), is dealt to the four blocks of a cluster tile by tile in turn, so that what they read at a time lies side by
+// side; they leave their sums in shared memory, and each adds up a quarter of the results, in the order of the blocks: results repeat bit for bit.
 //
 // Tensor maps (16-bit, dims (columns, 1, rows), 128-byte swizzle, zeros outside), boxes: x (64, 1, 128), A (64, 1, 32 or 64: the
 // instance); for dA x and t (64, 1, 64).
@@ -49,16 +49,15 @@ struct Buffers {
 // Runs `load` (one thread) and `multiply` (the warpgroups) over this block's share of the tiles. After it the buffers are free.
 template <u32 BYTES, typename Load, typename Multiply>
 __device__ __forceinline__ void stream(const Buffers<BYTES> &buffers, u32 tiles, Load load, Multiply multiply) {
-    const u32 each = (tiles + SPLIT - 1) / SPLIT, begin = min(cluster_rank() * each, tiles), end = min(begin + each, tiles);
     Ring<STAGES> ring;
     if (threadIdx.x == 256) {
-        for (u32 tile = begin; tile < end; tile++, ring.next()) {
+        for (u32 tile = cluster_rank(); tile < tiles; tile += SPLIT, ring.next()) {
             mbarrier_wait(buffers.empty(ring.index), ring.parity ^ 1);
             mbarrier_expect(buffers.full(ring.index), BYTES);
             load(tile, buffers.at(ring.index), buffers.full(ring.index));
         }
     } else if (threadIdx.x < 256) {
-        for (u32 tile = begin; tile < end; tile++, ring.next()) {
+        for (u32 tile = cluster_rank(); tile < tiles; tile += SPLIT, ring.next()) {
             mbarrier_wait(buffers.full(ring.index), ring.parity);
             multiply(buffers.at(ring.index));
             if (threadIdx.x % 32 == 0) mbarrier_arrive(buffers.empty(ring.index));

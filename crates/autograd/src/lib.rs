@@ -15,11 +15,13 @@
 
 #![forbid(unsafe_code)]
 
+mod again;
 mod offload;
 pub mod ops;
 mod params;
 mod tape;
 
+pub use again::Later;
 pub use nibble_tensor::{Error, Result};
 pub use offload::{Kept, Offload};
 pub use params::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder};

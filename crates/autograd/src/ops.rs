@@ -11,7 +11,10 @@ use nibble_tensor::{
     },
 };
 
-use crate::{Kept, Leaf, ParamGrads, Tape, Var};
+use crate::{
+    Kept, Leaf, ParamGrads, Tape, Var,
+    again::{Again, Later},
+};
 
 /// Rows of `table` [V, C] for `tokens` U32 `[T]`, times `scale`, in `dtype`: [T, C].
 ///
@@ -65,14 +68,14 @@ pub fn fork_rms_norm(tape: &mut Tape<'_>, x: Var, weight: &Leaf, config: NormCon
 }
 
 /// The norm of a kept residual stream, made again.
-fn norm_again(r: &Kept, w: &Tensor, config: NormConfig) -> impl FnOnce() -> Result<Tensor> + 'static {
+fn norm_again(r: &Kept, w: &Tensor, config: NormConfig) -> Again {
     let (r, w) = (r.clone(), w.clone());
-    move || Ok(rms_norm::forward(&r.get()?, &w, config)?.0)
+    Again::new(move || Ok(rms_norm::forward(&r.get()?, &w, config)?.0))
 }
 
-fn with(var: Var, recipe: Option<impl FnOnce() -> Result<Tensor> + 'static>) -> Var {
-    match recipe {
-        Some(recipe) => var.made_by(recipe),
+fn with(var: Var, again: Option<Again>) -> Var {
+    match again {
+        Some(again) => var.made_by(again),
         None => var,
     }
 }
@@ -167,16 +170,24 @@ pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation)
     let y = glu::forward_with_room(&gate, &up, activation, linear::room(&gate))?;
     let recorded = gate_id.is_some() || up_id.is_some();
     let (gate, up) = (tape.keep(&gate, recorded)?, tape.keep(&up, recorded)?);
+    // The layer that reads y needs it for the gradient of its A alone, which can wait until y is made beside the gradients here.
+    let later = Later::default();
     let again = tape.is_recomputing().then(|| {
         let (gate, up) = (gate.clone(), up.clone());
-        move || {
+        let made = Again::new(move || {
             let (up, gate) = (up.get()?, gate.get()?);
             glu::forward(&gate, &up, activation)
-        }
+        });
+        if recorded { made.or_later(&later) } else { made }
     });
-    let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], _| {
+    let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], grads| {
         let (up, gate) = (up.get()?, gate.get()?);
-        let (dgate, dup) = glu::backward(&dy, gate, up, activation)?;
+        if later.is_empty() {
+            let (dgate, dup) = glu::backward(&dy, gate, up, activation)?;
+            return Ok([Some(dgate), Some(dup)]);
+        }
+        let (dgate, dup, y) = glu::backward_and_forward(dy, gate, up, activation)?;
+        later.run(&y, grads)?;
         Ok([Some(dgate), Some(dup)])
     });
     Ok(with(y, again))

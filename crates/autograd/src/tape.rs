@@ -2,7 +2,10 @@
 
 use nibble_tensor::{DType, Result, Shape, Tensor};
 
-use crate::{Kept, Offload, ParamGrads, ParamStore};
+use crate::{
+    Kept, Offload, ParamGrads, ParamStore,
+    again::{Again, Later},
+};
 
 /// The place of an activation's gradient on its tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,18 +15,15 @@ pub struct VarId(usize);
 pub struct Var {
     tensor: Tensor,
     id: Option<VarId>,
-    again: Option<Recipe>,
+    again: Option<Again>,
 }
-
-/// Makes a value again from what was saved anyway.
-type Recipe = Box<dyn FnOnce() -> Result<Tensor>>;
 
 /// An op's input kept for its backward, or how to make it again.
 pub struct Saved(How);
 
 enum How {
     Kept(Kept),
-    Recipe(Recipe),
+    Again(Again),
 }
 
 impl Saved {
@@ -34,7 +34,16 @@ impl Saved {
     pub fn get(self) -> Result<Tensor> {
         match self.0 {
             How::Kept(kept) => kept.get(),
-            How::Recipe(recipe) => recipe(),
+            How::Again(again) => again.make(),
+        }
+    }
+
+    /// Where what needs the value may be left, if its maker makes it again in its own backward, which comes next.
+    #[must_use]
+    pub fn later(&self) -> Option<Later> {
+        match &self.0 {
+            How::Kept(_) => None,
+            How::Again(again) => again.later(),
         }
     }
 }
@@ -47,7 +56,7 @@ impl std::fmt::Debug for Var {
 
 impl std::fmt::Debug for Saved {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if matches!(self.0, How::Kept(_)) { "Saved::Kept" } else { "Saved::Recipe" })
+        f.write_str(if matches!(self.0, How::Kept(_)) { "Saved::Kept" } else { "Saved::Again" })
     }
 }
 
@@ -77,8 +86,8 @@ impl Var {
     }
 
     /// The same variable, with how to make its value again.
-    pub(crate) fn made_by(self, recipe: impl FnOnce() -> Result<Tensor> + 'static) -> Self {
-        Self { again: Some(Box::new(recipe)), ..self }
+    pub(crate) fn made_by(self, again: Again) -> Self {
+        Self { again: Some(again), ..self }
     }
 }
 
@@ -165,7 +174,7 @@ impl<'m> Tape<'m> {
     /// As [`Tape::keep`].
     pub fn save(&self, var: Var, recorded: bool) -> Result<(Tensor, Saved, Option<VarId>)> {
         let how = match var.again {
-            Some(recipe) => How::Recipe(recipe),
+            Some(again) => How::Again(again),
             None => How::Kept(self.keep(&var.tensor, recorded || var.id.is_some())?),
         };
         Ok((var.tensor, Saved(how), var.id))

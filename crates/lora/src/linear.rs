@@ -2,7 +2,7 @@
 
 use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId};
 use nibble_tensor::{
-    DType, HostPool, HostWeight, Result, Rng, Tensor, Weight,
+    DType, HostPool, HostWeight, Result, Rng, Shape, Tensor, Weight,
     ops::linear::{self, Dropout, Part, PartGrads},
 };
 
@@ -136,9 +136,9 @@ impl Linear {
         // Its backward comes next: x itself is kept.
         let (x, input, id) = Tape::save_value(x);
         let saved = linear::forward_unread(&x, &parts)?;
-        let y = Tensor::empty(x.arena(), x.dtype(), [0])?;
+        let (y, shape) = (Tensor::empty(x.arena(), x.dtype(), [0])?, x.shape());
         drop(x);
-        let [y] = record(tape, [self], [y], input, id, parts, saved);
+        let [y] = record(tape, [self], [y], input, (id, shape), parts, saved);
         Ok(y)
     }
 
@@ -221,11 +221,11 @@ fn fused<'m, const N: usize>(
     let trains = layers.iter().any(|layer| layer.trains());
     let (x, input, id) = tape.save(x, trains)?;
     let (ys, saved) = forward(&x, &parts)?;
-    let mut ys = ys.into_iter();
+    let (mut ys, shape) = (ys.into_iter(), x.shape());
     drop(x);
     // invariant: the op gives one output a part, and there are N parts
     let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
-    Ok(record(tape, layers, outputs, input, id, parts, saved))
+    Ok(record(tape, layers, outputs, input, (id, shape), parts, saved))
 }
 
 fn record<'m, const N: usize>(
@@ -233,25 +233,33 @@ fn record<'m, const N: usize>(
     layers: [&'m Linear; N],
     outputs: [Tensor; N],
     input: Saved,
-    id: Option<VarId>,
+    (id, shape): (Option<VarId>, Shape),
     parts: Vec<Part>,
     saved: linear::Saved,
 ) -> [Var; N] {
     let trains = layers.iter().any(|layer| layer.trains());
+    let trained = layers.map(|layer| layer.trained().map(Option::<&Param>::cloned));
     tape.record([id], outputs, trains, move |dys, grads| {
-        let (grads, x) = (part_grads(&layers, grads)?, input.get()?);
+        let base_trains = trained.iter().any(|[base, ..]| base.is_some());
+        if let (Some(later), Some(_), false) = (input.later(), id, base_trains)
+            && linear::can_wait_for_input(&dys, &parts)
+        {
+            let (dx, pending) = linear::backward_without_input(&dys, shape, &saved, &parts, part_grads(&trained, grads)?)?;
+            later.leave(move |x, grads| pending.finish(x, &parts, part_grads(&trained, grads)?));
+            return Ok([Some(dx)]);
+        }
+        let (grads, x) = (part_grads(&trained, grads)?, input.get()?);
         Ok([linear::backward(&dys, x, &saved, &parts, grads, id.is_some())?])
     })
 }
 
-/// Hands each part the gradients of its trained values.
-fn part_grads<'g>(layers: &[&Linear], grads: &'g mut ParamGrads) -> Result<Vec<PartGrads<'g>>> {
-    let trained: Vec<[Option<&Param>; 4]> = layers.iter().map(|layer| layer.trained()).collect();
-    let wanted: Vec<&Param> = trained.iter().flatten().filter_map(|param| *param).collect();
+/// Hands each part the gradients of its trained values, in the order of [`Linear::trained`].
+fn part_grads<'g>(trained: &[[Option<Param>; 4]], grads: &'g mut ParamGrads) -> Result<Vec<PartGrads<'g>>> {
+    let wanted: Vec<&Param> = trained.iter().flatten().flatten().collect();
     let mut views = grads.get_mut(&wanted)?.into_iter();
-    let mut next = |param: Option<&Param>| param.and_then(|_| views.next());
+    let mut next = |param: &Option<Param>| param.as_ref().and_then(|_| views.next());
     Ok(trained
-        .into_iter()
+        .iter()
         .map(|[base, bias, a, b]| PartGrads { weight: next(base), bias: next(bias), adapter: next(a).zip(next(b)) })
         .collect())
 }

@@ -52,15 +52,31 @@ pub fn forward_with_room(gate: &Tensor, up: &Tensor, activation: Activation, roo
 pub fn backward(dy: &Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Tensor)> {
     check("up", &up, &gate)?;
     check("dy", dy, &gate)?;
+    let (dgate, dup, _) = run_backward(dy.clone(), false, gate, up, activation)?;
+    Ok((dgate, dup))
+}
+
+/// [`backward`], and y made again on the way, bit for bit; on a GPU over `dy` where that is its only handle, for one more writing.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_and_forward(dy: Tensor, gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Tensor, Tensor)> {
+    check("up", &up, &gate)?;
+    check("dy", &dy, &gate)?;
+    run_backward(dy, true, gate, up, activation)
+}
+
+/// (dgate, dup, y); y is dy where it is not asked for `again`.
+fn run_backward(dy: Tensor, again: bool, gate: Tensor, up: Tensor, activation: Activation) -> Result<(Tensor, Tensor, Tensor)> {
     match gate.device() {
         Device::Cpu => with_float!(gate.dtype(), OP, "gate", E => {
             let mut dgate = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
             let mut dup = Tensor::empty(gate.arena(), gate.dtype(), gate.shape())?;
-            let (gate, up) = (gate.as_slice()?, up.as_slice()?);
-            cpu::backward::<E>(dy.as_slice()?, gate, up, activation, dgate.as_mut_slice()?, dup.as_mut_slice()?);
-            Ok((dgate, dup))
+            let slices = (gate.as_slice()?, up.as_slice()?);
+            cpu::backward::<E>(dy.as_slice()?, slices.0, slices.1, activation, dgate.as_mut_slice()?, dup.as_mut_slice()?);
+            Ok((dgate, dup, if again { forward(&gate, &up, activation)? } else { dy }))
         }),
-        Device::Cuda(device) => cuda::backward(device, dy, gate, up, activation),
+        Device::Cuda(device) => cuda::backward(device, dy, again, gate, up, activation),
     }
 }
 
@@ -223,25 +239,34 @@ mod cuda {
     /// A thread reads all its values before it writes one, so that the results may lie over the operands.
     pub(super) fn backward(
         device: CudaDevice,
-        dy: &Tensor,
+        dy: Tensor,
+        again: bool,
         gate: Tensor,
         up: Tensor,
         activation: Activation,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(Tensor, Tensor, Tensor)> {
         if gate.room() != up.room() {
-            return backward(device, dy, gate.dense()?, up.dense()?, activation);
+            return backward(device, dy, again, gate.dense()?, up.dense()?, activation);
         }
         let (rows_cols, gate_at, ld) = sizes(&gate)?;
-        let inputs = [Arg::read(dy)?, gate_at, sizes(&up)?.1, number(activation)];
+        let apart = again && !dy.is_unique();
+        let mut y = apart.then(|| Tensor::empty(dy.arena(), dy.dtype(), dy.shape())).transpose()?;
+        let y_at = match &mut y {
+            Some(y) => Arg::write(y)?,
+            None if again => Arg::read(&dy)?,
+            None => Arg::NONE,
+        };
+        let inputs = [Arg::read(&dy)?, gate_at, sizes(&up)?.1, number(activation)];
         let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate));
         let place = |x: &Tensor| {
             if x.is_unique() { Ok(None) } else { Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room()).map(Some) }
         };
         let (new_gate, new_up) = (place(&gate)?, place(&up)?);
         let (mut dgate, mut dup) = (new_gate.unwrap_or(gate), new_up.unwrap_or(up));
-        let outputs = [dgate.rows_address_mut()?.0, dup.rows_address_mut()?.0].map(Arg::Pointer);
+        let [dgate_at, dup_at] = [dgate.rows_address_mut()?.0, dup.rows_address_mut()?.0].map(Arg::Pointer);
+        let outputs = [dgate_at, dup_at, y_at];
         device.launch(&name, grid, &[&outputs[..], &inputs, &rows_cols, &[ld]].concat())?;
-        Ok((dgate, dup))
+        Ok((dgate, dup, y.unwrap_or(dy)))
     }
 }
 
@@ -324,6 +349,24 @@ mod tests {
             let (dgate, dup) = backward(&gate, gate.clone(), gate.clone(), activation).unwrap();
             assert_eq!(dgate.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
             assert_eq!(dup.to_f32_vec().unwrap(), [0.0, 0.0, 4e4, 1e8], "{activation:?}");
+        }
+    }
+
+    #[test]
+    fn made_again_beside_the_gradients_it_is_the_same() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let [gate, up, dy] = [0, 1, 2].map(|seed| normal(seed, dtype, [5, 72]));
+            for activation in ALL {
+                let (y, plain) =
+                    (forward(&gate, &up, activation).unwrap(), backward(&dy, gate.clone(), up.clone(), activation).unwrap());
+                for alone in [false, true] {
+                    let dy = if alone { normal(2, dtype, [5, 72]) } else { dy.clone() };
+                    let (dgate, dup, again) = backward_and_forward(dy, gate.clone(), up.clone(), activation).unwrap();
+                    for (found, expected) in [(again, &y), (dgate, &plain.0), (dup, &plain.1)] {
+                        assert_eq!(found.to_f32_vec().unwrap(), expected.to_f32_vec().unwrap(), "{activation:?} {dtype} {alone}");
+                    }
+                }
+            }
         }
     }
 

@@ -139,20 +139,66 @@ pub fn backward(
     grads: Vec<PartGrads<'_>>,
     want_dx: bool,
 ) -> Result<Option<Tensor>> {
-    let (rows, inputs) = (x.shape().rows(), x.shape().last());
+    check_backward(dys, x.shape(), parts, &grads)?;
+    match x.device() {
+        Device::Cpu => cpu::backward(dys, &x, &saved.0, parts, grads, want_dx),
+        Device::Cuda(device) => cuda::backward(device, dys, x, saved, parts, grads, want_dx),
+    }
+}
+
+/// What a backward pass leaves to be added once the input is there: dA += tᵀ x.
+#[derive(Debug)]
+pub struct Pending(cuda::Pending);
+
+/// Whether [`backward_without_input`] serves: on a GPU, where no base trains and nothing is dropped.
+#[must_use]
+pub fn can_wait_for_input(dys: &[Tensor], parts: &[Part]) -> bool {
+    let plain = |part: &Part| part.adapter.as_ref().is_some_and(|adapter| adapter.dropout.is_none());
+    dys.iter().all(|dy| dy.device() != Device::Cpu) && parts.iter().all(plain)
+}
+
+/// [`backward`] before the input [T, K] is there: dx, and what is left to do. For an input that is made again later anyway.
+///
+/// # Errors
+/// As [`backward`]; [`Error::Argument`] where [`can_wait_for_input`] says no.
+pub fn backward_without_input(
+    dys: &[Tensor],
+    shape: Shape,
+    saved: &Saved,
+    parts: &[Part],
+    grads: Vec<PartGrads<'_>>,
+) -> Result<(Tensor, Pending)> {
+    check_backward(dys, shape, parts, &grads)?;
+    match dys.first().map(Tensor::device) {
+        Some(Device::Cuda(device)) if can_wait_for_input(dys, parts) => {
+            let (dx, pending) = cuda::backward_without_input(device, dys, shape, saved, parts, grads)?;
+            Ok((dx, Pending(pending)))
+        }
+        _ => Err(Error::Argument { op: "linear", argument: "x", expected: "the input of this backward pass", found: 0 }),
+    }
+}
+
+impl Pending {
+    /// Adds what was left to do.
+    ///
+    /// # Errors
+    /// As [`backward`].
+    pub fn finish(self, x: &Tensor, parts: &[Part], mut grads: Vec<PartGrads<'_>>) -> Result<()> {
+        cuda::finish(&self.0, x, parts, &mut grads)
+    }
+}
+
+fn check_backward(dys: &[Tensor], shape: Shape, parts: &[Part], grads: &[PartGrads<'_>]) -> Result<()> {
     for (name, found) in [("dys", dys.len()), ("grads", grads.len())] {
         if found != parts.len() {
             return Err(Error::Argument { op: "linear", argument: name, expected: "as many as parts", found });
         }
     }
     for (part, dy) in parts.iter().zip(dys) {
-        check(inputs, part)?;
-        dy.expect_shape("linear", "dy", [rows, part.outputs()])?;
+        check(shape.last(), part)?;
+        dy.expect_shape("linear", "dy", [shape.rows(), part.outputs()])?;
     }
-    match x.device() {
-        Device::Cpu => cpu::backward(dys, &x, &saved.0, parts, grads, want_dx),
-        Device::Cuda(device) => cuda::backward(device, dys, x, saved, parts, grads, want_dx),
-    }
+    Ok(())
 }
 
 impl Part {

@@ -15,7 +15,7 @@ use call::{Call, columns, rows, transposed};
 
 use super::{OP, Part, PartGrads, ROOM, Saved};
 use crate::{
-    DType, Result, Tensor, TensorMut,
+    DType, Device, Result, Shape, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
     ops::{
         dequantize::cuda::{matrix, product_of_few, widened},
@@ -76,26 +76,13 @@ pub(super) fn backward(
     want_dx: bool,
 ) -> Result<Option<Tensor>> {
     let call = Call::new(device, &x, parts)?;
-    let h = saved.0.first().and_then(Option::as_ref);
-    // t lies behind the rows of the dy that it rides with, where there is room.
-    let behind = call.rider(dys).filter(|&i| want_dx && dys[i].room() >= call.ranks);
-    let narrow = if behind.is_some() { None } else { call.narrow()? };
-    let t = match (behind, &narrow) {
-        (Some(i), _) => Some(columns(rows(&dys[i])?, parts[i].outputs(), call.dtype)),
-        (None, narrow) => narrow.as_ref().map(rows).transpose()?,
-    };
-    for (i, (part, dy)) in parts.iter().zip(dys).enumerate() {
-        if let Some(dweight) = &mut grads[i].weight {
+    for ((part, dy), grads) in parts.iter().zip(dys).zip(&mut grads) {
+        if let Some(dweight) = &mut grads.weight {
             call.add_gradient([part.outputs(), call.inputs], rows(dy)?, rows(&x)?, dweight.address()?, 1.0)?;
         }
-        if let Some(dbias) = &mut grads[i].bias {
-            bias_gradient(device, dbias, dy)?;
-        }
-        if let (Some(t), Some(h)) = (t, h) {
-            call.adapter_gradients(i, dy, h, t, grads[i].adapter.as_mut().map(|(_, db)| db))?;
-        }
     }
-    if let Some(t) = t {
+    let pending = call.output_gradients(dys, saved, &mut grads, want_dx)?;
+    if let Some(t) = pending.t()? {
         call.add_a_gradients(t, &mut grads)?;
     }
     if !want_dx {
@@ -103,7 +90,36 @@ pub(super) fn backward(
     }
     let call = call.without_input();
     drop(x);
-    call.input_gradient(dys, t).map(Some)
+    call.input_gradient(dys, pending.t()?).map(Some)
+}
+
+pub(super) fn backward_without_input(
+    device: CudaDevice,
+    dys: &[Tensor],
+    shape: Shape,
+    saved: &Saved,
+    parts: &[Part],
+    mut grads: Vec<PartGrads<'_>>,
+) -> Result<(Tensor, Pending)> {
+    let call = Call::of_shape(device, dys[0].arena(), dys[0].dtype(), shape, parts)?;
+    let pending = call.output_gradients(dys, saved, &mut grads, true)?;
+    Ok((call.input_gradient(dys, pending.t()?)?, pending))
+}
+
+pub(super) fn finish(pending: &Pending, x: &Tensor, parts: &[Part], grads: &mut [PartGrads<'_>]) -> Result<()> {
+    let (Device::Cuda(device), Some(t)) = (x.device(), pending.t()?) else { return Ok(()) };
+    Call::new(device, x, parts)?.add_a_gradients(t, grads)
+}
+
+/// t of all parts, as it lies: columns of a tensor from the given one on; nothing without adapters.
+#[derive(Debug)]
+pub(super) struct Pending(Option<(Tensor, usize)>);
+
+impl Pending {
+    fn t(&self) -> Result<Option<Matrix>> {
+        let Some((held, first)) = &self.0 else { return Ok(None) };
+        Ok(Some(columns(rows(held)?, *first, held.dtype())))
+    }
 }
 
 /// Partial sums that a pass over dy leaves: of t one for each block of columns, of dB one for each share of the rows.
@@ -114,6 +130,25 @@ struct OnePass {
 }
 
 impl Call<'_, '_> {
+    /// dbias and dB of each part, and t, which lies behind the rows of the dy that it rides with, where there is room.
+    fn output_gradients(&self, dys: &[Tensor], saved: &Saved, grads: &mut [PartGrads<'_>], want_dx: bool) -> Result<Pending> {
+        let h = saved.0.first().and_then(Option::as_ref);
+        let behind = self.rider(dys).filter(|&i| want_dx && dys[i].room() >= self.ranks);
+        let pending = Pending(match behind {
+            Some(i) => Some((dys[i].clone(), self.parts[i].outputs())),
+            None => self.narrow()?.map(|t| (t, 0)),
+        });
+        for (i, dy) in dys.iter().enumerate() {
+            if let Some(dbias) = &mut grads[i].bias {
+                bias_gradient(self.device, dbias, dy)?;
+            }
+            if let (Some(t), Some(h)) = (pending.t()?, h) {
+                self.adapter_gradients(i, dy, h, t, grads[i].adapter.as_mut().map(|(_, db)| db))?;
+            }
+        }
+        Ok(pending)
+    }
+
     /// y = x Wᵀ + bias + s h Bᵀ of one part, rounded once. cuBLASLt rounds a product to 16 bits before it adds it to what is there:
     /// what a young adapter adds, below half of the last place of x Wᵀ, would be lost, and the adapter would not learn.
     fn product_and_adapter(&self, i: usize, h: Option<&Tensor>, y: &mut Tensor) -> Result<()> {

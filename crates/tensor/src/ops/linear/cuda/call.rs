@@ -46,9 +46,13 @@ pub(super) struct Call<'x, 'p> {
 
 impl<'x, 'p> Call<'x, 'p> {
     pub(super) fn new(device: CudaDevice, x: &'x Tensor, parts: &'p [Part]) -> Result<Self> {
-        let (tokens, inputs) = (x.shape().rows(), x.shape().last());
-        let (pairs, offsets) = (Vec::new(), Vec::new());
-        let (input, arena, shape, dtype) = (Some(x), x.arena().clone(), x.shape(), x.dtype());
+        Ok(Self { input: Some(x), ..Self::of_shape(device, x.arena(), x.dtype(), x.shape(), parts)? })
+    }
+
+    /// Of an input that is not there.
+    pub(super) fn of_shape(device: CudaDevice, arena: &Arena, dtype: DType, shape: Shape, parts: &'p [Part]) -> Result<Self> {
+        let (tokens, inputs) = (shape.rows(), shape.last());
+        let (pairs, offsets, input, arena) = (Vec::new(), Vec::new(), None, arena.clone());
         let mut call =
             Self { device, input, arena, shape, parts, dtype, tokens, inputs, pairs, offsets, ranks: 0, stacked: true };
         let mut next = None;
