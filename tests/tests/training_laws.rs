@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nibble_autograd::{ParamStore, Tape};
 use nibble_data::{Batch, DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
-use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
+use nibble_lora::{AdapterConfig, AdapterFile, Init, InitLoraWeights, TargetModules, save_adapter};
 use nibble_model::{Checkpointing, LoadOptions, LossOptions, Mix, Stream, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
 use nibble_optim::{OptimizerName, Paging};
@@ -13,7 +13,7 @@ use nibble_tensor::{
     ops::{lm_head_loss::Labels, loss_scale},
 };
 use nibble_tests::{golden, relative_error};
-use nibble_train::{TrainConfig, Trainer};
+use nibble_train::{Observer, StepStats, TrainConfig, Trainer};
 
 fn adapter(init: InitLoraWeights, dropout: f64) -> AdapterConfig {
     AdapterConfig {
@@ -33,12 +33,16 @@ fn model(config: &AdapterConfig, dtype: DType) -> (Transformer, ParamStore) {
 
 /// The same with the codes of its first blocks on the host.
 fn model_on_host(config: &AdapterConfig, dtype: DType, blocks_on_host: usize) -> (Transformer, ParamStore) {
+    model_from(config, Init::Random(7), dtype, blocks_on_host)
+}
+
+fn model_from(config: &AdapterConfig, init: Init<'_>, dtype: DType, blocks_on_host: usize) -> (Transformer, ParamStore) {
     let path = golden("models/llama31").expect("the project has its own copy");
     let quant = Some(QuantConfig { double_quant: true, ..QuantConfig::default() });
     let options = LoadOptions { quant, compute_dtype: dtype, max_positions: 256, blocks_on_host };
     let mut model =
         Transformer::load(&Checkpoint::open(&path).unwrap(), &nibble_tests::arena(), &options, &mut |_, _| {}).unwrap();
-    let params = model.attach(config, Init::Random(7)).unwrap();
+    let params = model.attach(config, init).unwrap();
     (model, params)
 }
 
@@ -431,4 +435,54 @@ fn at_the_least_loss_scale_gradients_that_are_not_finite_are_an_error() {
     trainer.load_loss_scale((2.0, 0)).unwrap();
     assert!(trainer.step().unwrap().skipped);
     assert!(matches!(trainer.step(), Err(nibble_train::Error::NonFinite { step: 2, quantity: "loss", .. })));
+}
+
+/// Ends a run at [`STOP`]; the last step that it saw.
+#[derive(Default)]
+struct Ends(usize);
+
+impl Observer for Ends {
+    fn on_step(&mut self, stats: &StepStats) {
+        self.0 = stats.step;
+    }
+
+    fn should_stop(&mut self) -> bool {
+        self.0 >= STOP
+    }
+}
+
+/// Where a run is ended; on a GPU the step after it is on its way by then.
+const STOP: usize = 3;
+
+#[test]
+fn n_steps_an_end_and_m_steps_are_n_plus_m_steps_bit_for_bit() {
+    let config = adapter(InitLoraWeights::Default, 0.1);
+    for (dtype, optim) in [
+        (DType::F32, OptimizerName::AdamWTorch),
+        (DType::Bf16, OptimizerName::AdamW8bit),
+        (DType::F16, OptimizerName::AdamWTorch),
+        (DType::Bf16, OptimizerName::Adafactor),
+    ] {
+        let train = TrainConfig { max_steps: Some(8), learning_rate: 1e-2, optim, ..TrainConfig::default() };
+        let mut whole = trainer_in(dtype, &config, 2, train.clone());
+        whole.train(None, &mut ()).unwrap();
+
+        let folder = tempfile::tempdir().unwrap();
+        let mut part = trainer_in(dtype, &config, 2, train.clone());
+        let outcome = part.train(None, &mut Ends::default()).unwrap();
+        assert!(outcome.stopped_early && (STOP..=STOP + 1).contains(&outcome.steps));
+        save_adapter(folder.path(), &config, part.params()).unwrap();
+        part.save_state(folder.path()).unwrap();
+
+        let mut rest = {
+            let (model, params) = model_from(&config, Init::File(&AdapterFile::open(folder.path()).unwrap()), dtype, 0);
+            let options = LoaderOptions { packer: Packer::Documents { batch_size: 2 }, seed: 0, shuffle: false };
+            Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), train).unwrap()
+        };
+        assert_eq!(rest.resume(folder.path()).unwrap(), outcome.steps);
+        assert_eq!(rest.train(None, &mut ()).unwrap().steps, 8 - outcome.steps);
+        let bits = |trainer: &Trainer| trainer.params().values().unwrap().iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&rest) == bits(&whole), "{dtype} {optim}");
+        assert_eq!(rest.loss_scale().unwrap(), whole.loss_scale().unwrap(), "{dtype} {optim}");
+    }
 }

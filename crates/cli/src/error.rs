@@ -14,7 +14,7 @@ use nibble_model::{
 };
 use nibble_optim::{Error as OptimError, OptimizerName};
 use nibble_tensor::{Arena, Error as TensorError};
-use nibble_train::Error as TrainError;
+use nibble_train::{Error as TrainError, ResumeProblem};
 
 use crate::ui;
 
@@ -50,8 +50,8 @@ pub(crate) enum CliError {
     #[error("replace `{}`: expected a result of an earlier run, found neither `adapter_config.json` nor `config.json` in it", path.display())]
     OutputIsOther { path: PathBuf },
     /// Flags that say what an adapter's own config says already.
-    #[error("train: {} cannot be given with `--adapter {}`, whose own config decides", listed(flags), adapter.display())]
-    AdapterFlags { flags: Vec<&'static str>, adapter: PathBuf },
+    #[error("train: {} cannot be given with `{with} {}`, whose own config decides", listed(flags), adapter.display())]
+    AdapterFlags { flags: Vec<&'static str>, with: &'static str, adapter: PathBuf },
     /// A flag that would change nothing.
     #[error("`{flag}` has no effect with `{with}`")]
     NoEffect { flag: &'static str, with: &'static str },
@@ -136,8 +136,8 @@ impl CliError {
             }
             Self::OutputExists { .. } => Some("choose another `--output`, or replace it with `--overwrite-output-dir`".into()),
             Self::OutputHoldsInput { .. } | Self::OutputIsOther { .. } => Some("choose another `--output`".into()),
-            Self::AdapterFlags { .. } => {
-                Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
+            Self::AdapterFlags { with, .. } => {
+                Some(format!("leave them away to train the adapter further, or `{with}` to start afresh"))
             }
             Self::DoesNotFit { nearest: Some(flags), .. } => Some(format!("what fits: `{flags}`")),
             Self::DoesNotFit { nearest: None, .. } => Some(
@@ -234,6 +234,11 @@ fn train_hint(error: &TrainError) -> Option<String> {
         TrainError::NonFinite { .. } | TrainError::NonFiniteEval { .. } => {
             Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into())
         }
+        TrainError::Resume { problem: ResumeProblem::OtherRun(_), .. } => Some(
+            "give the same settings, or train its adapter further with `--adapter`, where optimizer and schedule begin anew"
+                .into(),
+        ),
+        TrainError::Resume { .. } => Some("its adapter can be trained further with `--adapter`".into()),
         TrainError::NothingTrains => Some("choose `--target-modules all-linear`".into()),
         TrainError::TooLong { .. } => Some("cut long rows with `--max-length`".into()),
         TrainError::Optim(OptimError::PageFile { .. }) => {

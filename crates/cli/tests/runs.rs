@@ -203,6 +203,8 @@ fn an_interrupt_saves_and_ends_with_130() {
     assert_eq!(run.wait().unwrap().code(), Some(130), "{rest:?}");
     assert!(!read_tensors(&world.path("out/adapter_model.safetensors")).is_empty());
     assert!(!metrics(&world, "out").is_empty());
+    assert!(world.path("out/training_state.safetensors").exists());
+    assert!(rest.iter().any(|line| line.contains("--resume out")), "{rest:?}");
     assert!(world.loss("--model model --adapter out").is_finite());
 }
 

@@ -65,6 +65,12 @@ impl DataLoader {
         self.groups.len()
     }
 
+    /// What determines the order.
+    #[must_use]
+    pub fn options(&self) -> LoaderOptions {
+        self.options
+    }
+
     /// The dataset.
     #[must_use]
     pub fn dataset(&self) -> &Dataset {

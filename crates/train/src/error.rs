@@ -52,6 +52,14 @@ pub enum Error {
         /// The limit.
         positions: usize,
     },
+    /// A run cannot be gone on with.
+    #[error("resume from `{}`: {problem}", path.display())]
+    Resume {
+        /// The file with its state.
+        path: PathBuf,
+        /// Why.
+        problem: ResumeProblem,
+    },
     /// A file could not be written.
     #[error("cannot write `{}`: {source}", path.display())]
     Io {
@@ -75,6 +83,38 @@ pub enum Error {
     /// An op failed.
     #[error(transparent)]
     Tensor(#[from] nibble_tensor::Error),
+}
+
+/// Why a run cannot be gone on with.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ResumeProblem {
+    /// No file, or none that can be read: a run that came to its end leaves none.
+    #[error("expected the state of a run that was ended before its last step: {0}")]
+    Io(std::io::Error),
+    /// The file does not say what it should.
+    #[error("expected the state of a run, found a damaged file")]
+    Damaged,
+    /// Settings or data that the run did not have.
+    #[error("the run was another one:{}", lines(_0))]
+    OtherRun(Vec<ResumeMismatch>),
+}
+
+/// A setting of a run that is not what it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResumeMismatch {
+    /// Its name.
+    pub name: String,
+    /// As it was.
+    pub expected: String,
+    /// As it is.
+    pub found: String,
+}
+
+fn lines(mismatches: &[ResumeMismatch]) -> String {
+    let line =
+        |ResumeMismatch { name, expected, found }: &ResumeMismatch| format!("\n  {name}: expected {expected}, found {found}");
+    mismatches.iter().map(line).collect::<Vec<_>>().concat()
 }
 
 impl Error {

@@ -25,7 +25,7 @@ pub mod plan;
 mod trainer;
 
 pub use config::TrainConfig;
-pub use error::{Error, Result};
+pub use error::{Error, Result, ResumeMismatch, ResumeProblem};
 pub use metrics::MetricsFile;
 pub use observer::{EvalStats, LogEntry, Observer, Plan, StepStats};
 pub use trainer::{Outcome, Trainer, evaluate};

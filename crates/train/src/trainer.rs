@@ -1,5 +1,7 @@
 //! The loop.
 
+mod resume;
+
 use std::{borrow::Cow, time::Instant};
 
 use nibble_autograd::{ParamGrads, ParamStore, Tape, ops::Loss};
@@ -18,6 +20,8 @@ use crate::{
     Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig,
     device_step::{DeviceSteps, Outcome as Found, Parts, Ticket, of_a_class},
 };
+
+use resume::Position;
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,6 +50,8 @@ pub struct Trainer {
     config: TrainConfig,
     max_steps: usize,
     step: usize,
+    /// After the last step that was enqueued whole: what broke in the one after it is not counted.
+    done: Position,
     /// With gradients in f16.
     loss_scale: Option<LossScale>,
     /// Steps on a GPU; none on the CPU.
@@ -83,7 +89,8 @@ impl Trainer {
         let loss_scale = if model.compute_dtype() == DType::F16 { Some(LossScale::new(model.arena())?) } else { None };
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
         let (step, finished) = (0, None);
-        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step, loss_scale, device, finished })
+        let done = Position { step, data: data.state() };
+        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step, done, loss_scale, device, finished })
     }
 
     /// What the run will do.
@@ -240,6 +247,7 @@ impl Trainer {
             found = device.run(|| self.host_step(&batches, scale, learning_rate, dropout))?;
         }
         self.step += 1;
+        self.done = Position { step: self.step, data: self.data.state() };
         let state = self.data.state();
         let epoch = state.epoch as f64 + state.index as f64 / state.batches_per_epoch as f64;
         let seconds = begin.elapsed().as_secs_f64();

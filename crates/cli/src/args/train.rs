@@ -14,6 +14,7 @@ Examples:
   nibble train --model model.gguf --data train.jsonl --eval-data eval.jsonl --eval-steps 50 \\
       --max-steps 500 --batch-size 4 --gradient-accumulation-steps 4 --output my-adapter
   nibble train --model ./model --adapter my-adapter --data more.jsonl --output my-adapter-2
+  nibble train --model ./model --resume my-adapter --data rows.jsonl --output my-adapter --overwrite-output-dir
 
 Data is JSONL or a JSON array. The columns tell the format: `messages`; `conversations`; `instruction`, `input`, `output`;
 `prompt`, `completion`; `text`; or `input_ids` and `labels`. Answers are learned, prompts are only read.
@@ -33,6 +34,9 @@ pub(crate) struct TrainArgs {
     /// Start from this adapter; its own config decides about r, alpha, targets and the like
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub(crate) adapter: Option<PathBuf>,
+    /// Go on, bit for bit, with a run that Ctrl-C or an error ended: its output folder, with the same settings
+    #[arg(long, value_name = "DIR", conflicts_with = "adapter", help_heading = "Model")]
+    pub(crate) resume: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) data: TrainDataArgs,
     #[command(flatten)]

@@ -38,7 +38,8 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     inputs.extend(args.adapter.as_deref().into_iter().chain(args.data.eval_data.as_deref()));
     let staging = Staging::new(&args.output.output, args.output.overwrite_output_dir, &inputs)?;
     let interrupt = Interrupt::install(staging.path())?;
-    let adapter = args.adapter.as_deref().map(open_adapter).transpose()?;
+    // What a run that is gone on with has left may be replaced by what it comes to: it is in memory by then.
+    let adapter = args.adapter.as_deref().or(args.resume.as_deref()).map(open_adapter).transpose()?;
     let base = Base::open(&args.model.model)?;
     ui::fact("model", base.describe());
     if let Some(adapter) = &adapter {
@@ -68,6 +69,9 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     };
     let finished = fine_tune(&mut trainer, &tuning, staging)?;
     finished.report(&trainer);
+    if finished.ending == Ending::Interrupted {
+        ui::fact("resume", format_args!("the same settings and `--resume {}` go on from here", args.output.output.display()));
+    }
     tuning.usage().say();
     Ok(finished.ending)
 }
@@ -122,8 +126,11 @@ fn prepare(
     let params = model.attach(&config, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
     let loader = DataLoader::new(data.into(), loader)?;
     let trainer = Trainer::new(model, params, loader, settings.config.clone());
-    let trainer = trainer.map_err(|error| CliError::from(error).with_owners(&arena))?;
-    run::show(&trainer, settings.precision, &config, adapter.map(AdapterFile::path), &settings.config);
+    let mut trainer = trainer.map_err(|error| CliError::from(error).with_owners(&arena))?;
+    let resume = settings.resume.as_deref();
+    let done =
+        resume.map(|folder| trainer.resume(folder)).transpose().map_err(|error| CliError::from(error).with_owners(&arena))?;
+    run::show(&trainer, settings.precision, &config, adapter.map(|adapter| (adapter.path(), done)), &settings.config);
     ui::fact("memory", memory::line(&held));
     Ok((trainer, config))
 }

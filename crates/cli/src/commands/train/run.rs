@@ -104,14 +104,24 @@ fn show_memory(arena: &Arena) {
 }
 
 /// Says what is trained, and how.
-pub(super) fn show(trainer: &Trainer, precision: Precision, adapter: &AdapterConfig, from: Option<&Path>, config: &TrainConfig) {
+///
+/// `from`: the adapter's folder, and the steps done where the run is gone on with.
+pub(super) fn show(
+    trainer: &Trainer,
+    precision: Precision,
+    adapter: &AdapterConfig,
+    from: Option<(&Path, Option<usize>)>,
+    config: &TrainConfig,
+) {
     let plan = trainer.plan();
     ui::fact("base", format_args!("{}, {}", quantisation(precision.quant), precision.describe()));
-    if let Some(from) = from {
-        ui::fact(
+    match from {
+        Some((from, Some(done))) => ui::fact("resume", format_args!("goes on with `{}` after step {done}", from.display())),
+        Some((from, None)) => ui::fact(
             "adapter",
             format_args!("continues `{}`: its own config decides; optimizer and schedule begin anew", from.display()),
-        );
+        ),
+        None => {}
     }
     let targets = target_names(trainer.params());
     let AdapterConfig { r, lora_alpha, .. } = adapter;
@@ -159,7 +169,8 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
         Err(error) if progress.learned == 0 => return Err(error),
         ended => ended,
     };
-    let saved = save(trainer, tuning, staging, &progress);
+    let unfinished = ended.as_ref().map_or(true, |outcome| outcome.stopped_early);
+    let saved = save(trainer, tuning, staging, &progress, unfinished);
     let (outcome, place) = match (ended, saved) {
         (Ok(outcome), saved) => (outcome, saved?),
         (Err(source), Ok(saved)) => return Err(CliError::Stopped { source: Box::new(source), saved }),
@@ -169,7 +180,8 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
     Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place })
 }
 
-fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {
+/// `unfinished`: with what `--resume` needs.
+fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress, unfinished: bool) -> Result<PathBuf> {
     trainer.gather_params()?;
     let folder = staging.path();
     let config = saved_config(tuning.adapter, tuning.source, trainer.params());
@@ -185,6 +197,10 @@ fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: 
     };
     let path = folder.join("README.md");
     std::fs::write(&path, card.to_string()).map_err(io_error("write", path))?;
+    if unfinished && let Err(error) = trainer.save_state(folder) {
+        // The adapter is what matters most.
+        ui::warn(format_args!("the run cannot be resumed: {error}"));
+    }
     staging.commit()
 }
 

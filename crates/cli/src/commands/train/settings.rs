@@ -1,5 +1,7 @@
 //! From flags as typed to what a run uses. Nothing is read from disk here.
 
+use std::path::PathBuf;
+
 use nibble_data::{LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, TargetModules};
 use nibble_model::Checkpointing;
@@ -25,8 +27,10 @@ const DEFAULT_BATCH: usize = 8;
 pub(crate) struct Settings {
     /// How the model is held.
     pub(crate) precision: Precision,
-    /// The adapter to make; none: the one that `--adapter` names.
+    /// The adapter to make; none: the one that `--adapter` or `--resume` names.
     pub(crate) adapter: Option<AdapterConfig>,
+    /// The folder of the run to go on with.
+    pub(crate) resume: Option<PathBuf>,
     /// The loop.
     pub(crate) config: TrainConfig,
     /// The order and grouping of examples, once the longest of a pack is known.
@@ -89,7 +93,8 @@ impl Settings {
         }
         Ok(Self {
             precision,
-            adapter: if args.adapter.is_some() { None } else { Some(adapter_config(args)) },
+            adapter: if args.adapter.is_some() || args.resume.is_some() { None } else { Some(adapter_config(args)) },
+            resume: args.resume.clone(),
             config,
             loader,
             memory_limit: args.data.memory_limit,
@@ -111,8 +116,9 @@ fn refuse_idle_flags(args: &TrainArgs) -> Result<()> {
         ("--layers-to-transform", !lora.layers_to_transform.is_empty()),
     ];
     let flags: Vec<_> = given.into_iter().filter_map(|(flag, given)| given.then_some(flag)).collect();
-    if let Some(adapter) = args.adapter.clone().filter(|_| !flags.is_empty()) {
-        return Err(CliError::AdapterFlags { flags, adapter });
+    let from = [("--adapter", &args.adapter), ("--resume", &args.resume)];
+    if let Some((with, Some(adapter))) = from.into_iter().find(|(_, from)| from.is_some() && !flags.is_empty()) {
+        return Err(CliError::AdapterFlags { flags, with, adapter: adapter.clone() });
     }
     if !args.optim.is_paged() {
         let given = [
@@ -313,7 +319,10 @@ mod tests {
     fn an_adapters_own_config_wins_and_flags_against_it_are_all_named() {
         assert_eq!(settings("--adapter a").unwrap().adapter, None);
         let error = settings("--adapter a --lora-r 4 --use-rslora").unwrap_err().to_string();
-        assert!(error.contains("`--lora-r`, `--use-rslora`"), "{error}");
+        assert!(error.contains("`--lora-r`, `--use-rslora`") && error.contains("`--adapter a`"), "{error}");
+        let error = settings("--resume a --lora-r 4").unwrap_err().to_string();
+        assert!(error.contains("`--lora-r` cannot be given with `--resume a`"), "{error}");
+        assert_eq!(settings("--resume a").unwrap().adapter, None);
     }
 
     #[test]
