@@ -91,7 +91,7 @@ impl DeviceSteps {
         Ok(Some(Self { device, shapes: Vec::new(), reports, next: 0, replayed: 0 }))
     }
 
-    /// Enqueues a step: forward and backward of the micro-batches, clipping, update.
+    /// Enqueues a step: forward and backward of the micro-batches, which are [`of_a_class`], clipping, update.
     pub(crate) fn enqueue(
         &mut self,
         mut parts: Parts<'_>,
@@ -100,8 +100,7 @@ impl DeviceSteps {
         lr: f64,
         dropout: Rng,
     ) -> Result<Ticket> {
-        let batches: Vec<Batch> = batches.iter().cloned().map(of_a_class).collect();
-        let index = self.shape(&parts, &batches, scale)?;
+        let index = self.shape(&parts, batches, scale)?;
         parts.optimizer.begin(lr)?;
         dropout.announce(self.device)?;
         let shape = &mut self.shapes[index];

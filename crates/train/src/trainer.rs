@@ -2,7 +2,7 @@
 
 mod resume;
 
-use std::{borrow::Cow, time::Instant};
+use std::time::Instant;
 
 use nibble_autograd::{ParamGrads, ParamStore, Tape, ops::Loss};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
@@ -241,6 +241,7 @@ impl Trainer {
         if let Some(device) = &mut self.device {
             let Self { model, params, grads, optimizer, config, loss_scale, .. } = self;
             let parts = Parts { model, params, grads, optimizer, config, loss_scale: loss_scale.as_ref() };
+            let batches: Vec<Batch> = batches.into_iter().map(of_a_class).collect();
             ticket = Some(device.enqueue(parts, &batches, scale, learning_rate, dropout)?);
         } else {
             let device = self.model.arena().device();
@@ -395,8 +396,10 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     let lengths: Vec<usize> = data.examples().iter().map(|example| example.tokens.len()).collect();
     let order: Vec<usize> = (0..lengths.len()).collect();
     let (mut sum, mut tokens) = (0.0, 0);
+    let on_cpu = model.arena().device() == Device::Cpu;
     for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
         let batch = data.batch(&indices);
+        let batch = if on_cpu { batch } else { of_a_class(batch) };
         let loss = eval_loss(model, params, &batch)?;
         let value = loss.value()?;
         if !value.is_finite() {
@@ -413,8 +416,6 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
 
 /// The summed loss of one micro-batch of an evaluation.
 pub(crate) fn eval_loss(model: &Transformer, params: &ParamStore, batch: &Batch) -> Result<Loss> {
-    let on_cpu = model.arena().device() == Device::Cpu;
-    let batch = if on_cpu { Cow::Borrowed(batch) } else { Cow::Owned(of_a_class(batch.clone())) };
     let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
     let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
     let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };

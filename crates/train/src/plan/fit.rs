@@ -10,7 +10,7 @@ use crate::Result;
 pub const MOST_TOKENS: usize = 1 << 20;
 
 /// A device with more memory than any, so that what a step takes is known also where it does not fit.
-fn boundless(gpu: &Gpu) -> DeviceInfo {
+pub(super) fn boundless(gpu: &Gpu) -> DeviceInfo {
     gpu.device(1 << 44)
 }
 

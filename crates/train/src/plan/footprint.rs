@@ -10,7 +10,7 @@ use nibble_tensor::{
 
 use crate::{
     Result, TrainConfig,
-    device_step::{DeviceSteps, Parts},
+    device_step::{DeviceSteps, Parts, of_a_class},
     trainer::{eval_loss, optimizer},
 };
 
@@ -130,8 +130,17 @@ impl Footprint {
 /// # Errors
 /// Out of memory, where the device has less; what is wrong with the adapter's config.
 pub fn footprint(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
+    of_step(model, gpu, setup, of_a_class)
+}
+
+/// The same without the padding of a GPU's streams, which the processor's do not have.
+pub(super) fn unpadded(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
+    of_step(model, gpu, setup, |batch| batch)
+}
+
+fn of_step(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup, shaped: fn(Batch) -> Batch) -> Result<Footprint> {
     let arena = Arena::on(Device::Cuda(CudaDevice::dry(gpu)), usize::MAX)?;
-    let (trained, host) = step(model, &arena, setup)?;
+    let (trained, host) = step(model, &arena, setup, shaped)?;
     let owners = arena.owners().into_iter().filter(|stats| stats.at_peak > 0);
     Ok(Footprint {
         peak: arena.stats().peak,
@@ -143,7 +152,7 @@ pub fn footprint(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result
 }
 
 /// Runs a step, and an evaluation after it; gives the number of trained values, and what is on the host.
-fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<(usize, HostBytes)> {
+fn step(model: &ModelConfig, arena: &Arena, setup: &Setup, shaped: fn(Batch) -> Batch) -> Result<(usize, HostBytes)> {
     let mut model = Transformer::empty(model.clone(), arena, &setup.load)?;
     let mut params = match &setup.adapter {
         Some(adapter) => model.attach(adapter, Init::Zeros)?,
@@ -153,7 +162,7 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<(usize, Hos
     let mut grads = params.zero_grads()?;
     let mut host = HostBytes { weights: model.host().bytes(), activations: 0, optimizer: optimizer.host_bytes() };
     let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok((params.numel(), host)) };
-    let batches = [batch(&setup.documents)];
+    let batches = [shaped(batch(&setup.documents))];
     // A second step finds the memory as the first left it, and may need more of it.
     for _ in 0..2 {
         let parts = Parts {
@@ -168,7 +177,7 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<(usize, Hos
     }
     host.activations = model.host().bytes() - host.weights;
     if !setup.evaluation.is_empty() {
-        eval_loss(&model, &params, &batch(&setup.evaluation))?;
+        eval_loss(&model, &params, &shaped(batch(&setup.evaluation)))?;
     }
     Ok((params.numel(), host))
 }

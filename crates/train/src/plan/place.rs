@@ -3,7 +3,7 @@
 use nibble_model::{config::ModelConfig, files::StoredType};
 use nibble_tensor::{DType, Owner};
 
-use super::{Footprint, Gpu, HostBytes, Setup, fit, footprint};
+use super::{Footprint, Gpu, HostBytes, Setup, fit, footprint, footprint::unpadded};
 use crate::Result;
 
 /// Device memory that a paged optimizer can always do with: more than the pages that visit at once.
@@ -57,7 +57,7 @@ fn on_cpu(model: &ModelConfig, setup: &Setup) -> Result<Footprint> {
     // A GPU converts matrices that are not quantised to the type of its activations; here they stay as stored.
     let mut stored = model.clone();
     let widened = if stored.dtype.replace(StoredType::BF16) == Some(StoredType::F32) { 2 } else { 1 };
-    let mut found = fit::needed(&stored, &Gpu::of_memory(0), &alike)?;
+    let mut found = unpadded(&stored, &fit::boundless(&Gpu::of_memory(0)), &alike)?;
     for (owner, bytes) in &mut found.owners {
         match owner {
             Owner::Trained => *bytes = 4 * found.trained,
