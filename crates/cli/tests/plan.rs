@@ -69,6 +69,46 @@ fn the_text_has_the_parts_the_limits_and_the_command() {
     }
 }
 
+/// Llama-2-70B, which no consumer's card holds.
+fn llama_70b(world: &World) {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32_000,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": false, "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    });
+    world.write("llama70/config.json", config.to_string());
+}
+
+#[test]
+fn weights_that_wait_on_the_host_are_a_row_with_its_cost_and_flags() {
+    let world = World::new();
+    llama_70b(&world);
+    let line = "plan --model llama70 --gpu rtx4090 --max-length 512";
+    let plan = world.ok(&format!("{line} --json --html page.html")).json();
+    let qlora = &plan["methods"][0];
+    let blocks = qlora["offload_weights"].as_u64().unwrap();
+    assert!(qlora["fits"] == true && (1..80).contains(&blocks), "{qlora}");
+    let row = &qlora["modes"][4];
+    assert_eq!((&row["checkpointing"], &row["offload_weights"], &row["fits"]), (&"offload".into(), &blocks.into(), &true.into()));
+    // Half a byte a weight of the linear layers, there and, in a step, twice over the link.
+    let codes = blocks * (8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28_672) / 2;
+    assert_eq!((&row["host_weights"], &row["link_bytes_per_step"]), (&codes.into(), &(2 * codes).into()));
+    assert!(row["link_seconds_per_step"].as_f64().unwrap() > 0.5 && row["longest_context"].as_u64().unwrap() >= 512, "{row}");
+    assert!(row["tokens_per_second"].as_f64().unwrap() <= qlora["modes"][3]["tokens_per_second"].as_f64().unwrap(), "{row}");
+    let flags = format!("--gradient-checkpointing offload --offload-weights {blocks}");
+    assert!(qlora["command"].as_str().unwrap().contains(&flags), "{qlora}");
+    let said = format!("the weights of {blocks} of 80 blocks wait in ");
+    let text = world.ok(line).stdout;
+    let page = fs::read_to_string(world.path("page.html")).unwrap();
+    for found in [&text, &page] {
+        for part in [&format!("offload + {blocks}/80"), &said, &flags, " cross to the GPU each step, which takes its link "] {
+            assert!(found.contains(part), "expected `{part}` in:\n{found}");
+        }
+    }
+    assert!(plan["methods"][1]["modes"].as_array().unwrap().len() == 4, "16 bits do not stream: {plan}");
+}
+
 #[test]
 fn without_a_model_it_is_the_table_of_sizes() {
     let world = World::new();

@@ -63,20 +63,11 @@ impl Planned<'_> {
     pub(super) fn blocks_on_host(&self) -> Result<usize> {
         let (place, blocks) = (self.place(), self.model.num_hidden_layers);
         let Some(room) = self.room()?.filter(|_| place != Place::Cpu && self.setup.load.quant.is_some()) else { return Ok(0) };
-        let mut setup = self.setup.clone();
-        let mut fits = |count| {
-            setup.load.blocks_on_host = count;
-            place.fits(self.model, &setup, room)
-        };
-        if fits(0)? || !fits(blocks)? {
+        let fits = |count| place.fits(self.model, &self.setup.with_blocks_on_host(count), room);
+        if fits(0)? {
             return Ok(0);
         }
-        let (mut short, mut enough) = (0, blocks);
-        while enough - short > 1 {
-            let middle = usize::midpoint(short, enough);
-            if fits(middle)? { enough = middle } else { short = middle }
-        }
-        Ok(enough)
+        Ok(plan::fewest_on_host(blocks, fits)?.unwrap_or(0))
     }
 
     fn place(&self) -> Place {
@@ -101,8 +92,9 @@ impl Planned<'_> {
     /// The flags of the nearest run that fits, where there is one.
     pub(super) fn nearest(&self, room: usize) -> Result<Option<String>> {
         let place = self.place();
+        let blocks = if place == Place::Cpu { 0 } else { self.model.num_hidden_layers };
         let fits = |setup: &Setup| place.fits(self.model, setup, room);
-        Ok(plan::nearest(&self.setup, self.batch, fits)?.map(|nearest| self.flags(&nearest)))
+        Ok(plan::nearest(&self.setup, self.batch, blocks, fits)?.map(|nearest| self.flags(&nearest)))
     }
 
     /// What differs, as flags.
@@ -118,6 +110,9 @@ impl Planned<'_> {
             let batch = self.batch.div_ceil(nearest.parts);
             let accumulation = self.accumulation * nearest.parts;
             flags.push(format!("--batch-size {batch} --gradient-accumulation-steps {accumulation}"));
+        }
+        if nearest.setup.load.blocks_on_host != self.setup.load.blocks_on_host {
+            flags.push(format!("--offload-weights {}", nearest.setup.load.blocks_on_host));
         }
         if train.optim != self.setup.train.optim {
             flags.push(format!("--optim {}", train.optim));
@@ -161,4 +156,61 @@ pub(super) fn largest_batch(data: &Dataset, loader: LoaderOptions) -> Vec<Docume
         }
     }
     documents
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_lora::{AdapterConfig, TargetModules};
+    use nibble_model::LoadOptions;
+    use nibble_nf4::QuantConfig;
+    use nibble_tensor::{DType, cuda::CudaDevice};
+    use nibble_train::TrainConfig;
+
+    use super::*;
+
+    /// A 13B model with 16 documents of 2,048 tokens on a card of so much memory.
+    fn planned(model: &ModelConfig, memory: usize) -> Planned<'_> {
+        let target_modules = Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned()));
+        let load = LoadOptions {
+            quant: Some(QuantConfig::default()),
+            compute_dtype: DType::Bf16,
+            max_positions: 2048,
+            blocks_on_host: 0,
+        };
+        let setup = Setup {
+            load,
+            adapter: Some(AdapterConfig { r: 16, target_modules, ..AdapterConfig::default() }),
+            documents: vec![Document { tokens: 2048, learned: 2047 }; 16],
+            train: TrainConfig { checkpointing: Checkpointing::Full, ..TrainConfig::default() },
+        };
+        let device = Device::Cuda(CudaDevice::dry(&Gpu::of_memory(0).device(memory)));
+        Planned { model, setup, batch: 16, accumulation: 2, device, memory_limit: None }
+    }
+
+    #[test]
+    fn a_refusal_on_a_gpu_names_weights_on_the_host_where_these_make_it_fit() {
+        let model = plan::named_size("13B").unwrap().unwrap();
+        let planned = planned(&model, 6 << 30);
+        let Err(CliError::DoesNotFit { nearest: Some(flags), .. }) = planned.check() else { panic!("it fits") };
+        let words: Vec<&str> = flags.split(' ').collect();
+        let at = words.iter().position(|word| *word == "--offload-weights").expect("weights on the host");
+        let blocks: usize = words[at + 1].parse().unwrap();
+        assert!((1..=40).contains(&blocks), "{flags}");
+        // As said it fits.
+        let value = |flag| words.iter().position(|word| *word == flag).map(|at| words[at + 1].parse::<usize>().unwrap());
+        let mut said = planned;
+        said.setup.load.blocks_on_host = blocks;
+        said.setup.documents.truncate(value("--batch-size").unwrap_or(16));
+        assert!(flags.contains("--gradient-checkpointing offload"), "{flags}");
+        said.setup.train.checkpointing = Checkpointing::Offload;
+        said.check().unwrap();
+    }
+
+    #[test]
+    fn blocks_are_on_the_host_only_where_that_makes_a_run_fit() {
+        let model = plan::named_size("13B").unwrap().unwrap();
+        let count = |memory| planned(&model, memory).blocks_on_host().unwrap();
+        assert_eq!((count(80 << 30), count(2 << 30)), (0, 0));
+        assert!((1..=40).contains(&count(24 << 30)));
+    }
 }
