@@ -16,6 +16,8 @@ use crate::ui;
 
 /// Of those that hold memory, so many are listed.
 const MOST_OWNERS: usize = 8;
+/// The driver's call that takes memory of the host.
+const HOST_CALL: &str = "cuMemHostAlloc";
 
 /// What a command returns.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
@@ -59,9 +61,9 @@ pub(crate) enum CliError {
     /// A run that needs more memory than there is: known before anything is loaded.
     #[error("train: the run needs about {}, found {}{}{}", ui::bytes(*needed), ui::bytes(*room), of_limit(*limited), held(owners))]
     DoesNotFit { needed: usize, room: usize, limited: bool, owners: Vec<(String, usize)>, nearest: Option<String> },
-    /// Memory that ran out in a run.
+    /// Memory that ran out in a run; what it had learned until then is kept.
     #[error("{source}{}", held(owners))]
-    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)> },
+    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)>, nearest: Option<String>, saved: Option<PathBuf> },
     /// More positions than the model has.
     #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
     MaxLength { limit: usize, found: usize },
@@ -129,7 +131,12 @@ impl CliError {
             Self::DoesNotFit { nearest: None, .. } => Some(
                 "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
             ),
-            Self::OutOfMemory { source, .. } => source.hint(),
+            Self::OutOfMemory { source, nearest, saved, .. } => {
+                let fits = nearest.as_ref().map(|flags| format!("what fits: `{flags}`")).or_else(|| source.hint());
+                let saved =
+                    saved.as_ref().map(|saved| format!("the adapter as it was before that step is in `{}`", saved.display()));
+                Some([fits, saved].into_iter().flatten().collect::<Vec<_>>().join("; ")).filter(|hint| !hint.is_empty())
+            }
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
@@ -154,23 +161,38 @@ impl CliError {
         let mut owners = arena.at_peak();
         owners.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         let owners = owners.into_iter().take(MOST_OWNERS).filter(|(_, bytes)| *bytes > 0);
-        Self::OutOfMemory { source: Box::new(self), owners: owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect() }
+        let owners = owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect();
+        Self::OutOfMemory { source: Box::new(self), owners, nearest: None, saved: None }
+    }
+
+    /// What was asked for when the memory ran out, if it is that.
+    pub(crate) fn out_of_memory(&self) -> Option<&TensorError> {
+        match self {
+            Self::OutOfMemory { source, .. } => source.out_of_memory(),
+            Self::Tensor(error) | Self::Adapter(LoraError::Tensor(error)) => Some(error).filter(|error| error.is_out_of_memory()),
+            Self::Model(error) => match &**error {
+                ModelError::Tensor(error) | ModelError::Adapter(LoraError::Tensor(error)) => {
+                    Some(error).filter(|error| error.is_out_of_memory())
+                }
+                _ => None,
+            },
+            Self::Train(error) => error.out_of_memory(),
+            _ => None,
+        }
+    }
+
+    /// Whether an evaluation failed.
+    pub(crate) fn is_of_evaluation(&self) -> bool {
+        match self {
+            Self::OutOfMemory { source, .. } => source.is_of_evaluation(),
+            Self::Train(error) => matches!(**error, TrainError::Evaluation(_)),
+            _ => false,
+        }
     }
 
     /// 3 when memory ran out, else 2.
     pub(crate) fn exit_code(&self) -> u8 {
-        let model = |error: &ModelError| matches!(error, ModelError::Tensor(error) if is_out_of_memory(error));
-        let out = match self {
-            Self::DoesNotFit { .. } | Self::OutOfMemory { .. } => true,
-            Self::Tensor(error) => is_out_of_memory(error),
-            Self::Model(error) => model(error),
-            Self::Train(error) => match &**error {
-                TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => is_out_of_memory(error),
-                TrainError::Model(error) => model(error),
-                _ => false,
-            },
-            _ => false,
-        };
+        let out = matches!(self, Self::DoesNotFit { .. } | Self::OutOfMemory { .. }) || self.out_of_memory().is_some();
         if out { 3 } else { 2 }
     }
 
@@ -216,7 +238,8 @@ fn train_hint(error: &TrainError) -> Option<String> {
         TrainError::Data(error) => data_hint(error),
         TrainError::Model(error) => model_hint(error),
         TrainError::Adapter(error) => adapter_hint(error),
-        TrainError::Tensor(error) => tensor_hint(error),
+        TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => tensor_hint(error),
+        TrainError::Evaluation(_) => Some("try a smaller `--per-device-eval-batch-size`".into()),
         _ => None,
     }
 }
@@ -278,16 +301,16 @@ fn data_hint(error: &DataError) -> Option<String> {
     }
 }
 
-fn is_out_of_memory(error: &TensorError) -> bool {
-    matches!(error, TensorError::OutOfMemory { .. })
-}
-
 fn tensor_hint(error: &TensorError) -> Option<String> {
     match error {
         TensorError::NoDevice { .. } | TensorError::Cuda { .. } | TensorError::Kernel { .. } => {
             Some("`--device cpu` needs no GPU; `nibble doctor` shows what this machine has".into())
         }
-        TensorError::OutOfMemory { .. } => {
+        TensorError::DriverOutOfMemory { call: HOST_CALL } => Some(
+            "the host has no more memory to lock: try `--gradient-checkpointing full`, or fewer blocks with `--offload-weights`"
+                .into(),
+        ),
+        TensorError::OutOfMemory { .. } | TensorError::DriverOutOfMemory { .. } => {
             Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
         }
         _ => None,

@@ -204,3 +204,80 @@ fn the_log_ends_with_who_held_the_memory() {
         assert!(owners[owner].as_u64().unwrap() > 0, "{last}");
     }
 }
+
+/// The peak that the log of a run in `out` ends with.
+fn measured_peak(world: &World) -> u64 {
+    let log = fs::read_to_string(world.path("out/metrics.jsonl")).unwrap();
+    let last: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    last["memory_peak"].as_u64().unwrap()
+}
+
+/// Rows of two and of hundreds of words.
+fn short_and_long(world: &World) {
+    let text = |words: usize| json!({ "text": "number ".repeat(words) });
+    world.jsonl("short.jsonl", (0..4).map(|_| text(2)));
+    world.jsonl("long.jsonl", (0..4).map(|_| text(400)));
+    world.jsonl("both.jsonl", [2, 2, 2, 2, 400, 400, 400, 400].map(text));
+}
+
+#[test]
+fn memory_that_runs_out_in_a_run_is_told_by_owner_with_what_fits_and_leaves_nothing() {
+    let world = World::new();
+    short_and_long(&world);
+    let train = "train --model model --output out --device cpu --compute-dtype bf16 --max-length 64 --no-shuffle --batch-size 4";
+    world.ok(&format!("{train} --data long.jsonl --max-steps 2"));
+    let peak = measured_peak(&world);
+    fs::remove_dir_all(world.path("out")).unwrap();
+    let before = world.entries();
+    // What a plan lets pass, since plans are not exact, and a step finds too little.
+    let limit = format!("--memory-limit {}B", peak - peak / 50);
+    let ended = world.run(&format!("{train} --data long.jsonl --max-steps 2 {limit}"));
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    for part in ["error: out of memory on cpu: ", "\n  activations: ", "\n  base weights: ", "hint: what fits: `--"] {
+        assert!(ended.stderr.contains(part), "expected `{part}` in:\n{}", ended.stderr);
+    }
+    assert!(!ended.stderr.contains("the adapter as it was"), "{}", ended.stderr);
+    assert_eq!(world.entries(), before, "nothing half-written");
+    // The hint is true.
+    let hint = ended.stderr.lines().find_map(|line| line.strip_prefix("hint: what fits: `")).unwrap();
+    let flags = hint.trim_end_matches('`');
+    let mut line = train.to_owned();
+    for (flag, given) in [("--batch-size", "--batch-size 4"), ("--max-length", "--max-length 64")] {
+        line = if flags.contains(flag) { line.replace(given, "") } else { line };
+    }
+    world.ok(&format!("{line} --data long.jsonl --max-steps 2 {limit} {flags}"));
+}
+
+#[test]
+fn what_was_learned_before_the_memory_ran_out_is_saved_whole() {
+    let world = World::new();
+    short_and_long(&world);
+    let train = "train --model model --data both.jsonl --output out --device cpu --compute-dtype bf16 --max-length 64 --no-shuffle \
+                 --batch-size 4 --lr-scheduler-type constant";
+    world.ok(&format!("{train} --max-steps 2"));
+    let peak = measured_peak(&world);
+    world.ok(&format!("{} --max-steps 1", train.replace("--output out", "--output first")));
+    fs::remove_dir_all(world.path("out")).unwrap();
+    let ended = world.run(&format!("{train} --max-steps 2 --memory-limit {}B", peak - peak / 50));
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    assert!(ended.stderr.contains("`; the adapter as it was before that step is in `out`"), "{}", ended.stderr);
+    let values = |folder: &str| fs::read(world.path(folder).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(values("out"), values("first"));
+}
+
+#[test]
+fn memory_that_runs_out_in_an_evaluation_is_answered_with_a_smaller_one() {
+    let world = World::new();
+    short_and_long(&world);
+    let train = "train --model model --data short.jsonl --eval-data long.jsonl --output out --device cpu --compute-dtype bf16 \
+                 --max-length 256 --batch-size 1 --max-steps 1";
+    world.ok(&format!("{train} --per-device-eval-batch-size 4"));
+    let peak = measured_peak(&world);
+    let limit = format!("--memory-limit {}B", peak - peak / 50);
+    fs::remove_dir_all(world.path("out")).unwrap();
+    let ended = world.run(&format!("{train} {limit} --per-device-eval-batch-size 4"));
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    for part in ["error: evaluate: out of memory", "hint: what fits: `--per-device-eval-batch-size 2`; the adapter as it was"] {
+        assert!(ended.stderr.contains(part), "expected `{part}` in:\n{}", ended.stderr);
+    }
+}

@@ -77,6 +77,12 @@ pub enum Error {
         /// The limit in bytes.
         limit: usize,
     },
+    /// The driver has no memory for what a call makes: a graph, pinned host memory, a library's workspace.
+    #[error("out of memory: {call} found none left")]
+    DriverOutOfMemory {
+        /// The call.
+        call: &'static str,
+    },
     /// A device that is not there, or too old.
     #[error("no GPU can be used: {reason}")]
     NoDevice {
@@ -118,4 +124,12 @@ pub enum Error {
         /// The system's reason.
         source: std::io::Error,
     },
+}
+
+impl Error {
+    /// Whether there was no more memory.
+    #[must_use]
+    pub const fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::OutOfMemory { .. } | Self::DriverOutOfMemory { .. })
+    }
 }

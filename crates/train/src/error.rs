@@ -29,6 +29,9 @@ pub enum Error {
         /// Rows of the data file that the batch came from, from 1.
         rows: Vec<usize>,
     },
+    /// The memory ran out in an evaluation, which takes its own micro-batches: what was trained before it is whole.
+    #[error("evaluate: {0}")]
+    Evaluation(Box<Error>),
     /// A setting that no run can have.
     #[error("train: `{option}` must be {expected}, found {found}")]
     Setting {
@@ -81,14 +84,20 @@ impl Error {
     /// Whether a device had no more memory.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
+        self.out_of_memory().is_some()
+    }
+
+    /// What was asked for when there was no more memory, if it is that.
+    #[must_use]
+    pub fn out_of_memory(&self) -> Option<&nibble_tensor::Error> {
         let (Self::Tensor(error)
-        | Self::Model(nibble_model::Error::Tensor(error))
+        | Self::Model(nibble_model::Error::Tensor(error) | nibble_model::Error::Adapter(nibble_lora::Error::Tensor(error)))
         | Self::Adapter(nibble_lora::Error::Tensor(error))
         | Self::Optim(nibble_optim::Error::Tensor(error))) = self
         else {
-            return false;
+            return if let Self::Evaluation(error) = self { error.out_of_memory() } else { None };
         };
-        matches!(error, nibble_tensor::Error::OutOfMemory { .. })
+        error.is_out_of_memory().then_some(error)
     }
 }
 

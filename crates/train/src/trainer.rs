@@ -123,6 +123,12 @@ impl Trainer {
         Ok(())
     }
 
+    /// Steps begun: after an error in one, those before it, whose values the trained ones are.
+    #[must_use]
+    pub fn steps(&self) -> usize {
+        self.step
+    }
+
     /// The gradients of the last step, before clipping; times the loss scale, with gradients in f16.
     #[must_use]
     pub fn grads(&self) -> &ParamGrads {
@@ -184,7 +190,7 @@ impl Trainer {
                 continue;
             }
             if let Some(data) = eval.filter(|_| self.evaluates_after(stats.step)) {
-                observer.on_evaluate(stats.step, &self.evaluate(data)?);
+                observer.on_evaluate(stats.step, &self.evaluate(data).map_err(in_evaluation)?);
             }
         }
         let seconds = begin.elapsed().as_secs_f64();
@@ -324,6 +330,11 @@ impl Trainer {
     pub fn evaluate(&self, data: &Dataset) -> Result<EvalStats> {
         evaluate(&self.model, &self.params, data, self.config.eval_batch_size)
     }
+}
+
+/// Memory that ran out in an evaluation is not the steps'.
+fn in_evaluation(error: Error) -> Error {
+    if error.is_out_of_memory() { Error::Evaluation(Box::new(error)) } else { error }
 }
 
 /// `Auto` as the mix for a micro-batch of `tokens` tokens.

@@ -156,11 +156,30 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
             let saved = save(trainer, tuning, staging, &progress)?;
             return Err(CliError::Stopped { source: Box::new(source), saved });
         }
-        Err(error) => return Err(CliError::from(error).with_owners(trainer.model().arena())),
+        Err(error) if error.is_out_of_memory() => return Err(out_of_memory(error, trainer, tuning, staging, &progress)),
+        Err(error) => return Err(error.into()),
     };
     let place = save(trainer, tuning, staging, &progress)?;
     let ending = if outcome.stopped_early { Ending::Interrupted } else { Ending::Done };
     Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place })
+}
+
+/// The error of a run whose memory ran out, with who held it; the steps before are saved if there were any.
+fn out_of_memory(
+    error: TrainError,
+    trainer: &mut Trainer,
+    tuning: &Tuning<'_>,
+    staging: Staging,
+    progress: &Progress,
+) -> CliError {
+    let mut error = CliError::from(error).with_owners(trainer.model().arena());
+    if let CliError::OutOfMemory { saved, .. } = &mut error
+        && trainer.steps() > 0
+    {
+        // That the memory ran out is the error, also where what was learned cannot be saved.
+        *saved = save(trainer, tuning, staging, progress).ok();
+    }
+    error
 }
 
 fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {
