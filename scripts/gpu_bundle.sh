@@ -4,7 +4,7 @@
 #
 #   scripts/gpu_bundle.sh [FOLDER]          default bundle/gpu
 #
-# PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone. GOLDEN: a folder of
+# PROFILE=dev builds faster and runs slower. NIBBLE_CUDA_ARCHS=90a holds kernels for one architecture alone. NIBBLE_GOLDEN: a folder of
 # full reference results, of which tests/data has a part. The curve of the real model is tested where its files are: the folder
 # `curve` of the reference results below `data`, and the model in ~/.cache/nibble.
 set -euo pipefail
@@ -36,7 +36,7 @@ done <<<"$tests"
 while read -r name path; do cp "$path" "$out/bin/$name"; done <<<"$benches"
 strip "$out"/bin/* "$out"/tests/*
 cp -r tests/data "$out/data"
-[[ -z ${GOLDEN:-} ]] || cp -r "$GOLDEN"/{models,adapters} "$out/data/"
+[[ -z ${NIBBLE_GOLDEN:-} ]] || cp -r "$NIBBLE_GOLDEN"/{models,adapters} "$out/data/"
 cp scripts/gpu_run.sh "$out/run.sh"
 git log -1 --format='commit %H %ci' >"$out/COMMIT"
 [[ -z $(git status --porcelain) ]] || echo "with changes that are not committed" >>"$out/COMMIT"

@@ -8,7 +8,8 @@
 # Writes RESULTS/tests.md, RESULTS/kernels.md and RESULTS/steps.md, and each run's log beside them. LIMIT: seconds for each run (default 300).
 # FLOPS: the machine's bf16 rate in a plain matrix product, of which steps are a share (default 790e12, an H200).
 # LOAD: a folder for 16 GB, where an 8B checkpoint is made and loaded (its pages must fit the host's memory; without one it is not).
-# SHAPES: lines of arguments of train_shape, instead of those below. Ends with 1 if a test or a step failed.
+# SHAPES: lines of arguments of train_shape, instead of those below. SANITIZE=1: the tests of the ops under compute-sanitizer too, into
+# RESULTS/sanitizer.md (memcheck and racecheck; a CUDA toolkit has it). Ends with 1 if a test or a step failed.
 set -uo pipefail
 cd "$(dirname "$0")"
 results=${1:-results} limit=${LIMIT:-300} flops=${FLOPS:-790e12}
@@ -41,6 +42,31 @@ cat "$results/doctor.txt"
   done
 } | tee "$results/tests.md"
 
+# What compute-sanitizer's tool $1 says of the tests of module $2.
+sanitize() {
+  local log=$results/$1-${2#ops::}.log
+  PROPTEST_CASES=4 timeout "$limit" "$sanitizer" --tool "$1" --error-exitcode 9 "${others[@]}" \
+    tests/nibble_tensor "$2::" --test-threads 1 >"$log" 2>&1
+  local code=$?
+  if ((code == 0)); then echo clean
+  elif grep -q 'before first instrumented' "$log"; then echo "not on the device"
+  elif grep -q 'Internal Sanitizer Error' "$log" && ! grep -q 'Race reported\|Invalid' "$log"; then echo "the tool's own error"
+  else echo "FAILED ($code)"; fi
+}
+if [[ -n ${SANITIZE:-} ]]; then
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  # cuBLASLt's kernels are not ours to check.
+  others=()
+  for name in cutlass xmma cublas gemm splitK nvjet; do others+=(--kernel-name-exclude "kns=$name"); done
+  {
+    printf '%s, %s\n\n| tests | memcheck | racecheck |\n|---|---|---|\n' "$about" "$("$sanitizer" --version | grep -o 'Version [0-9.]*')"
+    # By modules: where the tool itself fails, the others keep their results.
+    for module in $(tests/nibble_tensor --list 2>/dev/null | sed -n 's/^\(ops::[a-z0-9_]*\)::.*: test$/\1/p' | sort -u); do
+      echo "| $module | $(sanitize memcheck "$module") | $(sanitize racecheck "$module") |"
+    done
+  } | tee "$results/sanitizer.md"
+fi
+
 {
   printf '%s\n\n' "$about"
   timeout "$limit" bin/cuda_kernels --bench >"$results/kernels.log" 2>&1 || echo "FAILED: $(tail -1 "$results/kernels.log")"
@@ -69,4 +95,4 @@ mistral-7b --batch 4 --length 2048 --checkpointing selective"}
     echo "| ${shape//--/} | $line |"
   done <<<"$shapes"
 } | tee "$results/steps.md"
-! grep -qs FAILED "$results"/{tests.md,kernels.md,steps.md,load.log}
+! grep -qs FAILED "$results"/{tests.md,sanitizer.md,kernels.md,steps.md,load.log}

@@ -85,8 +85,7 @@ struct Shared {
 
 __device__ __forceinline__ u32 phase(u32 step) { return step / 2 % 2; }
 
-// The next tile for the other warps, or the end. Every reader arrives by itself, not one for its warp: that is once a tile, and
-// tools that look for races follow it.
+// The next tile for the other warps, or the end.
 template <int D>
 __device__ __forceinline__ Work receive(Shared<D> at, const Work *work, u32 round) {
     mbarrier_wait(at.work_full(), round % 2);
@@ -347,8 +346,7 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
                 store_matrices(at.ds(stage) + ds_at - ds_key * 16 + ((2 * kk + ds_chunk) ^ ds_key) * 16, d[4 * kk], d[4 * kk + 1],
                                d[4 * kk + 2], d[4 * kk + 3]);
             fence_async();
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(at.stats_empty(stage));
+            mbarrier_arrive(at.stats_empty(stage));
             barrier_sync(1, 256);
             hold(d);
             wgmma_fence();
@@ -402,7 +400,7 @@ __device__ __forceinline__ void bwd(T *dk, T *dv, float *kv_sums, float *sums, u
             mbarrier_init(at.do_full(stage), 1);
             mbarrier_init(at.do_empty(stage), 8);
             mbarrier_init(at.stats_full(stage), 32);
-            mbarrier_init(at.stats_empty(stage), 8);
+            mbarrier_init(at.stats_empty(stage), AUXILIARY);
             mbarrier_init(at.dq_full(stage), 8);
             mbarrier_init(at.dq_empty(stage), 1);
         }

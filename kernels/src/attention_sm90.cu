@@ -231,7 +231,7 @@ __device__ __forceinline__ void consume(Shared<D, GROUPS> at, const Work *work, 
 #pragma unroll
             for (u32 e = 0; e < D / 2; e++) acc[e] *= keep[e / 2 % 2];
         }
-        if (lane == 0) mbarrier_arrive(at.q_empty(q_at.index));
+        mbarrier_arrive(at.q_empty(q_at.index));
         mbarrier_wait(at.v_full(kv_at.index), kv_at.parity);
         hold(p);
         hold(acc);
@@ -266,10 +266,12 @@ __device__ __forceinline__ void fwd(T *o, float *lse, u32 *counter, const Tensor
     Work *work = reinterpret_cast<Work *>(shared + at.WORK);
     if (threadIdx.x == 0) {
         for (u32 stage = 0; stage < STAGES; stage++) {
-            for (u32 ring = 0; ring < 3; ring++) {
-                mbarrier_init(at.barrier(2 * ring * STAGES + stage), 1);
-                mbarrier_init(at.barrier((2 * ring + 1) * STAGES + stage), 4 * GROUPS);
-            }
+            mbarrier_init(at.q_full(stage), 1);
+            mbarrier_init(at.k_full(stage), 1);
+            mbarrier_init(at.v_full(stage), 1);
+            mbarrier_init(at.q_empty(stage), 128 * GROUPS);  // with Q goes `work`, which every thread has read
+            mbarrier_init(at.k_empty(stage), 4 * GROUPS);
+            mbarrier_init(at.v_empty(stage), 4 * GROUPS);
         }
         mbarrier_init_fence();
     }

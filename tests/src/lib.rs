@@ -14,22 +14,23 @@ use nibble_tensor::{
         libraries::{self, SearchPaths},
     },
 };
-use nibble_testkit::gpu_library_folders;
+use nibble_testkit::{golden_folder, gpu_library_folders};
 use safetensors::{Dtype, SafeTensors};
 
-/// A folder of reference results: the project's own copy when it has one, else the folder beside the project. A copy of the
-/// tests on another machine is told its folder by `CARGO_MANIFEST_DIR`, as by cargo.
+/// A folder of reference results: the project's own copy when it has one, else that of `NIBBLE_GOLDEN`. A copy of the tests on
+/// another machine is told its folder by `CARGO_MANIFEST_DIR`, as by cargo.
 ///
-/// `None` when neither is there; with `REQUIRE_GOLDEN=1` in the environment that is a failure.
+/// `None` when there is no copy and the environment names no folder.
 ///
 /// # Panics
-/// When the folder is required and missing.
+/// When the environment names one, and it is missing there.
 #[must_use]
 pub fn golden(name: &str) -> Option<PathBuf> {
     let root = std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
-    let found =
-        [root.join("data"), root.join("../../shared/golden")].into_iter().map(|dir| dir.join(name)).find(|dir| dir.exists());
-    let required = std::env::var_os("REQUIRE_GOLDEN").is_some() && !name.starts_with("float64/");
+    let full = golden_folder();
+    // Those in f64 are copies alone: there is one for each that differs.
+    let required = full.is_some() && !name.starts_with("float64/");
+    let found = [Some(root.join("data")), full].into_iter().flatten().map(|dir| dir.join(name)).find(|dir| dir.exists());
     assert!(found.is_some() || !required, "the reference results `{name}` are missing");
     found
 }

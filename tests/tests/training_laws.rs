@@ -3,11 +3,15 @@
 use std::sync::Arc;
 
 use nibble_autograd::{ParamStore, Tape};
-use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
+use nibble_data::{Batch, DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, InitLoraWeights, TargetModules};
 use nibble_model::{Checkpointing, LoadOptions, LossOptions, Mix, Stream, Transformer, files::Checkpoint};
 use nibble_nf4::QuantConfig;
-use nibble_tensor::{DType, Rng, ops::lm_head_loss::Labels};
+use nibble_optim::{OptimizerName, Paging};
+use nibble_tensor::{
+    DType, Device, Rng,
+    ops::{lm_head_loss::Labels, loss_scale},
+};
 use nibble_tests::{golden, relative_error};
 use nibble_train::{TrainConfig, Trainer};
 
@@ -56,8 +60,13 @@ fn trainer(adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfi
 
 fn trainer_in(dtype: DType, adapter_config: &AdapterConfig, batch_size: usize, config: TrainConfig) -> Trainer {
     let (model, params) = model(adapter_config, dtype);
+    trainer_of(model, params, dataset(8), batch_size, config)
+}
+
+/// Rows in the order of the dataset.
+fn trainer_of(model: Transformer, params: ParamStore, data: Arc<Dataset>, batch_size: usize, config: TrainConfig) -> Trainer {
     let options = LoaderOptions { packer: Packer::Documents { batch_size }, seed: 0, shuffle: false };
-    Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap()
+    Trainer::new(model, params, DataLoader::new(data, options).unwrap(), config).unwrap()
 }
 
 fn one_step(batch_size: usize, gradient_accumulation_steps: usize) -> (f64, Vec<f32>) {
@@ -95,11 +104,20 @@ fn after_one_step_every_adapter_matrix_of_every_layer_has_a_gradient() {
 }
 
 fn gradients(checkpointing: Checkpointing, dropout: f64, dtype: DType) -> (f64, Vec<f32>) {
-    gradients_of(&model(&adapter(InitLoraWeights::Random, dropout), dtype), checkpointing)
+    let mut model = model(&adapter(InitLoraWeights::Random, dropout), dtype);
+    // Tensors of this model are small: on a GPU none would leave it.
+    model.0.set_smallest_on_host(0);
+    let found = gradients_of(&model, checkpointing);
+    let sends = matches!(checkpointing, Checkpointing::Offload | Checkpointing::Mixed(_));
+    assert_eq!(model.0.host().bytes() > 0, sends, "{checkpointing:?}");
+    found
 }
 
-fn gradients_of((model, params): &(Transformer, ParamStore), checkpointing: Checkpointing) -> (f64, Vec<f32>) {
-    let batch = dataset(4).batch(&[0, 1, 2, 3]);
+fn gradients_of(model: &(Transformer, ParamStore), checkpointing: Checkpointing) -> (f64, Vec<f32>) {
+    gradients_for(model, &dataset(4).batch(&[0, 1, 2, 3]), checkpointing)
+}
+
+fn gradients_for((model, params): &(Transformer, ParamStore), batch: &Batch, checkpointing: Checkpointing) -> (f64, Vec<f32>) {
     let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens).unwrap();
     let labels = Labels::new(model.arena(), &batch.labels, 0.1).unwrap();
     let mut grads = params.zero_grads().unwrap();
@@ -109,6 +127,21 @@ fn gradients_of((model, params): &(Transformer, ParamStore), checkpointing: Chec
     let value = loss.value().unwrap();
     loss.backward(tape, &mut grads).unwrap();
     (value, grads.flat().to_f32_vec().unwrap())
+}
+
+#[test]
+fn padding_changes_neither_loss_nor_gradients() {
+    let model = model(&adapter(InitLoraWeights::Random, 0.0), DType::F32);
+    let batch = dataset(4).batch(&[0, 1, 2, 3]);
+    let (loss, plain) = gradients_for(&model, &batch, Checkpointing::Selective);
+    for (tokens, documents) in [(batch.len(), 8), (80, 8), (192, 16)] {
+        let padded = batch.clone().padded(tokens, |n| n.next_multiple_of(documents));
+        assert_eq!((padded.len(), padded.documents()), (tokens, documents));
+        let (found, gradients) = gradients_for(&model, &padded, Checkpointing::Selective);
+        assert!((found - loss).abs() <= 1e-6 * loss, "{tokens}: {found} instead of {loss}");
+        let error = relative_error(&gradients, &plain);
+        assert!(error < 1e-5, "{tokens}: gradients off by {error:.1e}");
+    }
 }
 
 #[test]
@@ -124,6 +157,19 @@ fn checkpointed_step_is_bitwise_equal() {
             }
         }
     }
+}
+
+#[test]
+fn activations_below_the_smallest_that_is_sent_stay_on_the_device() {
+    let mut model = model(&adapter(InitLoraWeights::Random, 0.0), DType::F32);
+    // The residual stream that a block keeps: 64 channels of 4 bytes.
+    let bytes = dataset(4).batch(&[0, 1, 2, 3]).len() * 64 * 4;
+    let sent = [bytes + 1, bytes].map(|smallest| {
+        model.0.set_smallest_on_host(smallest);
+        gradients_of(&model, Checkpointing::Offload);
+        model.0.host().bytes()
+    });
+    assert!(sent[0] == 0 && sent[1] >= 3 * bytes, "{sent:?}");
 }
 
 #[test]
@@ -180,18 +226,95 @@ fn a_run_repeats_bit_for_bit() {
     assert_eq!(run(), run());
 }
 
+/// How a step keeps what it needs.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mode {
+    checkpointing: Checkpointing,
+    blocks_on_host: usize,
+    paged: bool,
+}
+
+/// Five steps of one shape whose documents, labels, learning rate, masks and (in f16) loss scale differ: the values' bits and how many
+/// steps ran as a graph. While a profile is made none does.
+fn five_steps(dtype: DType, mode: Mode, profiled: bool) -> (Vec<u32>, usize) {
+    let lengths = [5u64, 15, 12, 8, 9, 11, 7, 13, 10, 10];
+    let rows = lengths.into_iter().zip(0..).map(|(len, row)| {
+        let ids: Vec<u64> = (0..len).map(|i| 3 + Rng::new(row).bits(i) % 300).collect();
+        let labels: Vec<i64> = ids.iter().enumerate().map(|(i, &id)| if i < 3 { -100 } else { id as i64 }).collect();
+        serde_json::json!({ "input_ids": ids, "labels": labels })
+    });
+    let options = DatasetOptions { vocab_size: Some(320), ..DatasetOptions::default() };
+    let data = Arc::new(Dataset::from_tokenized_rows(rows, &options).unwrap());
+    let (mut model, params) = model_on_host(&adapter(InitLoraWeights::Random, 0.1), dtype, mode.blocks_on_host);
+    model.set_smallest_on_host(0);
+    let device = model.arena().device();
+    let page = 8 << 10;
+    let folder = tempfile::tempdir().unwrap();
+    let file = (device == Device::Cpu).then(|| folder.path().join("pages"));
+    let config = TrainConfig {
+        max_steps: Some(5),
+        learning_rate: 1e-2,
+        warmup_steps: 2,
+        optim: if mode.paged { OptimizerName::PagedAdamW32bit } else { OptimizerName::AdamWTorchFused },
+        optim_paging: Paging { device_memory: Some(3 * (page + 4096)), file, masters: false, page: Some(page) },
+        checkpointing: mode.checkpointing,
+        ..TrainConfig::default()
+    };
+    let mut trainer = trainer_of(model, params, data, 2, config);
+    trainer.load_loss_scale((loss_scale::START, loss_scale::INTERVAL - 3)).unwrap();
+    match device {
+        Device::Cuda(device) if profiled => {
+            device.start_profile();
+            trainer.train(None, &mut ()).unwrap();
+            assert!(!device.end_profile().unwrap().is_empty());
+        }
+        _ => drop(trainer.train(None, &mut ()).unwrap()),
+    }
+    let scale = trainer.loss_scale().unwrap();
+    assert_eq!(scale, (dtype == DType::F16).then_some((2.0 * loss_scale::START, 2)));
+    (trainer.params().data().to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect(), trainer.replayed_steps())
+}
+
+#[test]
+fn replayed_steps_are_those_one_by_one() {
+    let plain = Mode::default();
+    let modes = [
+        plain,
+        Mode { checkpointing: Checkpointing::Offload, ..plain },
+        Mode { checkpointing: Checkpointing::Full, blocks_on_host: 2, ..plain },
+        Mode { paged: true, ..plain },
+    ];
+    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+        let (want, by_graph) = five_steps(dtype, plain, true);
+        assert_eq!(by_graph, 0);
+        for mode in modes {
+            let (found, by_graph) = five_steps(dtype, mode, false);
+            assert!(found == want, "{dtype} {mode:?}");
+            // The first step runs kernel by kernel.
+            assert_eq!(by_graph, if nibble_tests::arena().device() == Device::Cpu { 0 } else { 4 }, "{dtype} {mode:?}");
+        }
+    }
+}
+
 #[test]
 fn a_steady_step_asks_the_system_for_no_memory() {
-    let config = TrainConfig { max_steps: Some(20), ..TrainConfig::default() };
-    let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.0), 8, config);
-    trainer.step().unwrap();
-    let before = trainer.model().arena().stats();
-    for _ in 0..5 {
+    for checkpointing in [Checkpointing::Selective, Checkpointing::Offload] {
+        let config = TrainConfig { max_steps: Some(20), checkpointing, ..TrainConfig::default() };
+        let (mut model, params) = model(&adapter(InitLoraWeights::Default, 0.0), DType::F32);
+        model.set_smallest_on_host(0);
+        let mut trainer = trainer_of(model, params, dataset(8), 8, config);
+        let account = |trainer: &Trainer| {
+            let stats = trainer.model().arena().stats();
+            (stats.system_allocations, stats.peak, trainer.model().host().bytes())
+        };
         trainer.step().unwrap();
+        let before = account(&trainer);
+        for _ in 0..5 {
+            trainer.step().unwrap();
+        }
+        assert_eq!(account(&trainer), before, "{checkpointing:?}");
+        assert!(before.0 > 0 && (before.2 > 0) == (checkpointing == Checkpointing::Offload), "{before:?}");
     }
-    let after = trainer.model().arena().stats();
-    assert_eq!(before.system_allocations, after.system_allocations);
-    assert_eq!(before.peak, after.peak);
 }
 
 #[test]
@@ -259,14 +382,71 @@ fn gradients_beyond_f16_halve_the_loss_scale_and_change_nothing_else() {
 }
 
 #[test]
+fn steps_that_the_loss_scale_spoilt_do_not_count_for_the_optimizer() {
+    let config = TrainConfig { max_steps: Some(100), learning_rate: 1e-2, ..TrainConfig::default() };
+    let mut trainer = trainer_in(DType::F16, &adapter(InitLoraWeights::Random, 0.0), 8, config);
+    trainer.load_loss_scale((2f32.powi(60), 0)).unwrap();
+    let values = |trainer: &Trainer| trainer.params().data().to_f32_vec().unwrap();
+    let before = values(&trainer);
+    let mut stats = trainer.step().unwrap();
+    assert!(stats.skipped);
+    while stats.skipped {
+        stats = trainer.step().unwrap();
+    }
+    // AdamW's first update is as large as the learning rate, where the gradient is far above eps.
+    let moved = values(&trainer).iter().zip(&before).map(|(after, before)| f64::from((after - before).abs())).fold(0.0, f64::max);
+    assert!((moved / stats.learning_rate - 1.0).abs() < 1e-3, "step {}: {moved} of {}", stats.step, stats.learning_rate);
+}
+
+/// A trainer in whose third step alone a token's embedding is NaN.
+fn spoilt_in_step_3(dtype: DType) -> Trainer {
+    const SPOILT: u64 = 310;
+    let rows = (0..6u64).map(|row| {
+        let ids: Vec<u64> = (0..12).map(|i| if row == 2 && i == 5 { SPOILT } else { 3 + Rng::new(row).bits(i) % 300 }).collect();
+        serde_json::json!({ "input_ids": ids, "labels": ids })
+    });
+    let options = DatasetOptions { vocab_size: Some(320), ..DatasetOptions::default() };
+    let data = Arc::new(Dataset::from_tokenized_rows(rows, &options).unwrap());
+    let modules = Some(vec!["embed_tokens".to_owned()]);
+    let (model, mut params) = model(&AdapterConfig { modules_to_save: modules, ..adapter(InitLoraWeights::Random, 0.0) }, dtype);
+    let embedding = params.params().iter().find(|param| param.name.contains("embed_tokens")).unwrap();
+    let (first, channels) = (embedding.offset + SPOILT as usize * 64, 64);
+    let mut values = params.data().to_f32_vec().unwrap();
+    values[first..first + channels].fill(f32::NAN);
+    params.data_mut().write(&values).unwrap();
+    params.prepare(dtype).unwrap();
+    let config = TrainConfig { max_steps: Some(6), learning_rate: 1e-2, ..TrainConfig::default() };
+    let mut trainer = trainer_of(model, params, data, 1, config);
+    trainer.load_loss_scale((1.0, 0)).unwrap();
+    trainer
+}
+
+#[test]
+fn a_run_that_a_step_ends_leaves_the_values_before_that_step() {
+    for dtype in [DType::F32, DType::F16] {
+        let bits = |trainer: &Trainer| -> Vec<u32> {
+            trainer.params().data().to_f32_vec().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        let mut one_by_one = spoilt_in_step_3(dtype);
+        (0..2).for_each(|_| assert!(!one_by_one.step().unwrap().skipped));
+        let mut run = spoilt_in_step_3(dtype);
+        let error = run.train(None, &mut ()).unwrap_err();
+        assert!(matches!(error, nibble_train::Error::NonFinite { step: 3, .. }), "{error}");
+        let left = bits(&run);
+        assert!(left == bits(&one_by_one), "{dtype}: a step behind the third has changed the values");
+        // The next one is an ordinary step again.
+        assert!(!run.step().unwrap().skipped && bits(&run) != left);
+    }
+}
+
+#[test]
 fn at_the_least_loss_scale_gradients_that_are_not_finite_are_an_error() {
     let (model, mut params) = model(&adapter(InitLoraWeights::Random, 0.0), DType::F16);
     let nan = vec![f32::NAN; params.numel()];
     params.data_mut().write(&nan).unwrap();
     params.prepare(DType::F16).unwrap();
-    let options = LoaderOptions { packer: Packer::Documents { batch_size: 4 }, seed: 0, shuffle: false };
     let config = TrainConfig { max_steps: Some(4), ..TrainConfig::default() };
-    let mut trainer = Trainer::new(model, params, DataLoader::new(dataset(8), options).unwrap(), config).unwrap();
+    let mut trainer = trainer_of(model, params, dataset(8), 4, config);
     trainer.load_loss_scale((2.0, 0)).unwrap();
     assert!(trainer.step().unwrap().skipped);
     assert!(matches!(trainer.step(), Err(nibble_train::Error::NonFinite { step: 2, quantity: "loss", .. })));

@@ -4,18 +4,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nibble_tensor::{Arena, Device, HostCopy, HostPool, Result, Tensor};
 
-/// Below this a GPU's tensor stays where it is.
-const SMALLEST: usize = 1 << 20;
-
 /// Sends what backwards need to the host, and brings it back in reverse order, ahead of its use.
 ///
 /// Tensors on their way take device memory: the newest that leaves and the next that is needed always may; others while they
-/// stay within `window` bytes. Cloning gives another handle to the same order.
+/// stay within `window` bytes. Tensors of fewer than `smallest` bytes stay where they are. Cloning gives another handle to the same order.
 #[derive(Clone, Debug)]
 pub struct Offload {
     pool: HostPool,
     arena: Arena,
     window: usize,
+    smallest: usize,
     sent: Arc<Mutex<Vec<Weak<Mutex<HostCopy>>>>>,
 }
 
@@ -45,14 +43,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Offload {
     /// For one forward and backward pass, in buffers of `pool`.
     #[must_use]
-    pub fn new(pool: &HostPool, arena: &Arena, window: usize) -> Self {
-        Self { pool: pool.clone(), arena: arena.clone(), window, sent: Arc::default() }
+    pub fn new(pool: &HostPool, arena: &Arena, window: usize, smallest: usize) -> Self {
+        Self { pool: pool.clone(), arena: arena.clone(), window, smallest, sent: Arc::default() }
+    }
+
+    /// A good `smallest`: on a GPU 1 MiB, below which little memory is won for a copy's latency.
+    #[must_use]
+    pub fn smallest_on(device: Device) -> usize {
+        if device == Device::Cpu { 0 } else { 1 << 20 }
     }
 
     /// Begins to send `tensor`; one that is on its way already is sent once.
     fn keep(&self, tensor: &Tensor) -> Result<Kept> {
         let bytes = tensor.numel() * tensor.dtype().size();
-        if bytes < SMALLEST && tensor.device() != Device::Cpu {
+        if bytes < self.smallest {
             return Ok(Kept::here(tensor));
         }
         let mut sent = lock(&self.sent);

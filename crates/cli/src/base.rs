@@ -40,7 +40,7 @@ impl Precision {
     /// # Errors
     /// [`CliError::NoEffect`] for details of a format that is not used; what is missing for `--device cuda`.
     pub(crate) fn from_args(args: &PrecisionArgs) -> Result<Self> {
-        let quant = quant_config(args)?;
+        let quant = quant_config(args.quant, args.double_quant, args.quant_block_size)?;
         let device = device(args.device)?;
         let compute_dtype = match args.compute_dtype {
             ComputeDtype::Bf16 => DType::Bf16,
@@ -119,21 +119,23 @@ fn natural_dtype(device: Device) -> DType {
     }
 }
 
-fn quant_config(args: &PrecisionArgs) -> Result<Option<QuantConfig>> {
-    let format = match args.quant {
+/// The format of the frozen linears that three flags ask for.
+///
+/// # Errors
+/// [`CliError::NoEffect`] for details of a format that is not used.
+pub(crate) fn quant_config(quant: Quant, double_quant: Option<bool>, block_size: Option<usize>) -> Result<Option<QuantConfig>> {
+    let format = match quant {
         Quant::Nf4 => Format::Nf4,
         Quant::Fp4 => Format::Fp4,
         Quant::None => {
-            let details =
-                [("--double-quant", args.double_quant.is_some()), ("--quant-block-size", args.quant_block_size.is_some())];
+            let details = [("--double-quant", double_quant.is_some()), ("--quant-block-size", block_size.is_some())];
             return match details.into_iter().find(|(_, given)| *given) {
                 Some((flag, _)) => Err(CliError::NoEffect { flag, with: "--quant none" }),
                 None => Ok(None),
             };
         }
     };
-    let (block_size, double_quant) = (args.quant_block_size.unwrap_or(64), args.double_quant.unwrap_or(true));
-    Ok(Some(QuantConfig { format, block_size, double_quant }))
+    Ok(Some(QuantConfig { format, block_size: block_size.unwrap_or(64), double_quant: double_quant.unwrap_or(true) }))
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -262,23 +264,40 @@ fn other_base<'a>(trained_on: Option<&'a str>, base: &str) -> Option<&'a str> {
 
 /// The vocabulary of a GGUF file as the tokenizer takes it.
 fn vocabulary(vocab: GgufVocab) -> nibble_data::GgufVocab {
-    let given = |empty: bool| !empty;
+    // By name and without `..`: a field that one side gets later does not go missing here.
+    let GgufVocab {
+        model,
+        pre,
+        tokens,
+        scores,
+        token_types,
+        merges,
+        bos_id,
+        eos_id,
+        eot_id,
+        unk_id,
+        pad_id,
+        add_bos,
+        add_eos,
+        add_space_prefix,
+        chat_template,
+    } = vocab;
     nibble_data::GgufVocab {
-        model: vocab.model,
-        pre: vocab.pre,
-        tokens: vocab.tokens,
-        scores: given(vocab.scores.is_empty()).then_some(vocab.scores),
-        token_types: given(vocab.token_types.is_empty()).then_some(vocab.token_types),
-        merges: given(vocab.merges.is_empty()).then_some(vocab.merges),
-        bos_id: vocab.bos_id,
-        eos_id: vocab.eos_id,
-        eot_id: vocab.eot_id,
-        unk_id: vocab.unk_id,
-        pad_id: vocab.pad_id,
-        add_bos: vocab.add_bos,
-        add_eos: vocab.add_eos,
-        add_space_prefix: vocab.add_space_prefix,
-        chat_template: vocab.chat_template,
+        model,
+        pre,
+        tokens,
+        scores: Some(scores).filter(|scores| !scores.is_empty()),
+        token_types: Some(token_types).filter(|types| !types.is_empty()),
+        merges: Some(merges).filter(|merges| !merges.is_empty()),
+        bos_id,
+        eos_id,
+        eot_id,
+        unk_id,
+        pad_id,
+        add_bos,
+        add_eos,
+        add_space_prefix,
+        chat_template,
     }
 }
 

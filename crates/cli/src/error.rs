@@ -1,6 +1,10 @@
 //! The error of the command line: what the libraries say, plus a hint where there is something to do.
 
-use std::{error::Error as StdError, io, path::PathBuf};
+use std::{
+    error::Error as StdError,
+    io,
+    path::{Path, PathBuf},
+};
 
 use nibble_data::Error as DataError;
 use nibble_lora::{AdapterConfig, Error as LoraError, Mismatch};
@@ -16,8 +20,10 @@ use crate::ui;
 
 /// Of those that hold memory, so many are listed.
 const MOST_OWNERS: usize = 8;
-/// The driver's call that takes memory of the host.
-const HOST_CALL: &str = "cuMemHostAlloc";
+
+/// What to do where the host has too little memory for what a GPU leaves with it.
+const HOST_HINT: &str = "leave less on the host: `--gradient-checkpointing full` instead of `offload`, fewer blocks with `--offload-weights`, \
+                         more `--optim-device-memory`; or raise the limits of locked memory (`ulimit -l`) and of the container";
 
 /// What a command returns.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
@@ -61,9 +67,12 @@ pub(crate) enum CliError {
     /// A run that needs more memory than there is: known before anything is loaded.
     #[error("train: the run needs about {}, found {}{}{}", ui::bytes(*needed), ui::bytes(*room), of_limit(*limited), held(owners))]
     DoesNotFit { needed: usize, room: usize, limited: bool, owners: Vec<(String, usize)>, nearest: Option<String> },
-    /// Memory that ran out in a run; what it had learned until then is kept.
+    /// A run that leaves more with the host than it has: known before anything is loaded.
+    #[error("train: the run keeps about {} in host memory, found {} available{}", ui::bytes(*needed), ui::bytes(*room), held(owners))]
+    HostDoesNotFit { needed: usize, room: usize, owners: Vec<(String, usize)> },
+    /// Memory that ran out in a run.
     #[error("{source}{}", held(owners))]
-    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)>, nearest: Option<String>, saved: Option<PathBuf> },
+    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)>, nearest: Option<String> },
     /// More positions than the model has.
     #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
     MaxLength { limit: usize, found: usize },
@@ -73,9 +82,12 @@ pub(crate) enum CliError {
     /// A prompt file without prompts.
     #[error("read prompts `{}`: expected a prompt a line, found none", path.display())]
     NoPrompts { path: PathBuf },
-    /// A run that stopped at a broken step; what it had learned until then is kept.
+    /// A run that broke; what it had learned until then is kept.
     #[error("{source}")]
-    Stopped { source: Box<TrainError>, saved: PathBuf },
+    Stopped { source: Box<CliError>, saved: PathBuf },
+    /// A run that broke, and what it had learned until then could not be kept.
+    #[error("{source}\nwhat was learned is lost: {also}")]
+    Lost { source: Box<CliError>, also: Box<CliError> },
     /// A file or folder the system refuses.
     #[error("{op} `{}`: {source}", path.display())]
     Io { op: &'static str, path: PathBuf, source: io::Error },
@@ -127,22 +139,18 @@ impl CliError {
             Self::AdapterFlags { .. } => {
                 Some("leave them away to train the adapter further, or `--adapter` to start afresh".into())
             }
-            Self::DoesNotFit { nearest: Some(flags), .. } => Some(format!("what fits: `{flags}`")),
+            Self::DoesNotFit { nearest: Some(flags), .. } | Self::OutOfMemory { nearest: Some(flags), .. } => {
+                Some(format!("what fits: `{flags}`"))
+            }
             Self::DoesNotFit { nearest: None, .. } => Some(
                 "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
             ),
-            Self::OutOfMemory { source, nearest, saved, .. } => {
-                let fits = nearest.as_ref().map(|flags| format!("what fits: `{flags}`")).or_else(|| source.hint());
-                let saved =
-                    saved.as_ref().map(|saved| format!("the adapter as it was before that step is in `{}`", saved.display()));
-                Some([fits, saved].into_iter().flatten().collect::<Vec<_>>().join("; ")).filter(|hint| !hint.is_empty())
-            }
+            Self::HostDoesNotFit { .. } => Some(HOST_HINT.into()),
+            Self::OutOfMemory { source, .. } | Self::Lost { source, .. } => source.hint(),
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
-            Self::Stopped { saved, .. } => {
-                Some(format!("the adapter as it was before that step is in `{}`; try a lower `--learning-rate`", saved.display()))
-            }
+            Self::Stopped { source, saved } => Some(stopped_hint(source, saved)),
             Self::Command { hint, .. } => hint.clone(),
             Self::Model(error) => model_hint(error),
             Self::Data(error) => data_hint(error),
@@ -153,22 +161,32 @@ impl CliError {
         }
     }
 
-    /// The same with who held the memory of `arena` at its peak, if it is that the memory ran out.
+    /// The same with who held the memory of `arena` at its peak, if it is that its memory ran out and nobody has said it yet.
     pub(crate) fn with_owners(self, arena: &Arena) -> Self {
-        if self.exit_code() != 3 {
+        let told = matches!(self, Self::OutOfMemory { .. } | Self::Stopped { .. } | Self::Lost { .. });
+        if told || !matches!(self.out_of_memory(), Some(TensorError::OutOfMemory { .. })) {
             return self;
         }
         let mut owners = arena.at_peak();
         owners.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         let owners = owners.into_iter().take(MOST_OWNERS).filter(|(_, bytes)| *bytes > 0);
         let owners = owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect();
-        Self::OutOfMemory { source: Box::new(self), owners, nearest: None, saved: None }
+        Self::OutOfMemory { source: Box::new(self), owners, nearest: None }
+    }
+
+    /// Where the nearest run that fits goes, of memory that ran out.
+    pub(crate) fn nearest_mut(&mut self) -> Option<&mut Option<String>> {
+        match self {
+            Self::OutOfMemory { nearest, .. } => Some(nearest),
+            Self::Stopped { source, .. } | Self::Lost { source, .. } => source.nearest_mut(),
+            _ => None,
+        }
     }
 
     /// What was asked for when the memory ran out, if it is that.
     pub(crate) fn out_of_memory(&self) -> Option<&TensorError> {
         match self {
-            Self::OutOfMemory { source, .. } => source.out_of_memory(),
+            Self::OutOfMemory { source, .. } | Self::Stopped { source, .. } | Self::Lost { source, .. } => source.out_of_memory(),
             Self::Tensor(error) | Self::Adapter(LoraError::Tensor(error)) => Some(error).filter(|error| error.is_out_of_memory()),
             Self::Model(error) => match &**error {
                 ModelError::Tensor(error) | ModelError::Adapter(LoraError::Tensor(error)) => {
@@ -181,19 +199,13 @@ impl CliError {
         }
     }
 
-    /// Whether an evaluation failed.
-    pub(crate) fn is_of_evaluation(&self) -> bool {
-        match self {
-            Self::OutOfMemory { source, .. } => source.is_of_evaluation(),
-            Self::Train(error) => matches!(**error, TrainError::Evaluation(_)),
-            _ => false,
-        }
-    }
-
     /// 3 when memory ran out, else 2.
     pub(crate) fn exit_code(&self) -> u8 {
-        let out = matches!(self, Self::DoesNotFit { .. } | Self::OutOfMemory { .. }) || self.out_of_memory().is_some();
-        if out { 3 } else { 2 }
+        if matches!(self, Self::DoesNotFit { .. } | Self::HostDoesNotFit { .. }) || self.out_of_memory().is_some() {
+            3
+        } else {
+            2
+        }
     }
 
     /// Whether the reader of standard output went away, which is no failure.
@@ -223,9 +235,17 @@ fn listed(flags: &[&str]) -> String {
     flags.iter().map(|flag| format!("`{flag}`")).collect::<Vec<_>>().join(", ")
 }
 
+/// Where the adapter of a run that broke is, and what to do about the rest.
+fn stopped_hint(source: &CliError, saved: &Path) -> String {
+    let kept = format!("the adapter as it was before that is in `{}`", saved.display());
+    source.hint().map_or_else(|| kept.clone(), |hint| format!("{kept}; {hint}"))
+}
+
 fn train_hint(error: &TrainError) -> Option<String> {
     match error {
-        TrainError::NonFinite { .. } => Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into()),
+        TrainError::NonFinite { .. } | TrainError::NonFiniteEval { .. } => {
+            Some("try a lower `--learning-rate`, or `--max-grad-norm 0.3`".into())
+        }
         TrainError::NothingTrains => Some("choose `--target-modules all-linear`".into()),
         TrainError::TooLong { .. } => Some("cut long rows with `--max-length`".into()),
         TrainError::Optim(OptimError::PageFile { .. }) => {
@@ -239,7 +259,6 @@ fn train_hint(error: &TrainError) -> Option<String> {
         TrainError::Model(error) => model_hint(error),
         TrainError::Adapter(error) => adapter_hint(error),
         TrainError::Tensor(error) | TrainError::Optim(OptimError::Tensor(error)) => tensor_hint(error),
-        TrainError::Evaluation(_) => Some("try a smaller `--per-device-eval-batch-size`".into()),
         _ => None,
     }
 }
@@ -306,10 +325,7 @@ fn tensor_hint(error: &TensorError) -> Option<String> {
         TensorError::NoDevice { .. } | TensorError::Cuda { .. } | TensorError::Kernel { .. } => {
             Some("`--device cpu` needs no GPU; `nibble doctor` shows what this machine has".into())
         }
-        TensorError::DriverOutOfMemory { call: HOST_CALL } => Some(
-            "the host has no more memory to lock: try `--gradient-checkpointing full`, or fewer blocks with `--offload-weights`"
-                .into(),
-        ),
+        TensorError::OutOfHostMemory { .. } => Some(HOST_HINT.into()),
         TensorError::OutOfMemory { .. } | TensorError::DriverOutOfMemory { .. } => {
             Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
         }
@@ -362,5 +378,55 @@ mod tests {
         let direct = CliError::Tensor(oom()).hint();
         assert!(direct.as_deref().is_some_and(|hint| hint.contains("--gradient-checkpointing")));
         assert_eq!(CliError::from(TrainError::Model(ModelError::Tensor(oom()))).hint(), direct);
+        assert_eq!(CliError::from(TrainError::Optim(OptimError::Tensor(oom()))).hint(), direct);
+    }
+
+    #[test]
+    fn memory_that_runs_out_anywhere_is_exit_code_3() {
+        let device = || TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 };
+        let host = || TensorError::OutOfHostMemory { requested: 8 };
+        for oom in [device as fn() -> TensorError, host] {
+            let adapter = || LoraError::Tensor(oom());
+            for error in [
+                CliError::Tensor(oom()),
+                CliError::Adapter(adapter()),
+                ModelError::Tensor(oom()).into(),
+                ModelError::Adapter(adapter()).into(),
+                TrainError::Tensor(oom()).into(),
+                TrainError::Optim(OptimError::Tensor(oom())).into(),
+                TrainError::Model(ModelError::Adapter(adapter())).into(),
+                CliError::Stopped { source: Box::new(CliError::Tensor(oom())), saved: "out".into() },
+                CliError::Lost {
+                    source: Box::new(CliError::Tensor(oom())),
+                    also: Box::new(CliError::NoPrompts { path: "p".into() }),
+                },
+            ] {
+                assert_eq!(error.exit_code(), 3, "{error:?}");
+            }
+        }
+        let full = CliError::Stopped { source: Box::new(CliError::NoPrompts { path: "p".into() }), saved: "out".into() };
+        assert_eq!(full.exit_code(), 2);
+    }
+
+    #[test]
+    fn who_held_the_memory_is_told_once() {
+        let arena = Arena::new(nibble_tensor::Device::Cpu);
+        let _held = nibble_tensor::Tensor::zeros(&arena, nibble_tensor::DType::F32, [1024]).unwrap();
+        let oom = CliError::Tensor(TensorError::OutOfMemory { device: "cpu".into(), requested: 8, live: 8, limit: 8 });
+        let told = oom.with_owners(&arena);
+        assert!(matches!(&told, CliError::OutOfMemory { owners, .. } if owners.len() == 1));
+        let again = told.to_string();
+        assert_eq!(told.with_owners(&arena).to_string(), again);
+        assert!(matches!(CliError::NoPrompts { path: "p".into() }.with_owners(&arena), CliError::NoPrompts { .. }));
+    }
+
+    #[test]
+    fn host_memory_that_runs_out_is_not_blamed_on_the_gpu() {
+        let arena = Arena::new(nibble_tensor::Device::Cpu);
+        let error = CliError::Tensor(TensorError::OutOfHostMemory { requested: 8 }).with_owners(&arena);
+        assert!(matches!(error, CliError::Tensor(_)), "those that hold the device's memory have no part in it");
+        assert_eq!(error.to_string(), "out of host memory: 8 bytes asked to be locked for copies to the GPU and back");
+        let hint = error.hint().unwrap();
+        assert!(hint.contains("ulimit -l") && !hint.contains("--device cpu"), "{hint}");
     }
 }

@@ -12,6 +12,7 @@ mod commands;
 mod dataset;
 mod env;
 mod error;
+mod machine;
 mod output;
 mod source;
 mod ui;

@@ -387,6 +387,29 @@ fn merge_flags_that_would_change_nothing() {
 }
 
 #[test]
+fn generation_flags_that_would_change_nothing() {
+    let world = World::new();
+    for (flag, with) in [("--seed 1", "--temperature 0"), ("--top-k 5", "--temperature 0"), ("--batch-size 2", "--prompt")] {
+        let line = format!("generate --model model --prompt a {flag}");
+        let says = format!("`{}` has no effect with `{with}`", flag.split(' ').next().unwrap());
+        world.refuses_line(&line, &[&says]);
+    }
+    world.write("prompts.txt", "one\n");
+    world.ok("generate --model model --prompts prompts.txt --batch-size 2 --temperature 1 --seed 1 --max-new-tokens 1");
+}
+
+#[test]
+fn pages_that_cannot_be_are_told_before_anything_is_read() {
+    let world = World::new();
+    let refuses = |flags: &str, says: &[&str]| {
+        world.refuses(&format!("--model ./nowhere --data nothing.jsonl --device cpu --optim paged_adamw_8bit {flags}"), says);
+    };
+    refuses("--optim-device-memory 1MiB", &["need a file", "hint: name one with `--optim-page-file`"]);
+    refuses("--optim-page-masters --compute-dtype bf16", &["optim_page_masters"]);
+    refuses("", &["open model `./nowhere`"]);
+}
+
+#[test]
 fn a_memory_limit_below_what_the_model_takes() {
     let world = World::new();
     let before = world.entries();

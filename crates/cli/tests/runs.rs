@@ -113,7 +113,8 @@ fn an_adapter_can_be_trained_further() {
     let line =
         "train --model model --adapter first --data rows.jsonl --output second --max-steps 2 --batch-size 2 --compute-dtype f32";
     let ended = world.ok(line);
-    assert!(ended.stderr.contains("first"), "{}", ended.stderr);
+    let said = "continues `first`: its own config decides; optimizer and schedule begin anew";
+    assert!(ended.stderr.contains(said), "{}", ended.stderr);
     assert_eq!(read_json(&world.path("second/adapter_config.json"))["r"], 4);
     world.refuses_line(&format!("{} --lora-r 8", line.replace("second", "third")), &["--lora-r", "--adapter"]);
 }

@@ -44,6 +44,23 @@ impl Batch {
         self.cu_seqlens.push(self.tokens.len() as u32);
     }
 
+    /// The same with tokens behind it that nothing is learned from, `tokens` in all, as documents that are no longer than the longest
+    /// before them; then empty documents, `documents(n)` in all for `n` that are not. So batches of nearly the same size are one shape.
+    #[must_use]
+    pub fn padded(mut self, tokens: usize, documents: impl Fn(usize) -> usize) -> Self {
+        let longest = self.max_seqlen().max(1);
+        while self.len() < tokens {
+            let n = longest.min(tokens - self.len());
+            self.tokens.extend(std::iter::repeat_n(0, n));
+            self.labels.extend(std::iter::repeat_n(IGNORE_INDEX, n));
+            self.positions.extend(0..n as u32);
+            self.cu_seqlens.push(self.tokens.len() as u32);
+        }
+        let all = documents(self.documents()).max(self.documents());
+        self.cu_seqlens.resize(all + 1, self.tokens.len() as u32);
+        self
+    }
+
     /// How many tokens are learned: the divisor of the loss, summed over a step's micro-batches and ranks.
     #[must_use]
     pub fn label_count(&self) -> usize {
@@ -94,6 +111,17 @@ mod tests {
         assert_eq!(batch.cu_seqlens, [0, 3, 5]);
         assert_eq!(batch.positions, [0, 1, 2, 0, 1]);
         assert_eq!((batch.label_count(), batch.len(), batch.documents(), batch.max_seqlen()), (3, 5, 2, 3));
+    }
+
+    #[test]
+    fn padding_is_documents_of_known_length_from_which_nothing_is_learned() {
+        let batch = Batch::from_examples([&example(&[5, 6, 7], &[-100, 6, 7])]);
+        let padded = batch.clone().padded(8, |documents| documents.next_multiple_of(4));
+        assert_eq!(padded.tokens, [5, 6, 7, 0, 0, 0, 0, 0]);
+        assert_eq!(padded.cu_seqlens, [0, 3, 6, 8, 8]);
+        assert_eq!(padded.positions, [0, 1, 2, 0, 1, 2, 0, 1]);
+        assert_eq!((padded.label_count(), padded.max_seqlen()), (batch.label_count(), 3));
+        assert_eq!(batch.clone().padded(3, |documents| documents), batch);
     }
 
     #[test]

@@ -162,6 +162,24 @@ pub struct AdapterConfig {
     /// Refused.
     #[serde(skip_serializing)]
     pub alora_invocation_tokens: Option<serde_json::Value>,
+    /// Block-diagonal factors; refused.
+    #[serde(skip_serializing)]
+    pub use_bdlora: Option<serde_json::Value>,
+    /// Routing between adapters; refused.
+    #[serde(skip_serializing)]
+    pub arrow_config: Option<serde_json::Value>,
+    /// An SVD of the base; refused.
+    #[serde(skip_serializing)]
+    pub kasa_config: Option<serde_json::Value>,
+    /// Sampled factors; refused.
+    #[serde(skip_serializing)]
+    pub monteclora_config: Option<serde_json::Value>,
+    /// Compressed activations; refused.
+    #[serde(skip_serializing)]
+    pub velora_config: Option<serde_json::Value>,
+    /// Embedding and head of a tied base train as one; refused where they train at all.
+    #[serde(skip_serializing)]
+    pub ensure_weight_tying: bool,
 }
 
 /// A value or a list of them, as PEFT's files have either.
@@ -182,6 +200,11 @@ impl<T> OneOrMany<T> {
             Self::Many(many) => many,
         }
     }
+}
+
+/// Whether an optional field asks for anything.
+fn says_something(value: &serde_json::Value) -> bool {
+    !value.is_null() && value.as_bool() != Some(false) && value.as_array().is_none_or(|list| !list.is_empty())
 }
 
 fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(deserializer: D) -> Result<T, D::Error> {
@@ -218,6 +241,12 @@ impl Default for AdapterConfig {
             trainable_token_indices: None,
             target_parameters: None,
             alora_invocation_tokens: None,
+            use_bdlora: None,
+            arrow_config: None,
+            kasa_config: None,
+            monteclora_config: None,
+            velora_config: None,
+            ensure_weight_tying: false,
         }
     }
 }
@@ -256,6 +285,7 @@ impl AdapterConfig {
             ("use_dora", self.use_dora),
             ("lora_bias", self.lora_bias),
             ("use_qalora", self.use_qalora),
+            ("ensure_weight_tying", self.ensure_weight_tying && self.may_touch_tied()),
         ];
         if let Some((field, _)) = flags.into_iter().find(|(_, set)| *set) {
             return refuse(field, &true, "false");
@@ -265,10 +295,14 @@ impl AdapterConfig {
             ("trainable_token_indices", &self.trainable_token_indices),
             ("target_parameters", &self.target_parameters),
             ("alora_invocation_tokens", &self.alora_invocation_tokens),
+            ("use_bdlora", &self.use_bdlora),
+            ("arrow_config", &self.arrow_config),
+            ("kasa_config", &self.kasa_config),
+            ("monteclora_config", &self.monteclora_config),
+            ("velora_config", &self.velora_config),
         ];
         for (field, value) in values {
-            if let Some(value) = value.as_ref().filter(|value| !value.is_null() && value.as_array().is_none_or(|a| !a.is_empty()))
-            {
+            if let Some(value) = value.as_ref().filter(|value| says_something(value)) {
                 return refuse(field, value, "null");
             }
         }
@@ -280,6 +314,18 @@ impl AdapterConfig {
             }
         }
         Ok(())
+    }
+
+    /// Whether modules that a base may share, its embedding and its head, are saved or get an adapter.
+    fn may_touch_tied(&self) -> bool {
+        let is_tied = |name: &String| ["embed_tokens", "lm_head"].contains(&name.rsplit('.').next().unwrap_or(name));
+        let targeted = match &self.target_modules {
+            Some(TargetModules::Names(names)) => names.iter().any(is_tied),
+            // A regular expression may name anything.
+            Some(TargetModules::Pattern(pattern)) => pattern != TargetModules::ALL_LINEAR,
+            None => false,
+        };
+        targeted || self.modules_to_save.iter().flatten().any(is_tied)
     }
 
     /// s of a layer with this rank and alpha.
@@ -338,10 +384,31 @@ mod tests {
             r#"{"lora_dropout":1.0}"#,
             r#"{"init_lora_weights":"pissa"}"#,
             r#"{"init_lora_weights":"pissa","inference_mode":true}"#,
+            r#"{"use_bdlora":{"nblocks":2}}"#,
+            r#"{"arrow_config":{"top_k":3}}"#,
+            r#"{"kasa_config":{"beta":1e-4}}"#,
+            r#"{"monteclora_config":{"num_samples":8}}"#,
+            r#"{"velora_config":{"num_groups":32}}"#,
+            r#"{"ensure_weight_tying":true,"modules_to_save":["embed_tokens"]}"#,
+            r#"{"ensure_weight_tying":true,"target_modules":["q_proj","lm_head"]}"#,
+            r#"{"ensure_weight_tying":true,"target_modules":".*"}"#,
         ] {
             let config: AdapterConfig = serde_json::from_str(text).unwrap();
             let field = text[2..].split('"').next().unwrap();
             assert!(config.validate().unwrap_err().to_string().contains(field), "{text}");
+        }
+    }
+
+    #[test]
+    fn variants_that_are_named_and_not_used_are_taken() {
+        for text in [
+            r#"{"use_bdlora":null,"arrow_config":null,"kasa_config":null,"monteclora_config":null,"velora_config":null}"#,
+            r#"{"use_bdlora":false,"ensure_weight_tying":false,"modules_to_save":["lm_head"]}"#,
+            r#"{"ensure_weight_tying":true,"target_modules":"all-linear"}"#,
+            r#"{"ensure_weight_tying":true,"target_modules":["q_proj"]}"#,
+        ] {
+            let config: AdapterConfig = serde_json::from_str(text).unwrap();
+            config.validate().unwrap();
         }
     }
 

@@ -152,16 +152,6 @@ impl Transformer {
         tokens * self.compute_dtype().size() * elements
     }
 
-    /// Bytes of the device that activations of `tokens` tokens take: what blocks keep, and one block that runs backward.
-    #[must_use]
-    pub fn activation_bytes(&self, checkpointing: Checkpointing, tokens: usize) -> usize {
-        let (config, blocks) = (self.config(), self.config().num_hidden_layers);
-        let mix = checkpointing.mix(blocks);
-        let plans = (0..blocks).map(|index| mix.of_block(index, blocks)).filter(|plan| !plan.on_host);
-        let elements: usize = plans.map(|plan| kept(config, plan.keep)).sum();
-        tokens * self.compute_dtype().size() * (elements + working_set(config))
-    }
-
     /// How many of `blocks` can send their attention's values to the host in the time that all of them run forward.
     fn on_host(&self, tokens: usize, blocks: usize, inputs_on_host: bool) -> Mix {
         let Device::Cuda(device) = self.arena().device() else { return Mix { inputs_on_host, ..Mix::default() } };

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use half::bf16;
-use nibble_autograd::Leaf;
+use nibble_autograd::{Leaf, Offload};
 use nibble_lora::{Linear, Weight};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
@@ -24,8 +24,8 @@ use crate::{
 /// How a checkpoint is loaded.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
-    /// The blocks' linears are kept in this format; `None`: as stored. Embedding, head and norms stay as stored, as in the
-    /// reference stack.
+    /// The blocks' linears are kept in this format; `None`: as stored, like embedding, head and norms. On a GPU matrices that are
+    /// not quantised are converted to the type of 16-bit activations.
     pub quant: Option<QuantConfig>,
     /// The type of activations.
     pub compute_dtype: DType,
@@ -107,7 +107,8 @@ impl Transformer {
             head_dim: config.head_dim,
         };
         let dtype = options.compute_dtype;
-        Ok(Self { config, arena: arena.clone(), host: host.clone(), dtype, embed_tokens, blocks, shared, norm, lm_head })
+        let (arena, smallest_on_host) = (arena.clone(), Offload::smallest_on(arena.device()));
+        Ok(Self { config, arena, host, smallest_on_host, dtype, embed_tokens, blocks, shared, norm, lm_head })
     }
 }
 
@@ -273,11 +274,16 @@ impl Loader<'_> {
         Ok(shaped(tensor)?)
     }
 
-    /// As stored; a bf16 matrix in f16 where activations are, so that it is not converted in each step.
+    /// A matrix in the type of 16-bit activations, so that it is not converted in each product: on the CPU, whose products read any
+    /// type, only one in bf16 where activations are f16. For f32 activations as stored: wider it would take twice the memory.
     fn in_compute_dtype(&mut self, name: &str) -> Result<Tensor> {
         let tensor = self.dense(name)?;
-        let converts = self.options.compute_dtype == DType::F16 && tensor.dtype() == DType::Bf16 && tensor.dims().len() == 2;
-        Ok(if converts { tensor.to_dtype(DType::F16)? } else { tensor })
+        let (compute, on_host) = (self.options.compute_dtype, self.arena.device() == Device::Cpu);
+        let is_read_as_stored = on_host && (tensor.dtype(), compute) != (DType::Bf16, DType::F16);
+        if compute == DType::F32 || is_read_as_stored || tensor.dims().len() != 2 {
+            return Ok(tensor);
+        }
+        Ok(tensor.to_dtype(compute)?)
     }
 
     /// A tensor on the GPU, if it is the one that was read ahead.
@@ -315,4 +321,50 @@ fn random_dense(arena: &Arena, (shape, role): &(Vec<usize>, Role), rng: Rng) -> 
         [rows, cols] => Tensor::tiled(arena, &pattern, [rows, cols])?,
         _ => Tensor::tiled(arena, &pattern, [numel])?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_tensor::cuda::{ComputeCapability, CudaDevice, DeviceInfo};
+
+    use super::*;
+
+    /// A model of a checkpoint stored in `stored`, on a GPU that only counts or on the CPU.
+    fn loaded(stored: StoredType, compute_dtype: DType, on_gpu: bool) -> Transformer {
+        let config = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 64, "tie_word_embeddings": false, "hidden_act": "silu", "torch_dtype": stored.torch_name(),
+        });
+        let config = ModelConfig::from_json(&config.to_string(), "made").unwrap();
+        let (capability, name) = (ComputeCapability::new(9, 0), "a GPU of the loader's tests".to_owned());
+        let info = DeviceInfo { ordinal: 0, name, capability, memory: 1 << 30, multiprocessors: 132, driver: 12_090 };
+        let device = if on_gpu { Device::Cuda(CudaDevice::dry(&info)) } else { Device::Cpu };
+        let options = LoadOptions { quant: None, compute_dtype, max_positions: 64, blocks_on_host: 0 };
+        Transformer::empty(config, &Arena::on(device, usize::MAX).unwrap(), &options).unwrap()
+    }
+
+    #[test]
+    fn matrices_are_of_the_type_that_products_read_them_in() {
+        for (stored, compute, on_gpu, expected) in [
+            (StoredType::F32, DType::Bf16, true, DType::Bf16),
+            (StoredType::F16, DType::Bf16, true, DType::Bf16),
+            (StoredType::F32, DType::F16, true, DType::F16),
+            (StoredType::BF16, DType::F16, true, DType::F16),
+            (StoredType::F32, DType::F32, true, DType::F32),
+            (StoredType::BF16, DType::F32, true, DType::Bf16),
+            (StoredType::F32, DType::Bf16, false, DType::F32),
+            (StoredType::BF16, DType::F16, false, DType::F16),
+        ] {
+            let model = loaded(stored, compute, on_gpu);
+            for (name, leaf) in [("embedding", &model.embed_tokens), ("head", model.head())] {
+                let Leaf::Frozen(tensor) = leaf else { panic!("{name} is trained") };
+                assert_eq!(tensor.dtype(), expected, "{name} of {stored:?} for {compute}");
+            }
+            for linear in model.linears() {
+                let (out, inputs) = linear.sizes();
+                assert_eq!(linear.base_bytes(), out * inputs * expected.size(), "{stored:?} for {compute}");
+            }
+        }
+    }
 }

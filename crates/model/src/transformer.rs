@@ -94,6 +94,8 @@ pub struct Transformer {
     pub(crate) arena: Arena,
     /// Where activations wait that are not kept on the device.
     pub(crate) host: HostPool,
+    /// Bytes below which an activation does not go there.
+    pub(crate) smallest_on_host: usize,
     pub(crate) dtype: DType,
     pub(crate) embed_tokens: Leaf,
     pub(crate) blocks: Vec<Block>,
@@ -114,6 +116,11 @@ impl Transformer {
     #[must_use]
     pub fn host(&self) -> &HostPool {
         &self.host
+    }
+
+    /// Sends activations of at least `bytes` bytes to the host, with `offload`; on a GPU it is 1 MiB unless this is called.
+    pub fn set_smallest_on_host(&mut self, bytes: usize) {
+        self.smallest_on_host = bytes;
     }
 
     /// The memory that activations are taken from.
@@ -180,7 +187,8 @@ impl Transformer {
         stream.expect_within(self.config.vocab_size, self.max_positions())?;
         let mix = checkpointing.mix(self.blocks.len());
         let tokens = stream.documents.tokens();
-        let offload = mix.uses_host().then(|| Offload::new(&self.host, &self.arena, self.offload_window(mix, tokens)));
+        let window = self.offload_window(mix, tokens);
+        let offload = mix.uses_host().then(|| Offload::new(&self.host, &self.arena, window, self.smallest_on_host));
         let mut x = self.embed(tape, &stream.tokens)?;
         let mut a = None;
         for (i, block) in self.blocks.iter().enumerate() {

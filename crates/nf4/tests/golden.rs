@@ -1,10 +1,11 @@
-//! Bit for bit what bitsandbytes 0.50.2 computed on CUDA: a subset of the reference file always, all of it where it lies beside the checkout.
+//! Bit for bit what bitsandbytes 0.50.2 computed on CUDA: a subset of the reference file always, all of it where `NIBBLE_GOLDEN` names its folder.
 
 use half::{bf16, f16};
 use nibble_nf4::{
     Absmax, DynamicMap, Element, FP4, Format, NF4, QuantConfig, QuantizedBlocks, dequantize, dequantize_dynamic,
     dynamic_map_signed, dynamic_map_unsigned, int8, int8::Int8Rows, quantize, quantize_dynamic,
 };
+use nibble_testkit::golden_folder;
 use safetensors::{Dtype, SafeTensors};
 
 const SUBSET: &[u8] = include_bytes!("data/quant.safetensors");
@@ -12,8 +13,8 @@ const SUBSET: &[u8] = include_bytes!("data/quant.safetensors");
 /// Runs `check` on the subset, and on the whole file if it is there.
 fn each_file(check: impl Fn(&Golden<'_>)) {
     check(&Golden(SafeTensors::deserialize(SUBSET).unwrap()));
-    let whole = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/golden/quant.safetensors");
-    if let Ok(bytes) = std::fs::read(whole) {
+    if let Some(folder) = golden_folder() {
+        let bytes = std::fs::read(folder.join("quant.safetensors")).expect("the whole file");
         check(&Golden(SafeTensors::deserialize(&bytes).unwrap()));
     }
 }

@@ -1,12 +1,6 @@
 //! The optimizers under one type: their constants, their states, their updates.
 
-use nibble_tensor::{
-    Tensor, TensorMut,
-    ops::{
-        adamw::{DecayOrder, Hyper},
-        step,
-    },
-};
+use nibble_tensor::{Tensor, TensorMut, ops::step_count::Corrections};
 
 use crate::{
     AdafactorConfig, AdamWConfig, Layout, LionConfig, Result, SgdConfig,
@@ -112,17 +106,14 @@ impl OptimizerConfig {
         }
     }
 
-    /// What a GPU's kernels read of a step ([`step`]).
-    pub(crate) fn values(&self, lr: f64, step: u32, grad_scale: f32) -> [f32; step::LEN] {
+    /// What of an update depends on its number.
+    pub(crate) fn corrections(&self) -> Corrections {
         match self {
-            Self::AdamW(config) | Self::AdamW8bit(config) => step::values(&config.hyper(lr, step), grad_scale),
-            Self::Adafactor(config) => config.hyper(lr, step).values(grad_scale),
-            Self::Lion(_) | Self::Lion8bit(_) | Self::Sgd(_) => {
-                // Of AdamW's values, these read the rate and the factors alone.
-                let (beta1, beta2, eps, decay) = (0.0, 0.0, 0.0, DecayOrder::Before);
-                let hyper = Hyper { lr, beta1, beta2, eps, weight_decay: self.weight_decay(), step, decay };
-                step::values(&hyper, grad_scale)
+            Self::AdamW(AdamWConfig { beta1, beta2, .. }) | Self::AdamW8bit(AdamWConfig { beta1, beta2, .. }) => {
+                Corrections { beta1: *beta1, beta2: *beta2, exponent: 0.0 }
             }
+            Self::Adafactor(config) => Corrections { exponent: config.decay_rate, ..Corrections::default() },
+            Self::Lion(_) | Self::Lion8bit(_) | Self::Sgd(_) => Corrections::default(),
         }
     }
 }

@@ -48,7 +48,6 @@ pub use error::{Error, Result, StateMismatch};
 pub use layout::Layout;
 pub use lion::LionConfig;
 pub use name::OptimizerName;
-pub use names::edit_distance;
 pub use nibble_tensor::ops::adamw::DecayOrder;
 pub use optimizer::Optimizer;
 pub use paged::Paging;

@@ -5,9 +5,8 @@ pub(crate) fn nearest(name: &str, candidates: &[&'static str]) -> &'static str {
     candidates.iter().copied().min_by_key(|candidate| edit_distance(name, candidate)).unwrap_or("")
 }
 
-/// Levenshtein's distance between two names, in characters: what the nearest of known names is found by.
-#[must_use]
-pub fn edit_distance(a: &str, b: &str) -> usize {
+/// Levenshtein's distance between two names, in characters.
+fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {

@@ -1,6 +1,6 @@
 //! An optimizer over one flat buffer.
 
-use nibble_tensor::{Arena, DType, Device, Owner, Tensor};
+use nibble_tensor::{Arena, DType, Owner, Tensor};
 
 use crate::{
     Error, OptimizerConfig, Paging, Result, StateMismatch,
@@ -17,7 +17,9 @@ pub struct Optimizer {
     numel: usize,
     specs: Vec<Spec>,
     states: States,
+    /// Updates so far, on the CPU.
     steps: u32,
+    /// On a GPU; the updates so far are counted there.
     memory: Option<StepMemory>,
 }
 
@@ -60,13 +62,20 @@ impl Optimizer {
             let plan = Box::new(Plan::new(arena, layout, &config)?);
             States::Whole(plan, specs.iter().map(zeros).collect::<Result<_>>()?)
         };
-        Ok(Self { config, numel: layout.numel(), specs, states, steps: 0, memory: StepMemory::new(arena)? })
+        let memory = StepMemory::new(arena, config.corrections())?;
+        Ok(Self { config, numel: layout.numel(), specs, states, steps: 0, memory })
     }
 
     /// Pages of the states, and how many of them stay on the device; nothing when all of it does.
     #[must_use]
     pub fn pages(&self) -> Option<(usize, usize)> {
         if let States::Paged(paged) = &self.states { Some(paged.count()) } else { None }
+    }
+
+    /// Bytes of pinned host memory that pages take.
+    #[must_use]
+    pub fn host_bytes(&self) -> usize {
+        if let States::Paged(paged) = &self.states { paged.host_bytes() } else { 0 }
     }
 
     /// Whether the pages hold the f32 values ([`Paging::masters`]): then [`Optimizer::set_values`] comes before the first step,
@@ -109,16 +118,15 @@ impl Optimizer {
     /// shared.
     pub fn step(&mut self, params: &mut Tensor, grads: &Tensor, lr: f64, grad_scale: f32) -> Result<()> {
         self.expect(params, grads, lr)?;
-        let step = self.steps + 1;
-        if grads.device() == Device::Cpu {
+        let Some(memory) = &mut self.memory else {
+            let step = self.steps + 1;
             self.update(Some((lr, step, grad_scale)), params, grads)?;
-        } else {
-            let values = self.config.values(lr, step, grad_scale);
-            self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&values))?;
-            self.update(None, params, grads)?;
-        }
-        self.steps = step;
-        Ok(())
+            self.steps = step;
+            return Ok(());
+        };
+        memory.begin(lr, self.config.weight_decay(), grad_scale)?;
+        memory.advance(None)?;
+        self.update(None, params, grads)
     }
 
     /// On a GPU, the first part of a step that is captured: writes what changes from step to step. [`Optimizer::apply`] reads it.
@@ -127,21 +135,30 @@ impl Optimizer {
     /// [`Error::Option`] for a learning rate below 0 or not finite.
     pub fn begin(&mut self, lr: f64) -> Result<()> {
         expect_at_least_zero(self.config.name(), "learning_rate", lr)?;
-        self.steps += 1;
-        let values = self.config.values(lr, self.steps, 1.0);
-        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(&values))
+        let weight_decay = self.config.weight_decay();
+        self.memory.as_mut().map_or(Ok(()), |memory| memory.begin(lr, weight_decay, 1.0))
     }
 
-    /// On a GPU, the second part: clips by `max_norm` (0: not) and updates, without waiting. Gradients that are not finite leave
-    /// everything as it was. On the CPU it does nothing: [`Optimizer::step`] is the whole step there.
+    /// On a GPU, the second part: clips by `max_norm` (0: not) and updates, without waiting. Gradients or `losses` that are not
+    /// finite leave everything as it was, the number of steps as well; without a loss scale, or at its least, so do all steps
+    /// after them until [`Optimizer::resume`]. On the CPU it does nothing: [`Optimizer::step`] is the whole step there.
     ///
     /// # Errors
     /// [`Error::Tensor`] when the buffers do not fit or `params` is shared.
-    pub fn apply(&mut self, params: &mut Tensor, grads: &Tensor, max_norm: f64) -> Result<()> {
+    pub fn apply(&mut self, params: &mut Tensor, grads: &Tensor, losses: Option<&Tensor>, max_norm: f64) -> Result<()> {
         self.expect(params, grads, 0.0)?;
         let Some(memory) = &mut self.memory else { return Ok(()) };
         memory.clip(grads, max_norm)?;
+        memory.advance(losses)?;
         self.update(None, params, grads)
+    }
+
+    /// Steps begun after this change the parameters again, whatever those before were ([`nibble_tensor::ops::step_count`]).
+    ///
+    /// # Errors
+    /// [`Error::Tensor`], what the device reports.
+    pub fn resume(&mut self) -> Result<()> {
+        self.memory.as_mut().map_or(Ok(()), |memory| Ok(memory.count.resume()?))
     }
 
     /// `host`: learning rate, step and factor; nothing on a GPU, whose kernels read them from memory.
@@ -173,10 +190,12 @@ impl Optimizer {
         self.memory.as_ref().map(StepMemory::values)
     }
 
-    /// Steps taken.
-    #[must_use]
-    pub fn steps(&self) -> u32 {
-        self.steps
+    /// Steps taken, those left out not counted; from a GPU it is read.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`], what the device reports.
+    pub fn steps(&self) -> Result<u32> {
+        self.memory.as_ref().map_or(Ok(self.steps), |memory| Ok(memory.count.steps()?))
     }
 
     /// The states under the names of torch (`exp_avg`, `exp_avg_sq`, `momentum_buffer`: as long as the parameters) or of
@@ -209,7 +228,7 @@ impl Optimizer {
             States::Paged(paged) => paged.scatter(&self.specs, &saved)?,
         }
         self.steps = steps;
-        Ok(())
+        self.memory.as_mut().map_or(Ok(()), |memory| Ok(memory.count.load(steps)?))
     }
 }
 

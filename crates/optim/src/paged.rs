@@ -32,6 +32,21 @@ pub struct Paging {
     pub page: Option<usize>,
 }
 
+impl Paging {
+    /// Whether pages can be so on such a device, whatever the sizes: for those who want to know before there is anything to page.
+    ///
+    /// # Errors
+    /// [`Error::MastersOnCpu`], [`Error::PageFileOnGpu`], [`Error::NoPageFile`].
+    pub fn check(&self, device: Device) -> Result<()> {
+        match (device, self) {
+            (Device::Cpu, Self { masters: true, .. }) => Err(Error::MastersOnCpu),
+            (Device::Cpu, Self { device_memory: Some(_), file: None, .. }) => Err(Error::NoPageFile),
+            (Device::Cuda(_), Self { file: Some(_), .. }) => Err(Error::PageFileOnGpu),
+            _ => Ok(()),
+        }
+    }
+}
+
 const PAGE: usize = 8 << 20;
 /// Pages that visit a GPU at once, if they may: one comes, one is worked on, one goes.
 const VISITORS: usize = 3;
@@ -109,22 +124,18 @@ impl Slice {
 impl Paged {
     /// Pages for `layout`; nothing when all states may stay on the device.
     pub(crate) fn new(arena: &Arena, layout: &Layout, config: &OptimizerConfig, paging: &Paging) -> Result<Option<Self>> {
+        paging.check(arena.device())?;
         let on_gpu = arena.device() != Device::Cpu;
-        if paging.masters && !on_gpu {
-            return Err(Error::MastersOnCpu);
-        }
         let specs = |layout: &Layout| {
             let values = paging.masters.then(|| Spec::new("values", DType::F32, layout.numel()));
             values.into_iter().chain(config.specs(layout)).collect::<Vec<_>>()
         };
         let total = specs(layout).iter().map(Spec::bytes).sum();
         let budget = match (paging.device_memory, &paging.file, on_gpu) {
-            (_, Some(_), true) => return Err(Error::PageFileOnGpu),
-            (Some(_), None, false) => return Err(Error::NoPageFile),
-            (None, None, false) => return Ok(None),
+            (_, None, false) => return Ok(None),
             (Some(bytes), ..) => bytes,
-            (None, Some(_), false) => 0,
-            (None, None, true) => arena.room()?.map_or(usize::MAX, |room| room / 2),
+            (None, _, false) => 0,
+            (None, _, true) => arena.room()?.map_or(usize::MAX, |room| room / 2),
         };
         if config.is_factored() || (total <= budget && paging.file.is_none()) {
             return Ok(None);
@@ -248,7 +259,10 @@ impl Paged {
             (Home::Device(tensor), _) => tensor.to_vec::<u8>()?,
             (Home::Pinned(pinned), _) => {
                 self.wait()?;
-                pinned.bytes().to_vec()
+                let mut bytes = pinned.bytes().to_vec();
+                // A device that only counts has none.
+                bytes.resize(page.slice.bytes, 0);
+                bytes
             }
             (Home::File(at), Visits::File { file, .. }) => {
                 let mut bytes = vec![0; page.slice.bytes];
@@ -264,7 +278,8 @@ impl Paged {
         match (&mut self.pages[page].home, &self.visits) {
             (Home::Device(tensor), _) => Ok(tensor.write(bytes)?),
             (Home::Pinned(pinned), _) => {
-                pinned.bytes_mut().copy_from_slice(bytes);
+                let own = pinned.bytes_mut();
+                own.copy_from_slice(&bytes[..own.len()]);
                 Ok(())
             }
             (Home::File(at), Visits::File { file, .. }) => file.write(*at, bytes),
@@ -285,6 +300,12 @@ impl Paged {
             Visits::Pinned { slots, .. } => slots.first().map_or(Device::Cpu, Tensor::device),
             _ => Device::Cpu,
         }
+    }
+
+    /// Bytes of pinned host memory.
+    pub(crate) fn host_bytes(&self) -> usize {
+        let pinned = self.pages.iter().filter(|page| matches!(page.home, Home::Pinned(_)));
+        pinned.map(|page| page.slice.bytes).sum()
     }
 
     /// Pages, and how many of them are on the device.

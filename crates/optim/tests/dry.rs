@@ -30,10 +30,10 @@ fn every_launch_fits_its_kernel_and_a_second_step_takes_no_memory() {
         let plain = Optimizer::new(&arena, &layout(), config).unwrap();
         for mut optimizer in [plain, Optimizer::paged(&arena, &layout(), config, &paging).unwrap()] {
             optimizer.begin(1e-3).unwrap();
-            optimizer.apply(&mut params, &grads, 1.0).unwrap();
+            optimizer.apply(&mut params, &grads, None, 1.0).unwrap();
             let after_one = arena.stats();
             optimizer.begin(1e-3).unwrap();
-            optimizer.apply(&mut params, &grads, 1.0).unwrap();
+            optimizer.apply(&mut params, &grads, None, 1.0).unwrap();
             assert_eq!((arena.stats().live, arena.stats().peak), (after_one.live, after_one.peak), "{name}");
             optimizer.step(&mut params, &grads, 1e-3, 1.0).unwrap();
         }
@@ -52,7 +52,7 @@ fn values_in_pages_leave_copies_of_16_bits() {
         optimizer.set_values(&grads).unwrap();
         let mut copy = grads.to_dtype(DType::Bf16).unwrap();
         optimizer.begin(1e-3).unwrap();
-        optimizer.apply(&mut copy, &grads, 1.0).unwrap();
+        optimizer.apply(&mut copy, &grads, None, 1.0).unwrap();
         assert!(optimizer.state().unwrap().iter().all(|(name, _)| *name != "values"));
         assert_eq!(optimizer.values().unwrap().unwrap().numel(), layout().numel());
     }

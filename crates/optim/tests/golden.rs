@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use nibble_nf4::{dynamic_map_signed, dynamic_map_unsigned};
 use nibble_optim::{AdafactorConfig, AdamWConfig, DecayOrder, Layout, LionConfig, Optimizer, OptimizerConfig, SgdConfig};
 use nibble_tensor::{Shape, Tensor};
+use nibble_testkit::golden_folder;
 use safetensors::SafeTensors;
 
 /// The optimizer of each trace, and its learning rate.
@@ -116,9 +117,8 @@ fn ten_steps_are_those_of_torch_and_bitsandbytes() {
 
 #[test]
 fn the_whole_reference_file_where_it_is_at_hand() {
-    let path = folder().join("../../../shared/golden/optim.safetensors");
-    if path.exists() {
-        replay(&path, "big");
-        replay(&path, "small");
-    }
+    let Some(folder) = golden_folder() else { return };
+    let path = folder.join("optim.safetensors");
+    replay(&path, "big");
+    replay(&path, "small");
 }

@@ -4,7 +4,7 @@ mod common;
 
 use common::arena;
 use nibble_optim::{Error, Layout, Optimizer, OptimizerConfig, OptimizerName, Paging};
-use nibble_tensor::{DType, Device, Rng, Shape, Tensor, cuda::Graph};
+use nibble_tensor::{DType, Device, Rng, Shape, Tensor, cuda::Graph, ops::loss_scale::LossScale};
 
 /// Parameters of these sizes, every second one without decay.
 const SIZES: [usize; 5] = [300, 40_000, 7, 9_001, 5_000];
@@ -92,11 +92,11 @@ fn run_on_gpu(optimizer: &mut Optimizer, params: &mut Tensor, captured: bool) {
         grads.write(&normal(seed).to_f32_vec().unwrap()).unwrap();
         optimizer.begin(1e-2 / seed as f64).unwrap();
         if captured && seed == 2 {
-            graph = Some(Graph::capture(&arena, || optimizer.apply(params, &grads, 1.0).map_err(Failed::from)).unwrap().0);
+            graph = Some(Graph::capture(&arena, || optimizer.apply(params, &grads, None, 1.0).map_err(Failed::from)).unwrap().0);
         }
         match &graph {
             Some(graph) => graph.launch().unwrap(),
-            None => optimizer.apply(params, &grads, 1.0).unwrap(),
+            None => optimizer.apply(params, &grads, None, 1.0).unwrap(),
         }
     }
 }
@@ -136,6 +136,34 @@ fn captured_steps_are_those_one_by_one_with_pages_and_without() {
 }
 
 #[test]
+fn steps_that_a_loss_scale_spoilt_leave_no_trace_on_a_gpu() {
+    if arena().device() == Device::Cpu {
+        return;
+    }
+    let scale = LossScale::new(&arena()).unwrap();
+    let nan = Tensor::tiled(&arena(), &[1.0, f32::NAN], [SIZES.iter().sum()]).unwrap();
+    let paging = Paging { device_memory: Some(3 * (PAGE + 4096)), file: None, masters: false, page: Some(PAGE) };
+    for config in OptimizerName::ALL.map(|name| name.config(0.1)) {
+        let (mut plain, mut want) = (Optimizer::new(&arena(), &layout(), config).unwrap(), normal(0));
+        run_on_gpu(&mut plain, &mut want, false);
+        let whole = Optimizer::new(&arena(), &layout(), config).unwrap();
+        for mut optimizer in [whole, Optimizer::paged(&arena(), &layout(), config, &paging).unwrap()] {
+            let mut found = normal(0);
+            for _ in 0..2 {
+                optimizer.begin(1e-2).unwrap();
+                scale.divide(optimizer.report().unwrap()).unwrap();
+                optimizer.apply(&mut found, &nan, None, 1.0).unwrap();
+            }
+            assert_eq!(optimizer.steps().unwrap(), 0);
+            run_on_gpu(&mut optimizer, &mut found, true);
+            assert_eq!(optimizer.steps().unwrap(), 4);
+            assert_eq!(bits(&found), bits(&want), "{config:?}");
+            assert_eq!(state_bits(&optimizer), state_bits(&plain), "{config:?}");
+        }
+    }
+}
+
+#[test]
 fn values_in_pages_are_those_outside_bit_for_bit() {
     let paging = Paging { masters: true, ..paging(3 * (2 * PAGE + 4096), &folder("values"), "pages") };
     if arena().device() == Device::Cpu {
@@ -168,7 +196,7 @@ fn a_state_goes_from_pages_to_none_and_back() {
         let paging = paging(2 * (PAGE + 4096), &folder, "pages");
         let load = |to: &mut Optimizer, from: &Optimizer| {
             let state = from.state().unwrap();
-            to.load_state(from.steps(), &state.iter().map(|(name, state)| (*name, state)).collect::<Vec<_>>()).unwrap();
+            to.load_state(from.steps().unwrap(), &state.iter().map(|(name, state)| (*name, state)).collect::<Vec<_>>()).unwrap();
         };
         let mut params = normal(0);
         let mut first = Optimizer::paged(&arena(), &layout(), config, &paging).unwrap();

@@ -10,6 +10,7 @@ use crate::{
     Device, Error, Owner, OwnerStats, Result,
     cuda::{DeviceHeap, Span},
     owner::Owners,
+    shape::size_class,
 };
 
 /// One cache line: the unit blocks are made of, so that every tensor starts on 64 bytes.
@@ -20,12 +21,9 @@ struct Line([u8; 64]);
 /// What an arena may hold beyond its peak before it gives kept blocks back: a quarter of the peak, and this.
 const SLACK_BYTES: usize = 64 << 20;
 
-/// Sizes are rounded up to eight steps an octave, so that steps of slightly different lengths use the same blocks. The pages
-/// behind the rounding are never touched.
-fn class(lines: usize) -> usize {
-    let step = if lines < 16 { 1 } else { 1 << (lines.ilog2() - 3) };
-    lines.next_multiple_of(step)
-}
+/// Sizes an octave that blocks are rounded up to, so that steps of slightly different lengths use the same. The pages behind the
+/// rounding are never touched.
+const CLASSES: usize = 8;
 
 /// A pool of memory on one device, with an account of it.
 ///
@@ -59,7 +57,7 @@ pub struct ArenaStats {
     pub peak: usize,
     /// Kept for reuse.
     pub free: usize,
-    /// How many times the system was asked for memory.
+    /// How many times the system was asked for memory: on a GPU, for physical memory behind the arena's addresses.
     pub system_allocations: usize,
 }
 
@@ -101,7 +99,9 @@ impl Arena {
     /// The account so far.
     #[must_use]
     pub fn stats(&self) -> ArenaStats {
-        self.pool().stats
+        let stats = self.pool().stats;
+        let system_allocations = self.0.heap.as_ref().map_or(stats.system_allocations, DeviceHeap::requests);
+        ArenaStats { system_allocations, ..stats }
     }
 
     /// Bytes that tensors can take beside those that live: within the limit and what the device has free. Nothing without
@@ -175,7 +175,7 @@ impl Arena {
     /// # Errors
     /// [`Error::OutOfMemory`] when the limit would be passed or the system has no more.
     pub(crate) fn take(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
-        let lines = class(bytes.div_ceil(64));
+        let lines = size_class(bytes.div_ceil(64), CLASSES);
         let mut pool = self.pool();
         let out_of_memory =
             |live, limit| Err(Error::OutOfMemory { device: self.0.device.to_string(), requested: bytes, live, limit });
@@ -350,20 +350,25 @@ mod tests {
     }
 
     #[test]
+    fn a_gpu_is_asked_for_memory_once_a_granule_and_not_for_what_came_back() {
+        let capability = crate::cuda::ComputeCapability::new(9, 0);
+        let name = "a GPU of the arena's tests".to_owned();
+        let info = crate::cuda::DeviceInfo { ordinal: 0, name, capability, memory: 1 << 30, multiprocessors: 1, driver: 12_090 };
+        let arena = Arena::on(Device::Cuda(crate::cuda::CudaDevice::dry(&info)), usize::MAX).unwrap();
+        let asked = |bytes: usize| {
+            drop(arena.take(bytes, Location::caller()).unwrap());
+            arena.stats().system_allocations
+        };
+        assert_eq!([asked(1000), asked(1 << 20), asked(40 << 20), asked(39 << 20)], [1, 1, 2, 2]);
+    }
+
+    #[test]
     fn changing_lengths_never_hold_much_more_than_the_peak() {
         let arena = Arena::new(Device::Cpu);
         for size in 1..2000 {
             drop(arena.take(size * 100_000, Location::caller()).unwrap());
             let stats = arena.stats();
             assert!(stats.live + stats.free <= stats.peak + stats.peak / 4 + SLACK_BYTES, "{stats:?}");
-        }
-    }
-
-    #[test]
-    fn classes_are_at_most_an_eighth_larger_and_stable() {
-        for lines in 0..5000 {
-            let class = super::class(lines);
-            assert!(class >= lines && class * 8 <= lines * 9 && super::class(class) == class, "{lines} {class}");
         }
     }
 

@@ -77,11 +77,18 @@ pub enum Error {
         /// The limit in bytes.
         limit: usize,
     },
-    /// The driver has no memory for what a call makes: a graph, pinned host memory, a library's workspace.
+    /// The driver has no memory for what a call makes: a graph, a library's workspace.
     #[error("out of memory: {call} found none left")]
     DriverOutOfMemory {
         /// The call.
         call: &'static str,
+    },
+    /// The host has no more memory that a device could copy from and to by itself: such memory is locked, and neither swapped nor
+    /// taken beyond the system's limit.
+    #[error("out of host memory: {requested} bytes asked to be locked for copies to the GPU and back")]
+    OutOfHostMemory {
+        /// Bytes asked for.
+        requested: usize,
     },
     /// A device that is not there, or too old.
     #[error("no GPU can be used: {reason}")]
@@ -127,9 +134,9 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether there was no more memory.
+    /// Whether there was no more memory, on the device or on the host.
     #[must_use]
     pub const fn is_out_of_memory(&self) -> bool {
-        matches!(self, Self::OutOfMemory { .. } | Self::DriverOutOfMemory { .. })
+        matches!(self, Self::OutOfMemory { .. } | Self::DriverOutOfMemory { .. } | Self::OutOfHostMemory { .. })
     }
 }

@@ -8,9 +8,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use crate::{Arena, DType, Device, Error, Result, Shape, Tensor, cuda::Pinned};
+use crate::{Arena, DType, Device, Error, Result, Shape, Tensor, cuda::Pinned, shape::size_class};
 
-/// Host memory for copies, kept from step to step: the same calls get the same buffers.
+/// Sizes an octave that buffers are rounded up to.
+const CLASSES: usize = 4;
+
+/// Host memory for copies, kept from step to step: the same calls get the same buffers, and smaller tensors those of larger ones. What
+/// it takes for tensors of any sizes is that of the largest set of them, a quarter more for rounding, and what smaller ones took before.
 ///
 /// Cloning gives another handle to the same memory.
 #[derive(Clone, Debug)]
@@ -32,6 +36,15 @@ struct State {
 enum Buffer {
     Plain(Vec<u8>),
     Pinned(Pinned),
+}
+
+impl Buffer {
+    fn len(&self) -> usize {
+        match self {
+            Self::Plain(buffer) => buffer.len(),
+            Self::Pinned(pinned) => pinned.byte_len(),
+        }
+    }
 }
 
 /// A tensor's content on the host, or on its way there or back.
@@ -76,12 +89,12 @@ impl HostPool {
     /// Begins to copy `tensor` to the host; its memory is held until [`HostCopy::release`].
     ///
     /// # Errors
-    /// [`Error::Cuda`] when the host has no more memory to lock.
+    /// [`Error::OutOfHostMemory`] when the host has no more memory to lock.
     pub fn store(&self, tensor: Tensor) -> Result<HostCopy> {
         let bytes = tensor.span();
         let mut buffer = self.take(bytes)?;
         match &mut buffer {
-            Buffer::Plain(buffer) => buffer.copy_from_slice(tensor.host_bytes("store")?),
+            Buffer::Plain(buffer) => buffer[..bytes].copy_from_slice(tensor.host_bytes("store")?),
             Buffer::Pinned(pinned) => pinned.fetch_beside(&tensor)?,
         }
         let (dtype, shape, room) = (tensor.dtype(), tensor.shape(), tensor.room());
@@ -90,14 +103,15 @@ impl HostPool {
 
     fn take(&self, bytes: usize) -> Result<Buffer> {
         let mut state = self.state();
-        if let Some(buffer) = state.free.get_mut(&bytes).and_then(Vec::pop) {
+        if let Some(buffer) = state.free.range_mut(bytes..).find_map(|(_, buffers)| buffers.pop()) {
             return Ok(buffer);
         }
+        let len = size_class(bytes, CLASSES);
         let buffer = match self.0.device {
-            Device::Cpu => Buffer::Plain(vec![0; bytes]),
-            Device::Cuda(device) => Buffer::Pinned(Pinned::new(device, bytes)?),
+            Device::Cpu => Buffer::Plain(vec![0; len]),
+            Device::Cuda(device) => Buffer::Pinned(Pinned::new(device, len)?),
         };
-        state.bytes += bytes;
+        state.bytes += len;
         Ok(buffer)
     }
 
@@ -147,7 +161,7 @@ impl HostCopy {
         }
         let mut tensor = Tensor::with_room(arena, self.dtype, self.shape, self.room)?;
         match &mut self.buffer {
-            Some(Buffer::Plain(buffer)) => tensor.write_bytes(buffer)?,
+            Some(Buffer::Plain(buffer)) => tensor.write_bytes(&buffer[..self.bytes])?,
             Some(Buffer::Pinned(pinned)) => pinned.send_beside(&mut tensor)?,
             None => {}
         }
@@ -202,7 +216,7 @@ impl Drop for HostCopy {
             let _ = self.join();
         }
         if let Some(buffer) = self.buffer.take() {
-            self.pool.state().free.entry(self.bytes).or_default().push(buffer);
+            self.pool.state().free.entry(buffer.len()).or_default().push(buffer);
         }
     }
 }
@@ -237,6 +251,25 @@ mod tests {
         let live = arena.stats().live;
         assert_eq!(copy.get(&arena).unwrap().to_vec::<f32>().unwrap(), [1.0, 2.0, 3.0]);
         assert_eq!(arena.stats().live, live);
+    }
+
+    #[test]
+    fn tensors_of_changing_sizes_take_no_more_than_the_largest_set_and_what_came_before_it() {
+        let (arena, pool) = (Arena::new(Device::Cpu), HostPool::new(Device::Cpu));
+        let set =
+            |n: usize| (0..3).map(|_| pool.store(Tensor::zeros(&arena, DType::F32, [n]).unwrap()).unwrap()).collect::<Vec<_>>();
+        let largest = 3 * 4 * size_class(1000, CLASSES);
+        drop(set(900));
+        let mut copies = set(1000);
+        assert!(pool.bytes() <= 2 * largest);
+        copies[0].release().unwrap();
+        assert_eq!(copies[0].get(&arena).unwrap().to_vec::<f32>().unwrap(), [0.0; 1000]);
+        drop(copies);
+        let taken = pool.bytes();
+        for n in (1..=1000).rev().step_by(7) {
+            drop(set(n));
+        }
+        assert_eq!(pool.bytes(), taken);
     }
 
     #[test]

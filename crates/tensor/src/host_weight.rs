@@ -22,7 +22,7 @@ impl HostWeight {
     /// Sends the codes to the host; a weight in another format is given back as it is.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] when the host has no memory to lock.
+    /// [`crate::Error::OutOfHostMemory`] when the host has no memory to lock.
     pub fn send(pool: &HostPool, weight: Weight) -> Result<Result<Self, Weight>> {
         let (Weight::Nf4(blocks) | Weight::Fp4(blocks)) = weight else { return Ok(Err(weight)) };
         let BlockWeight { shape, config, packed, absmax } = blocks;

@@ -44,7 +44,7 @@ pub use host_weight::HostWeight;
 pub use mapped::MappedFile;
 pub use owner::{Owner, OwnerStats};
 pub use rng::Rng;
-pub use shape::Shape;
+pub use shape::{Shape, size_class};
 pub use tensor::Tensor;
 pub use view_mut::TensorMut;
 pub use weight::{Absmax, BlockWeight, Int8Weight, Weight};

@@ -65,9 +65,32 @@ impl std::fmt::Debug for Shape {
     }
 }
 
+/// `n` rounded up to one of `per_octave` sizes (a power of two) from each power of two to the next, so that sizes that differ a little
+/// are one.
+#[must_use]
+pub fn size_class(n: usize, per_octave: usize) -> usize {
+    n.next_multiple_of((1 << n.max(1).ilog2()) / per_octave.min(1 << n.max(1).ilog2()))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Shape;
+    use super::{Shape, size_class};
+
+    #[test]
+    fn classes_are_little_larger_few_and_stable() {
+        for per_octave in [4, 8, 16] {
+            let classes: Vec<usize> = (0..5000).map(|n| size_class(n, per_octave)).collect();
+            for (n, &class) in classes.iter().enumerate() {
+                assert!(class >= n && class * per_octave <= n * (per_octave + 1), "{n} {class}");
+                assert_eq!(size_class(class, per_octave), class);
+            }
+            assert!(classes.is_sorted());
+            assert_eq!(
+                (1025..=2048).map(|n| size_class(n, per_octave)).collect::<std::collections::BTreeSet<_>>().len(),
+                per_octave
+            );
+        }
+    }
 
     #[test]
     fn rows_times_last_is_numel() {

@@ -46,6 +46,7 @@ fn setup(length: usize, batch: usize) -> Setup {
         },
         adapter: Some(AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }),
         documents: Vec::new(),
+        evaluation: Vec::new(),
         train: TrainConfig { max_steps: Some(STEPS), ..TrainConfig::default() },
     };
     setup.with_documents(batch, length)

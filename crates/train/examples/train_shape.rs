@@ -88,17 +88,21 @@ fn flops_per_token(config: &ModelConfig, length: usize) -> f64 {
     4.0 * (linears + head) as f64 + 2.0 * 3.5 * attention as f64
 }
 
+fn dtype(name: &str) -> Result<DType> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::Bf16),
+        other => Err(format!("unknown `--dtype {other}`: bf16, f16 or f32").into()),
+    }
+}
+
 fn main() -> Result<()> {
     let (name, options) = options()?;
     let (batch, length, steps): (usize, usize, usize) =
         (options.get("batch", 4)?, options.get("length", 2048)?, options.get("steps", 8)?);
     let device: String = options.get("device", "cuda".into())?;
-    let compute_dtype = match &options.get::<String>("dtype", "bf16".into())?[..] {
-        "f32" => DType::F32,
-        "f16" => DType::F16,
-        "bf16" => DType::Bf16,
-        other => return Err(format!("unknown `--dtype {other}`: bf16, f16 or f32").into()),
-    };
+    let compute_dtype = dtype(&options.get::<String>("dtype", "bf16".into())?)?;
     let checkpointing = match &options.get::<String>("checkpointing", "selective".into())?[..] {
         "none" => Checkpointing::None,
         "full" => Checkpointing::Full,
@@ -133,7 +137,8 @@ fn main() -> Result<()> {
         ..Paging::default()
     };
     let train = TrainConfig { checkpointing, optim, optim_paging, max_steps: Some(steps + 1), ..TrainConfig::default() };
-    let setup = Setup { load, adapter: Some(adapter.clone()), documents: Vec::new(), train: train.clone() };
+    let setup =
+        Setup { load, adapter: Some(adapter.clone()), documents: Vec::new(), evaluation: Vec::new(), train: train.clone() };
     let setup = setup.with_documents(batch, length);
     if device == "plan" {
         return print_plan(&config, &setup);

@@ -2,6 +2,7 @@
 
 use nibble_model::Checkpointing;
 use nibble_optim::{LrSchedule, OptimizerConfig, OptimizerName, Paging, ScheduleName, ScheduleOptions};
+use nibble_tensor::{DType, Device};
 
 use crate::{Error, Result};
 
@@ -114,6 +115,22 @@ impl TrainConfig {
         Ok(self.optim.config(self.weight_decay).with_args(&self.optim_args)?)
     }
 
+    /// Whether a paged optimizer can have its pages so on such a device, computing in such a type.
+    ///
+    /// # Errors
+    /// [`Error::Optim`] as [`Paging::check`], [`Error::Setting`] for values in pages beside copies that would be as large.
+    pub fn check_paging(&self, device: Device, compute_dtype: DType) -> Result<()> {
+        if !self.optim.is_paged() {
+            return Ok(());
+        }
+        self.optim_paging.check(device)?;
+        if self.optim_paging.masters && compute_dtype == DType::F32 {
+            let found = compute_dtype.name().to_owned();
+            return Err(Error::Setting { option: "optim_page_masters", expected: "a compute type of 16 bits", found });
+        }
+        Ok(())
+    }
+
     /// The learning rates of a run of `max_steps`.
     ///
     /// # Errors
@@ -127,5 +144,41 @@ impl TrainConfig {
     #[must_use]
     pub fn warmup(&self, max_steps: usize) -> usize {
         if self.warmup_steps > 0 { self.warmup_steps } else { (self.warmup_ratio * max_steps as f64).ceil() as usize }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_tensor::cuda::{ComputeCapability, CudaDevice, DeviceInfo};
+
+    use super::*;
+
+    #[test]
+    fn pages_that_cannot_be_are_known_from_the_settings_alone() {
+        let (name, capability) = ("a GPU of this test".to_owned(), ComputeCapability::new(9, 0));
+        let info = DeviceInfo { ordinal: 0, name, capability, memory: 1 << 30, multiprocessors: 1, driver: 12_000 };
+        let gpu = Device::Cuda(CudaDevice::dry(&info));
+        let paging = |device_memory, file: Option<&str>, masters| Paging {
+            device_memory,
+            file: file.map(Into::into),
+            masters,
+            ..Paging::default()
+        };
+        let check = |optim, optim_paging, device, dtype| {
+            TrainConfig { optim, optim_paging, ..TrainConfig::default() }.check_paging(device, dtype).is_ok()
+        };
+        let paged = OptimizerName::PagedAdamW8bit;
+        for (paging, cpu, gpu_bf16, gpu_f32) in [
+            (paging(None, None, false), true, true, true),
+            (paging(None, Some("f"), false), true, false, false),
+            (paging(Some(1), None, false), false, true, true),
+            (paging(Some(1), Some("f"), false), true, false, false),
+            (paging(None, None, true), false, true, false),
+        ] {
+            assert_eq!(check(paged, paging.clone(), Device::Cpu, DType::F32), cpu, "{paging:?}");
+            assert_eq!(check(paged, paging.clone(), gpu, DType::Bf16), gpu_bf16, "{paging:?}");
+            assert_eq!(check(paged, paging.clone(), gpu, DType::F32), gpu_f32, "{paging:?}");
+            assert!(check(OptimizerName::AdamW8bit, paging, gpu, DType::F32), "without pages nothing is asked of them");
+        }
     }
 }

@@ -29,9 +29,6 @@ pub enum Error {
         /// Rows of the data file that the batch came from, from 1.
         rows: Vec<usize>,
     },
-    /// The memory ran out in an evaluation, which takes its own micro-batches: what was trained before it is whole.
-    #[error("evaluate: {0}")]
-    Evaluation(Box<Error>),
     /// A setting that no run can have.
     #[error("train: `{option}` must be {expected}, found {found}")]
     Setting {
@@ -81,7 +78,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether a device had no more memory.
+    /// Whether there was no more memory, on the device or on the host.
     #[must_use]
     pub fn is_out_of_memory(&self) -> bool {
         self.out_of_memory().is_some()
@@ -91,11 +88,11 @@ impl Error {
     #[must_use]
     pub fn out_of_memory(&self) -> Option<&nibble_tensor::Error> {
         let (Self::Tensor(error)
+        | Self::Optim(nibble_optim::Error::Tensor(error))
         | Self::Model(nibble_model::Error::Tensor(error) | nibble_model::Error::Adapter(nibble_lora::Error::Tensor(error)))
-        | Self::Adapter(nibble_lora::Error::Tensor(error))
-        | Self::Optim(nibble_optim::Error::Tensor(error))) = self
+        | Self::Adapter(nibble_lora::Error::Tensor(error))) = self
         else {
-            return if let Self::Evaluation(error) = self { error.out_of_memory() } else { None };
+            return None;
         };
         error.is_out_of_memory().then_some(error)
     }

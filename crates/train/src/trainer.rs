@@ -1,13 +1,13 @@
 //! The loop.
 
-use std::time::Instant;
+use std::{borrow::Cow, time::Instant};
 
-use nibble_autograd::{ParamGrads, ParamStore, Tape};
+use nibble_autograd::{ParamGrads, ParamStore, Tape, ops::Loss};
 use nibble_data::{Batch, DataLoader, Dataset, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
 use nibble_tensor::{
-    DType, Rng,
+    DType, Device, Rng,
     ops::{
         lm_head_loss::Labels,
         loss_scale::{self, LossScale},
@@ -16,7 +16,7 @@ use nibble_tensor::{
 
 use crate::{
     Error, EvalStats, LogEntry, Observer, Plan, Result, StepStats, TrainConfig,
-    device_step::{DeviceSteps, Outcome as Found, Parts, Ticket},
+    device_step::{DeviceSteps, Outcome as Found, Parts, Ticket, of_a_class},
 };
 
 /// How a run ended.
@@ -123,16 +123,16 @@ impl Trainer {
         Ok(())
     }
 
-    /// Steps begun: after an error in one, those before it, whose values the trained ones are.
-    #[must_use]
-    pub fn steps(&self) -> usize {
-        self.step
-    }
-
     /// The gradients of the last step, before clipping; times the loss scale, with gradients in f16.
     #[must_use]
     pub fn grads(&self) -> &ParamGrads {
         &self.grads
+    }
+
+    /// Steps on a GPU that ran as a graph, and not kernel by kernel.
+    #[must_use]
+    pub fn replayed_steps(&self) -> usize {
+        self.device.as_ref().map_or(0, |device| device.replayed)
     }
 
     /// With gradients in f16: what the next step's loss is multiplied by, and the steps since that changed; a run continues from
@@ -163,7 +163,14 @@ impl Trainer {
         let mut stopped_early = false;
         let mut pending: Option<Pending> = None;
         loop {
-            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { Some(self.enqueue()?) } else { None };
+            let next = if self.runs_ahead(pending.as_ref(), stopped_early) { self.enqueue().map(Some) } else { Ok(None) };
+            if next.is_err()
+                && let Some(before) = pending.take()
+            {
+                // What the step before has learned is learned.
+                observer.on_step(&self.finish(before)?);
+            }
+            let next = next?;
             // On a GPU the step before is looked at while this one runs.
             let ready = if self.device.is_some() && next.is_some() {
                 std::mem::replace(&mut pending, next)
@@ -190,7 +197,7 @@ impl Trainer {
                 continue;
             }
             if let Some(data) = eval.filter(|_| self.evaluates_after(stats.step)) {
-                observer.on_evaluate(stats.step, &self.evaluate(data).map_err(in_evaluation)?);
+                observer.on_evaluate(stats.step, &self.evaluate(data)?);
             }
         }
         let seconds = begin.elapsed().as_secs_f64();
@@ -260,6 +267,8 @@ impl Trainer {
         if stats.skipped && stats.loss_scale.is_none_or(|scale| scale <= loss_scale::LEAST.into()) {
             let (quantity, value) =
                 if stats.loss.is_finite() { ("gradient norm", stats.grad_norm) } else { ("loss", stats.loss) };
+            // On a GPU the step behind this one is on its way, and changes nothing either.
+            self.optimizer.resume()?;
             return Err(Error::NonFinite { step: stats.step, quantity, value, rows });
         }
         Ok(stats)
@@ -332,11 +341,6 @@ impl Trainer {
     }
 }
 
-/// Memory that ran out in an evaluation is not the steps'.
-fn in_evaluation(error: Error) -> Error {
-    if error.is_out_of_memory() { Error::Evaluation(Box::new(error)) } else { error }
-}
-
 /// `Auto` as the mix for a micro-batch of `tokens` tokens.
 pub(crate) fn resolve(model: &Transformer, checkpointing: Checkpointing, tokens: usize) -> Result<Checkpointing> {
     if checkpointing != Checkpointing::Auto {
@@ -356,10 +360,7 @@ pub(crate) fn optimizer(model: &Transformer, params: &mut ParamStore, config: &T
     if !config.optim.is_paged() {
         return Ok(Optimizer::new(arena, &layout, optim)?);
     }
-    if config.optim_paging.masters && model.compute_dtype() == DType::F32 {
-        let found = DType::F32.name().to_owned();
-        return Err(Error::Setting { option: "optim_page_masters", expected: "a compute type of 16 bits", found });
-    }
+    config.check_paging(arena.device(), model.compute_dtype())?;
     let mut optimizer = Optimizer::paged(arena, &layout, optim, &config.optim_paging)?;
     if optimizer.holds_values() {
         optimizer.set_values(&params.hand_over(model.compute_dtype())?)?;
@@ -388,10 +389,7 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     let (mut sum, mut tokens) = (0.0, 0);
     for indices in (Packer::Documents { batch_size: batch_size.max(1) }).pack(&order, &lengths)? {
         let batch = data.batch(&indices);
-        let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
-        let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
-        let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
-        let loss = model.loss(&mut Tape::inference(params), &stream, &labels, options)?;
+        let loss = eval_loss(model, params, &batch)?;
         let value = loss.value()?;
         if !value.is_finite() {
             let rows = indices.iter().map(|&i| data.examples()[i].row).collect();
@@ -403,6 +401,16 @@ fn evaluate_here(model: &Transformer, params: &ParamStore, data: &Dataset, batch
     model.release_weights()?;
     let loss = sum / tokens.max(1) as f64;
     Ok(EvalStats { loss, perplexity: loss.exp(), tokens })
+}
+
+/// The summed loss of one micro-batch of an evaluation.
+pub(crate) fn eval_loss(model: &Transformer, params: &ParamStore, batch: &Batch) -> Result<Loss> {
+    let on_cpu = model.arena().device() == Device::Cpu;
+    let batch = if on_cpu { Cow::Borrowed(batch) } else { Cow::Owned(of_a_class(batch.clone())) };
+    let stream = Stream::new(model.arena(), &batch.tokens, &batch.cu_seqlens)?;
+    let labels = Labels::new(model.arena(), &batch.labels, 1.0)?;
+    let options = LossOptions { checkpointing: Checkpointing::None, dropout: None };
+    Ok(model.loss(&mut Tape::inference(params), &stream, &labels, options)?)
 }
 
 fn check_lengths(model: &Transformer, data: &Dataset) -> Result<()> {

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use nibble_lora::{AdapterConfig, TargetModules};
-use nibble_model::{Checkpointing, LoadOptions, config::ModelConfig};
+use nibble_model::{Checkpointing, LoadOptions, config::ModelConfig, files::StoredType};
 use nibble_nf4::QuantConfig;
 use nibble_optim::OptimizerName;
 use nibble_tensor::{DType, Owner};
@@ -46,6 +46,7 @@ fn qlora(checkpointing: Checkpointing) -> Setup {
         },
         adapter: Some(AdapterConfig { r: 16, lora_alpha: 32.0, target_modules, ..AdapterConfig::default() }),
         documents: Vec::new(),
+        evaluation: Vec::new(),
         train: TrainConfig { checkpointing, ..TrainConfig::default() },
     }
 }
@@ -93,6 +94,30 @@ fn what_is_held_all_the_time_is_what_its_formats_take() {
     assert!(found.of(|owner| owner == Owner::Optimizer) - 8 * trained < 4096);
     assert_eq!(found.owners.iter().map(|(_, bytes)| bytes).sum::<usize>(), found.peak);
     assert!(found.device >= found.peak && found.device < found.peak + found.peak / 20, "{found:?}");
+}
+
+#[test]
+fn a_step_takes_the_same_whatever_type_the_checkpoint_is_stored_in() {
+    let stored = [StoredType::BF16, StoredType::F16, StoredType::F32];
+    let models = stored.map(|dtype| {
+        let mut model = llama3_8b();
+        model.dtype = Some(dtype);
+        model
+    });
+    for quant in [Some(QuantConfig::default()), None] {
+        let mut setup = qlora(Checkpointing::Full);
+        setup.load.quant = quant;
+        // Long enough to take more than loading, where one matrix is there in both types.
+        let [bf16, f16, f32] = models.each_ref().map(|model| needed(model, &setup, 4, 2048).owners);
+        assert_eq!(bf16, f16);
+        assert_eq!(bf16, f32);
+    }
+    // On the processor matrices are as stored.
+    let embeddings = models.each_ref().map(|model| {
+        let found = plan::Place::Cpu.needed(model, &qlora(Checkpointing::Full).with_documents(1, 512)).unwrap();
+        found.of(|owner| owner == Owner::Embeddings)
+    });
+    assert_eq!(embeddings, [embeddings[0], embeddings[0], 2 * embeddings[0]]);
 }
 
 #[test]

@@ -13,7 +13,8 @@ __device__ __forceinline__ void load_box(u32 tile, const TensorMap &map, u32 bar
 }
 
 // Rows from..to of such a tile become zeros, by the 128 threads of a warpgroup: they are another document's, and 0 times them
-// must be 0.
+// must be 0. Warpgroups that share a tile each write all of its zeros and wait for their own alone: what another one writes
+// under their products is the same zeros.
 template <int D, int ROWS>
 __device__ __forceinline__ void zero_rows(u32 tile, u32 from, u32 to) {
     for (u32 c = from * 8 + threadIdx.x % 128; c < to * 8; c += 128)

@@ -3,6 +3,10 @@
 // A ring of buffers has a `full` and an `empty` barrier each. Phases alternate: a waiter names the parity of the phase it waits
 // to end, 0 for the first. On a fresh barrier waiting for parity 1 returns at once, so a producer starts with 1 on the `empty`
 // ones.
+//
+// An arrival orders the accesses of its own thread, and those of others only through another barrier before it (__syncwarp, say),
+// which race detectors do not follow: who has loaded from a buffer or stored to it arrives by itself. One lane arrives for its
+// warp's products (wgmma) and, after __syncwarp, for stores that the copy engine reads.
 #pragma once
 
 #include "common/types.cuh"

@@ -54,7 +54,7 @@ struct Copy {
     }
 };
 
-// Whether this step is to be left out: a gradient is not finite, and a loss scaler is in use.
+// Whether this step is to be left out: a gradient or a loss is not finite, or updates are halted (step_count.cu).
 __device__ __forceinline__ bool skipped(const float *step) { return step[STEP_SKIP] != 0 && step[STEP_NOT_FINITE] != 0; }
 
 __device__ __forceinline__ float gradient_factor(const float *step) { return step[STEP_GRAD_SCALE] * step[STEP_CLIP]; }

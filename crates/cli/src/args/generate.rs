@@ -28,9 +28,9 @@ pub(crate) struct GenerateArgs {
     /// A file of prompts: a text a line, or JSONL with "prompt"
     #[arg(long, value_name = "FILE", help_heading = "Input")]
     pub(crate) prompts: Option<PathBuf>,
-    /// Answer this many of a file's prompts at once
-    #[arg(long, value_name = "N", value_parser = parse::positive, default_value = "8", help_heading = "Input")]
-    pub(crate) batch_size: usize,
+    /// Answer this many of a file's prompts at once [default: 8]
+    #[arg(long, value_name = "N", value_parser = parse::positive, help_heading = "Input")]
+    pub(crate) batch_size: Option<usize>,
     /// A system message before the prompt
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, conflicts_with = "raw", help_heading = "Input")]
     pub(crate) system: Option<String>,
@@ -52,9 +52,9 @@ pub(crate) struct GenerateArgs {
     /// Above 1: tokens that occurred become less likely
     #[arg(long, value_name = "X", value_parser = parse::penalty, allow_negative_numbers = true, default_value = "1", help_heading = "Sampling")]
     pub(crate) repetition_penalty: f32,
-    /// Seed of the draws
-    #[arg(long, value_name = "N", default_value = "0", help_heading = "Sampling")]
-    pub(crate) seed: u64,
+    /// Seed of the draws [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Sampling")]
+    pub(crate) seed: Option<u64>,
     #[command(flatten)]
     pub(crate) precision: PrecisionArgs,
     /// Write a JSON object a prompt: prompt_ids, token_ids, text

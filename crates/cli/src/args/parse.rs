@@ -81,7 +81,6 @@ fn number(text: &str, fits: impl Fn(f64) -> bool, expected: &str) -> Result<f64,
     text.parse().ok().filter(|&x: &f64| x.is_finite() && fits(x)).ok_or_else(|| expected.to_owned())
 }
 
-/// Bytes with a unit: `24GiB`, `500 MB`, `1.5g` (binary unless the unit is MB, GB or KB).
 /// A number of blocks, `none` or `auto`.
 pub(crate) fn offload_weights(text: &str) -> Result<OffloadWeights, String> {
     match text {
@@ -94,6 +93,7 @@ pub(crate) fn offload_weights(text: &str) -> Result<OffloadWeights, String> {
     }
 }
 
+/// Bytes with a unit: `24GiB`, `500 MB`, `1.5g` (binary unless the unit is MB, GB or KB).
 pub(crate) fn bytes(text: &str) -> Result<usize, String> {
     let expected = || format!("expected a size such as 8GiB or 500MB, found `{text}`");
     let text = text.trim();

@@ -19,7 +19,7 @@ Data is JSONL or a JSON array. The columns tell the format: `messages`; `convers
 `prompt`, `completion`; `text`; or `input_ids` and `labels`. Answers are learned, prompts are only read.
 
 The output folder is what PEFT writes: adapter_config.json, adapter_model.safetensors, the tokenizer and a model card; and
-metrics.jsonl, a line a logged step. Ctrl-C saves what is learned so far.";
+metrics.jsonl, a line a logged step. Ctrl-C saves what is learned so far, and so does an error.";
 
 /// Train a LoRA adapter on a 4-bit model.
 ///
@@ -104,7 +104,7 @@ pub(crate) struct TrainArgs {
     /// Steps between evaluations; without it one at the end
     #[arg(long, value_name = "N", value_parser = parse::positive, requires = "eval_data", help_heading = "Log and evaluation")]
     pub(crate) eval_steps: Option<usize>,
-    /// Documents of a forward pass in evaluation [default: 8]
+    /// Documents of a forward pass in evaluation [default: as in training]
     #[arg(long, value_name = "N", value_parser = parse::positive, requires = "eval_data", help_heading = "Log and evaluation")]
     pub(crate) per_device_eval_batch_size: Option<usize>,
 }

@@ -25,10 +25,13 @@ pub(crate) fn run(args: &EvalArgs) -> Result<()> {
     let data = reader.read(&args.data)?;
     reader.report("data", &data);
     let arena = precision.arena(None)?;
-    let mut model = base.load(&arena, &load_options(&precision, data.summary().longest))?;
-    let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
-    ui::fact("compute", precision.describe());
-    let EvalStats { loss, perplexity, tokens } = evaluate(&model, &params, &data, args.per_device_eval_batch_size)?;
+    let measure = || -> Result<EvalStats> {
+        let mut model = base.load(&arena, &load_options(&precision, data.summary().longest))?;
+        let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
+        ui::fact("compute", precision.describe());
+        Ok(evaluate(&model, &params, &data, args.per_device_eval_batch_size)?)
+    };
+    let EvalStats { loss, perplexity, tokens } = measure().map_err(|error| error.with_owners(&arena))?;
     if args.json {
         return ui::line(serde_json::json!({ "loss": loss, "perplexity": perplexity, "tokens": tokens }));
     }

@@ -16,6 +16,9 @@ use crate::{
     ui,
 };
 
+/// Prompts that are answered at once.
+const DEFAULT_BATCH: usize = 8;
+
 /// # Errors
 /// Whatever is wrong with the flags, the model, the adapter or the prompts.
 pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
@@ -38,11 +41,19 @@ pub(crate) fn run(args: &GenerateArgs) -> Result<()> {
     }
 
     let arena = precision.arena(None)?;
-    let mut model = base.load(&arena, &load_options(&precision, longest.saturating_add(options.max_new_tokens)))?;
-    let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
-    let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
+    let answer = || {
+        let mut model = base.load(&arena, &load_options(&precision, longest.saturating_add(options.max_new_tokens)))?;
+        let params = with_adapter(&mut model, adapter.as_ref(), &arena)?;
+        let speaker = Speaker { model: &model, params: &params, tokenizer: &tokenizer, options: &options };
+        answer_all(&speaker, &prompts, args)
+    };
+    answer().map_err(|error| error.with_owners(&arena))
+}
+
+/// Writes the answers, in the order of the prompts.
+fn answer_all(speaker: &Speaker<'_>, prompts: &[Vec<u32>], args: &GenerateArgs) -> Result<()> {
     let mut first = true;
-    for prompts in prompts.chunks(args.batch_size) {
+    for prompts in prompts.chunks(args.batch_size.unwrap_or(DEFAULT_BATCH)) {
         let mut separate = || if std::mem::take(&mut first) { Ok(()) } else { ui::line("") };
         if let ([prompt], false) = (prompts, args.json) {
             separate()?;
@@ -81,8 +92,11 @@ pub(super) fn end_ids(tokenizer: &Tokenizer, base: &Base) -> Vec<u32> {
 }
 
 fn options(args: &GenerateArgs) -> Result<GenerateOptions> {
+    if args.prompt.is_some() && args.batch_size.is_some() {
+        return Err(CliError::NoEffect { flag: "--batch-size", with: "--prompt" });
+    }
     if args.temperature == 0.0 {
-        let idle = [("--top-p", args.top_p.is_some()), ("--top-k", args.top_k.is_some())];
+        let idle = [("--top-p", args.top_p.is_some()), ("--top-k", args.top_k.is_some()), ("--seed", args.seed.is_some())];
         if let Some((flag, _)) = idle.into_iter().find(|(_, given)| *given) {
             return Err(CliError::NoEffect { flag, with: "--temperature 0" });
         }
@@ -93,7 +107,7 @@ fn options(args: &GenerateArgs) -> Result<GenerateOptions> {
         top_k: args.top_k.unwrap_or(0),
         top_p: args.top_p.unwrap_or(1.0),
         repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
+        seed: args.seed.unwrap_or(0),
         stop: Vec::new(),
     })
 }

@@ -67,21 +67,10 @@ impl Dataset {
         preparer.finish(Some(path))
     }
 
-    /// Reads a file of rows that are already tokenised (`input_ids`, optional `labels`), without a tokenizer.
+    /// Prepares rows that are already tokenised (`input_ids`, optional `labels`) and in memory, without a tokenizer.
     ///
     /// # Errors
-    /// As [`Dataset::from_file`]; [`crate::Error::NoTokenizer`] for rows of text.
-    pub fn from_tokenized_file(path: impl AsRef<Path>, options: &DatasetOptions) -> Result<Self> {
-        let path = path.as_ref();
-        let mut preparer = Preparer::tokenized(options.clone());
-        read::for_each_row(path, |location, row| preparer.push(&location, &row))?;
-        preparer.finish(Some(path))
-    }
-
-    /// Prepares rows that are already tokenised and in memory.
-    ///
-    /// # Errors
-    /// As [`Dataset::from_tokenized_file`], rows named by their number from 1.
+    /// As [`Dataset::from_file`]; [`crate::Error::NoTokenizer`] for rows of text; rows named by their number from 1.
     pub fn from_tokenized_rows(rows: impl IntoIterator<Item = Value>, options: &DatasetOptions) -> Result<Self> {
         Self::from_values(rows, Preparer::tokenized(options.clone()))
     }

@@ -214,14 +214,6 @@ impl Checkpoint {
         self.read_rows(name, rows, out)
     }
 
-    /// Reads rows (of the first dim) as bf16.
-    ///
-    /// # Errors
-    /// As [`read_rows_f32`](Self::read_rows_f32).
-    pub fn read_rows_bf16(&self, name: &str, rows: Range<usize>, out: &mut [bf16]) -> Result<()> {
-        self.read_rows(name, rows, out)
-    }
-
     fn read_rows<T: Element>(&self, name: &str, rows: Range<usize>, out: &mut [T]) -> Result<()> {
         let entry = self.entry(name)?;
         let (stored, row) = (entry.stored, entry.row());

@@ -16,6 +16,14 @@ const CANDIDATES: usize = 8;
 const REPEATS: usize = 3;
 /// Floating-point operations from which a product is worth it: some 50 microseconds on a large GPU.
 const WORTH_TIMING: f64 = 3e10;
+/// Rows of a product that comes again are a multiple of this: training pads its streams, and a prompt's length comes once. Timing waits
+/// for the device.
+const COMES_AGAIN: usize = 64;
+/// Shapes whose plans are kept.
+const MOST_PLANS: usize = 2048;
+/// How the parts of a product that is split along its reduction are added up: in f32. In the result's type each part would be rounded
+/// before what is there already is added, and a small addend lost.
+const REDUCTION: u32 = sys::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
 
 /// One operand as it lies in memory: rows of `ld` elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -93,6 +101,18 @@ impl Key {
     }
 }
 
+impl Plan {
+    fn destroy(self) {
+        // SAFETY: made by `choose`, and not used again; launches have read them.
+        unsafe {
+            let _ = lt::destroy_matmul_desc(self.description);
+            for layout in [self.a, self.b, self.c] {
+                let _ = lt::destroy_matrix_layout(layout);
+            }
+        }
+    }
+}
+
 // SAFETY: descriptors and handles are plain memory of the library, used under the mutex that holds `Blas`.
 unsafe impl Send for Blas {}
 
@@ -166,6 +186,9 @@ impl Blas {
             self.launch(gemm, &plan, device.gpu().stream)?;
             Ok(plan)
         })?;
+        if self.plans.len() == MOST_PLANS {
+            self.plans.drain().for_each(|(_, plan)| plan.destroy());
+        }
         self.plans.insert(key, plan);
         Ok(())
     }
@@ -239,7 +262,8 @@ impl Blas {
         let mut plan = Plan { description, a, b, c, algorithm: first };
         // Small products take as long as their launch; one that adds to its result cannot be repeated on it.
         let work = 2.0 * gemm.m as f64 * gemm.n as f64 * gemm.k as f64;
-        if work > WORTH_TIMING && !gemm.accumulate && !device.is_capturing() {
+        let comes_again = gemm.m.is_multiple_of(COMES_AGAIN);
+        if work > WORTH_TIMING && comes_again && !gemm.accumulate && !device.is_capturing() {
             plan.algorithm = self.fastest(device, gemm, plan, &candidates);
         }
         Ok(plan)
@@ -280,13 +304,14 @@ impl Blas {
             (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, inputs),
             (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, outputs),
             (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, outputs),
+            (sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, REDUCTION),
         ];
         // SAFETY: the preference was just made; the values outlive the calls, which copy them.
         let found = unsafe {
             let workspace = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
             lt::set_matmul_pref_attribute(preference, workspace, (&raw const most).cast(), 8).and_then(|()| {
-                attributes.into_iter().try_for_each(|(attribute, alignment)| {
-                    lt::set_matmul_pref_attribute(preference, attribute, (&raw const alignment).cast(), 4)
+                attributes.into_iter().try_for_each(|(attribute, value)| {
+                    lt::set_matmul_pref_attribute(preference, attribute, (&raw const value).cast(), 4)
                 })
             })
         };

@@ -32,6 +32,8 @@ struct State {
     /// Bytes with physical memory behind them, from the base on, by allocation.
     backed: usize,
     handles: Vec<(sys::CUmemGenericAllocationHandle, usize)>,
+    /// How many times more was asked for.
+    requests: usize,
     /// Parts taken since a recording began, for a graph.
     recording: Option<Vec<Span>>,
 }
@@ -81,6 +83,11 @@ impl DeviceHeap {
         self.state().backed
     }
 
+    /// How many times the device was asked for physical memory.
+    pub(crate) fn requests(&self) -> usize {
+        self.state().requests
+    }
+
     /// Begins to note the parts that are taken.
     pub(crate) fn record(&self) {
         self.state().recording = Some(Vec::new());
@@ -117,6 +124,7 @@ impl DeviceHeap {
         if end > self.reserved {
             return Ok(false);
         }
+        state.requests += 1;
         let bytes = (end - state.backed).next_multiple_of(GRANULE).min(self.reserved - state.backed);
         if let Some(dry) = &self.device.gpu().dry {
             let taken = dry.take(bytes, self.device.info().memory);

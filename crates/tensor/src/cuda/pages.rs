@@ -146,11 +146,11 @@ impl Pager {
 /// Bytes of a page, if there is room for them.
 fn fitting(page: &Pinned, place: &Tensor) -> Result<usize> {
     let room = place.numel() * place.dtype().size();
-    if page.bytes().len() <= room {
-        return Ok(page.bytes().len());
+    if page.byte_len() <= room {
+        return Ok(page.byte_len());
     }
     let expected = "at most the slot's";
-    Err(crate::Error::Argument { op: "pager", argument: "bytes", expected, found: page.bytes().len() })
+    Err(crate::Error::Argument { op: "pager", argument: "bytes", expected, found: page.byte_len() })
 }
 
 fn record(event: sys::CUevent, stream: sys::CUstream) -> Result<()> {

@@ -19,20 +19,26 @@ pub struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Pinned {
-    /// `len` bytes of zeros.
+    /// `len` bytes of zeros; on a dry device a length without memory, whose bytes are none.
     ///
     /// # Errors
-    /// [`crate::Error::Cuda`] when the host has no memory to lock.
+    /// [`crate::Error::OutOfHostMemory`] when the host has no memory to lock.
     pub fn new(device: CudaDevice, len: usize) -> Result<Self> {
         if device.is_dry() {
-            // Pages that nobody touches cost nothing.
-            let address = Box::leak(vec![0u8; len].into_boxed_slice()).as_mut_ptr();
+            // A plan may ask for more than the machine has that makes it.
+            let address = std::ptr::NonNull::dangling().as_ptr();
             return Ok(Self { device, address, len, event: std::ptr::null_mut() });
         }
         device.bind()?;
         let mut address = std::ptr::null_mut();
         // SAFETY: `address` outlives the call.
-        check("cuMemHostAlloc", unsafe { sys::cuMemHostAlloc(&raw mut address, len.max(1), 0) })?;
+        match unsafe { sys::cuMemHostAlloc(&raw mut address, len.max(1), 0) } {
+            // A limit on locked pages is the system's refusal, not the driver's.
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY | sys::CUresult::CUDA_ERROR_OPERATING_SYSTEM => {
+                return Err(crate::Error::OutOfHostMemory { requested: len });
+            }
+            status => check("cuMemHostAlloc", status)?,
+        }
         let mut pinned = Self { device, address: address.cast(), len, event: new_event()? };
         pinned.bytes_mut().fill(0);
         Ok(pinned)
@@ -106,17 +112,28 @@ impl Pinned {
         check("cuEventSynchronize", unsafe { sys::cuEventSynchronize(self.event) })
     }
 
+    /// How many bytes; also on a dry device.
+    #[must_use]
+    pub fn byte_len(&self) -> usize {
+        self.len
+    }
+
     /// The bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        // SAFETY: this value owns `len` bytes that were written in `new`.
-        unsafe { std::slice::from_raw_parts(self.address, self.len) }
+        // SAFETY: this value owns as many bytes, which were written in `new`; none is read at a dangling address.
+        unsafe { std::slice::from_raw_parts(self.address, self.owned()) }
     }
 
     /// The bytes, for writing.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above, and borrowed alone.
-        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.owned()) }
+    }
+
+    /// Bytes with memory behind them.
+    fn owned(&self) -> usize {
+        if self.device.is_dry() { 0 } else { self.len }
     }
 
     pub(super) fn expect_len(&self, found: usize) -> Result<()> {
@@ -130,8 +147,6 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         if self.device.is_dry() {
-            // SAFETY: a boxed slice of `len` bytes, leaked in `new`.
-            drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(self.address, self.len)) });
             return;
         }
         // The event cannot be waited for when its last copy was captured: both streams are.
@@ -142,5 +157,23 @@ impl Drop for Pinned {
                 let _ = sys::cuEventDestroy_v2(self.event);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{ComputeCapability, DeviceInfo};
+
+    #[test]
+    fn on_a_device_that_only_counts_it_has_a_length_and_no_memory() {
+        let (name, capability) = ("a GPU of this test".to_owned(), ComputeCapability::new(9, 0));
+        let info = DeviceInfo { ordinal: 0, name, capability, memory: 1 << 40, multiprocessors: 1, driver: 12_000 };
+        // More than any machine has.
+        let len = 1 << 50;
+        let mut pinned = Pinned::new(CudaDevice::dry(&info), len).unwrap();
+        assert_eq!((pinned.byte_len(), pinned.bytes().len(), pinned.bytes_mut().len()), (len, 0, 0));
+        pinned.expect_len(len).unwrap();
+        pinned.wait().unwrap();
     }
 }

@@ -47,11 +47,8 @@ impl Hyper {
     /// The values that a GPU's kernels read ([`steps`]), with gradients multiplied by `grad_scale`.
     #[must_use]
     pub fn values(&self, grad_scale: f32) -> [f32; steps::LEN] {
-        let mut values = [0.0; steps::LEN];
-        (values[0], values[1], values[2]) = (grad_scale, 1.0, self.lr as f32);
-        values[3] = (1.0 - self.lr * self.weight_decay) as f32;
+        let mut values = steps::start(self.lr, self.weight_decay, grad_scale);
         values[steps::BETA2] = self.beta() as f32;
-        values[steps::CLIP] = 1.0;
         values
     }
 }

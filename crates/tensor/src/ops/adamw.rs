@@ -101,7 +101,7 @@ mod cpu {
     use rayon::prelude::*;
 
     use super::{DecayOrder, Hyper};
-    use crate::ops::simd::multiversion;
+    use crate::ops::{simd::multiversion, step::correction};
 
     /// Elements of a task.
     const TASK: usize = 16_384;
@@ -122,7 +122,6 @@ mod cpu {
 
     impl Factors {
         pub(super) fn new(hyper: &Hyper, grad_scale: f32) -> Self {
-            let correction = |beta: f64| 1.0 - beta.powi(hyper.step as i32);
             let keep = (1.0 - hyper.lr * hyper.weight_decay) as f32;
             Self {
                 grad: grad_scale,
@@ -131,8 +130,8 @@ mod cpu {
                 one_less_beta1: (1.0 - hyper.beta1) as f32,
                 beta2: hyper.beta2 as f32,
                 one_less_beta2: (1.0 - hyper.beta2) as f32,
-                size: (hyper.lr / correction(hyper.beta1)) as f32,
-                inverse_root: (1.0 / correction(hyper.beta2).sqrt()) as f32,
+                size: (hyper.lr / correction(hyper.beta1, hyper.step)) as f32,
+                inverse_root: (1.0 / correction(hyper.beta2, hyper.step).sqrt()) as f32,
                 eps: hyper.eps as f32,
             }
         }

@@ -73,6 +73,7 @@ mod cpu {
         adamw::DecayOrder,
         dynamic8::{BLOCK, Coded, Part, Task, coded},
         simd::multiversion,
+        step::correction,
     };
 
     /// What one element needs, computed in f64 once a step.
@@ -92,7 +93,6 @@ mod cpu {
 
     impl Factors {
         fn new(hyper: &Hyper, grad_scale: f32, decayed: bool) -> Self {
-            let correction = |beta: f64| 1.0 - beta.powi(hyper.step as i32);
             let keep = if decayed { (1.0 - hyper.lr * hyper.weight_decay) as f32 } else { 1.0 };
             Self {
                 grad: grad_scale,
@@ -102,8 +102,8 @@ mod cpu {
                 one_less_beta1: (1.0 - hyper.beta1) as f32,
                 beta2: hyper.beta2 as f32,
                 one_less_beta2: (1.0 - hyper.beta2) as f32,
-                size: (hyper.lr / correction(hyper.beta1)) as f32,
-                inverse_root: (1.0 / correction(hyper.beta2).sqrt()) as f32,
+                size: (hyper.lr / correction(hyper.beta1, hyper.step)) as f32,
+                inverse_root: (1.0 / correction(hyper.beta2, hyper.step).sqrt()) as f32,
                 eps: hyper.eps as f32,
             }
         }

@@ -22,10 +22,10 @@ pub struct Documents {
 type Order = (u32, [Tensor; 3]);
 
 impl Documents {
-    /// From the offsets of the documents, ending with T.
+    /// From the offsets of the documents, ending with T. A document may be empty: streams of as many documents run the same kernels.
     ///
     /// # Errors
-    /// [`Error::Argument`] when they do not begin with 0 or do not increase.
+    /// [`Error::Argument`] when they do not begin with 0, decrease, or hold no token.
     pub fn new(arena: &Arena, cu_seqlens: &[u32]) -> Result<Self> {
         check(cu_seqlens)?;
         Self::build(arena, cu_seqlens, &positions(cu_seqlens))
@@ -129,8 +129,9 @@ fn check(cu_seqlens: &[u32]) -> Result<()> {
         [first, ..] => return Err(fail("a list that begins with 0 and has an end", *first)),
         [] => return Err(fail("a list that begins with 0 and has an end", 0)),
     }
-    match cu_seqlens.windows(2).find(|pair| pair[0] >= pair[1]) {
-        Some(pair) => Err(fail("strictly increasing", pair[1])),
+    match cu_seqlens.windows(2).find(|pair| pair[0] > pair[1]) {
+        Some(pair) => Err(fail("a list that does not decrease", pair[1])),
+        None if cu_seqlens.ends_with(&[0]) => Err(fail("a list that ends with the number of tokens, at least 1", 0)),
         None => Ok(()),
     }
 }
@@ -146,14 +147,14 @@ mod tests {
 
     #[test]
     fn positions_restart_with_each_document() {
-        let documents = Documents::new(&arena(), &[0, 3, 5]).unwrap();
+        let documents = Documents::new(&arena(), &[0, 3, 3, 5, 5]).unwrap();
         assert_eq!(documents.positions().to_vec::<u32>().unwrap(), [0, 1, 2, 0, 1]);
     }
 
     #[test]
-    fn offsets_must_begin_with_zero_and_increase() {
+    fn offsets_must_begin_with_zero_hold_a_token_and_not_decrease() {
         let arena = arena();
-        for bad in [&[][..], &[0], &[1, 2], &[0, 2, 2], &[0, 3, 1]] {
+        for bad in [&[][..], &[0], &[1, 2], &[0, 0], &[0, 3, 1]] {
             assert!(Documents::new(&arena, bad).is_err(), "{bad:?}");
         }
     }

@@ -13,7 +13,6 @@
 //! Shapes: params and grads F32 \[len\]. Moves 20 bytes an element, with 8 bits 14.
 
 use super::{
-    adamw,
     dynamic8::{Blocks, Moment},
     step as steps, typed,
 };
@@ -35,15 +34,6 @@ pub struct Hyper {
     pub weight_decay: f64,
 }
 
-impl Hyper {
-    /// The values that kernels read ([`steps`]).
-    fn values(&self, grad_scale: f32) -> [f32; steps::LEN] {
-        let Self { lr, beta1, beta2, weight_decay } = *self;
-        let decay = adamw::DecayOrder::Before;
-        steps::values(&adamw::Hyper { lr, beta1, beta2, eps: 0.0, weight_decay, step: 1, decay }, grad_scale)
-    }
-}
-
 /// One step; `m` (zero before the first) is the running mean of the gradient.
 ///
 /// # Errors
@@ -59,7 +49,8 @@ pub fn step(mut params: TensorMut<'_>, grads: &Tensor, mut m: TensorMut<'_>, gra
             Ok(())
         }
         Device::Cuda(device) => {
-            let values = Tensor::from_slice(grads.arena(), &hyper.values(grad_scale), [steps::LEN])?;
+            let values =
+                Tensor::from_slice(grads.arena(), &steps::start(hyper.lr, hyper.weight_decay, grad_scale), [steps::LEN])?;
             cuda::step(device, params, grads, m, None, &values, hyper)
         }
     }
@@ -104,7 +95,8 @@ pub fn step_8bit(
             Ok(())
         }
         Device::Cuda(device) => {
-            let values = Tensor::from_slice(grads.arena(), &hyper.values(grad_scale), [steps::LEN])?;
+            let values =
+                Tensor::from_slice(grads.arena(), &steps::start(hyper.lr, hyper.weight_decay, grad_scale), [steps::LEN])?;
             cuda::step_8bit(device, params, grads, m, blocks, &values, hyper)
         }
     }

@@ -11,7 +11,8 @@
 //!
 //! h [T, C], weight [V, C], labels `[T]` with their scale ([`Labels`]). Nothing is saved for backward: the forward pass computes dh for a loss gradient
 //! of 1 along the way, the gradient written over the logits; the head's own gradient, where it trains, computes the logits
-//! again. Rows go in chunks of at most 256 whose logits take at most about 64 MiB.
+//! again. Rows go in chunks whose logits take a bounded memory: on the CPU at most 256 rows and about 64 MiB, on a GPU at most 8,192 rows
+//! and 192 MiB, or four times the bytes of h where that is more.
 //!
 //! With [`Labels::scaled`] gradients are those of S · loss; the loss is as without.
 //!

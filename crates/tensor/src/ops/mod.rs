@@ -34,6 +34,7 @@ pub mod sgd;
 pub mod simd;
 mod softcap;
 pub mod step;
+pub mod step_count;
 mod typed;
 
 pub use documents::Documents;

@@ -47,8 +47,7 @@ pub fn step(
             Ok(())
         }
         Device::Cuda(device) => {
-            let mut values = [0.0; steps::LEN];
-            (values[0], values[1], values[2], values[steps::CLIP]) = (grad_scale, 1.0, hyper.lr as f32, 1.0);
+            let values = steps::start(hyper.lr, hyper.weight_decay, grad_scale);
             let values = Tensor::from_slice(grads.arena(), &values, [steps::LEN])?;
             cuda::step(device, params, grads, momentum, None, &values, hyper)
         }

@@ -11,7 +11,7 @@ use nibble_tensor::{
 use crate::{
     Result, TrainConfig,
     device_step::{DeviceSteps, Parts},
-    trainer::optimizer,
+    trainer::{eval_loss, optimizer},
 };
 
 /// A run, as far as its memory depends on it.
@@ -23,6 +23,8 @@ pub struct Setup {
     pub adapter: Option<AdapterConfig>,
     /// The documents of a micro-batch.
     pub documents: Vec<Document>,
+    /// The documents of an evaluation's micro-batch; none where nothing is evaluated.
+    pub evaluation: Vec<Document>,
     /// Optimizer, checkpointing and the rest.
     pub train: TrainConfig,
 }
@@ -37,7 +39,7 @@ pub struct Document {
 }
 
 /// What a step takes, in bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Footprint {
     /// The most that tensors hold at once.
     pub peak: usize,
@@ -47,6 +49,27 @@ pub struct Footprint {
     pub owners: Vec<(Owner, usize)>,
     /// Values that are trained.
     pub trained: usize,
+    /// What a GPU leaves in host memory that is locked for it.
+    pub host: HostBytes,
+}
+
+/// Host memory that is locked for a GPU, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostBytes {
+    /// Weights of blocks.
+    pub weights: usize,
+    /// Activations between forward and backward.
+    pub activations: usize,
+    /// Pages of the optimizer.
+    pub optimizer: usize,
+}
+
+impl HostBytes {
+    /// All of it.
+    #[must_use]
+    pub const fn total(&self) -> usize {
+        self.weights + self.activations + self.optimizer
+    }
 }
 
 impl Setup {
@@ -114,18 +137,19 @@ impl Footprint {
 /// Out of memory, where the device has less; what is wrong with the adapter's config.
 pub fn footprint(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
     let arena = Arena::on(Device::Cuda(CudaDevice::dry(gpu)), usize::MAX)?;
-    let trained = step(model, &arena, setup)?;
+    let (trained, host) = step(model, &arena, setup)?;
     let owners = arena.owners().into_iter().filter(|stats| stats.at_peak > 0);
     Ok(Footprint {
         peak: arena.stats().peak,
         device: arena.device_bytes().unwrap_or_default(),
         owners: owners.map(|stats| (stats.owner, stats.at_peak)).collect(),
         trained,
+        host,
     })
 }
 
-/// Runs a step; gives the number of trained values.
-fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
+/// Runs a step, and an evaluation after it; gives the number of trained values, and what is on the host.
+fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<(usize, HostBytes)> {
     let mut model = Transformer::empty(model.clone(), arena, &setup.load)?;
     let mut params = match &setup.adapter {
         Some(adapter) => model.attach(adapter, Init::Zeros)?,
@@ -133,7 +157,8 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
     };
     let mut optimizer = optimizer(&model, &mut params, &setup.train)?;
     let mut grads = params.zero_grads()?;
-    let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok(params.numel()) };
+    let mut host = HostBytes { weights: model.host().bytes(), activations: 0, optimizer: optimizer.host_bytes() };
+    let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok((params.numel(), host)) };
     let batches = [batch(&setup.documents)];
     // A second step finds the memory as the first left it, and may need more of it.
     for _ in 0..2 {
@@ -147,7 +172,11 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup) -> Result<usize> {
         };
         steps.enqueue(parts, &batches, 1.0, setup.train.learning_rate, Rng::new(0).rooted())?;
     }
-    Ok(params.numel())
+    host.activations = model.host().bytes() - host.weights;
+    if !setup.evaluation.is_empty() {
+        eval_loss(&model, &params, &batch(&setup.evaluation))?;
+    }
+    Ok((params.numel(), host))
 }
 
 /// Made-up tokens.

@@ -1,6 +1,5 @@
 //! Known GPUs: the sizes that decide what fits, and the rates that decide how fast it runs.
 
-use nibble_optim::edit_distance;
 use nibble_tensor::cuda::{ComputeCapability, DeviceInfo};
 
 /// What a process takes beside its tensors: the driver's context, kernels, cuBLASLt with its workspace.
@@ -136,8 +135,17 @@ pub fn find_gpu(name: &str) -> Option<&'static Gpu> {
 #[must_use]
 pub fn nearest_gpu(name: &str) -> &'static str {
     let name = words(name).concat();
-    let distance = |gpu: &&Gpu| edit_distance(&words(gpu.name).concat(), &name);
-    GPUS.iter().min_by_key(distance).map_or("", |gpu| gpu.name)
+    let differs = |gpu: &&Gpu| differing(&words(gpu.name).concat(), &name);
+    GPUS.iter().min_by_key(differs).map_or("", |gpu| gpu.name)
+}
+
+/// Characters of two names that are not in what they begin or end with alike: 2 after one misspelt letter.
+fn differing(a: &str, b: &str) -> usize {
+    let [a, b] = [a, b].map(|name| name.chars().collect::<Vec<_>>());
+    let alike = |pairs: &mut dyn Iterator<Item = (&char, &char)>| pairs.take_while(|(x, y)| x == y).count();
+    let head = alike(&mut a.iter().zip(&b));
+    let tail = alike(&mut a[head..].iter().rev().zip(b[head..].iter().rev()));
+    a.len() + b.len() - 2 * (head + tail)
 }
 
 /// Its words of letters and digits, small, without the maker's name and family.
@@ -171,7 +179,11 @@ mod tests {
             assert_eq!(find_gpu(name).map(|gpu| gpu.name), Some(found), "{name}");
         }
         assert_eq!(find_gpu("rtx 4091"), None);
-        assert_eq!(nearest_gpu("rtx 4091"), "RTX 4090");
+        for (name, nearest) in
+            [("rtx 4091", "RTX 4090"), ("rtz 4090", "RTX 4090"), ("h10", "H100"), ("B2000", "B200"), ("gl40s", "L40S")]
+        {
+            assert_eq!(nearest_gpu(name), nearest, "{name}");
+        }
     }
 
     #[test]

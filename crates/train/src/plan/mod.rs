@@ -16,7 +16,7 @@ mod speed;
 mod streamed;
 
 pub use fit::{MOST_TOKENS, largest_batch, longest, needed};
-pub use footprint::{COMPONENTS, Document, Footprint, Setup, footprint};
+pub use footprint::{COMPONENTS, Document, Footprint, HostBytes, Setup, footprint};
 pub use gpu::{GPUS, Gpu, RESERVED, find_gpu, nearest_gpu};
 pub use nearest::{Nearest, nearest};
 pub use place::{FEW_PAGES, Place};

@@ -36,6 +36,7 @@ pub fn nearest(setup: &Setup, batch: usize, blocks: usize, fits: impl Fn(&Setup)
             let tried = |parts, checkpointing| {
                 let mut tried = setup.clone();
                 tried.documents = part(&setup.documents, parts, length);
+                tried.evaluation = part(&setup.evaluation, parts, length);
                 (tried.train.optim, tried.train.checkpointing) = (optim, checkpointing);
                 tried
             };

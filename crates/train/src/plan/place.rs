@@ -1,9 +1,9 @@
 //! Where a run is planned for: a GPU, or the processor.
 
-use nibble_model::config::ModelConfig;
+use nibble_model::{config::ModelConfig, files::StoredType};
 use nibble_tensor::{DType, Owner};
 
-use super::{Footprint, Gpu, Setup, fit, footprint};
+use super::{Footprint, Gpu, HostBytes, Setup, fit, footprint};
 use crate::Result;
 
 /// Device memory that a paged optimizer can always do with: more than the pages that visit at once.
@@ -54,17 +54,24 @@ fn on_cpu(model: &ModelConfig, setup: &Setup) -> Result<Footprint> {
     alike.load.compute_dtype = DType::Bf16;
     // Pages may be in a file, which is no memory: nothing is opened for a plan.
     alike.train.optim_paging = nibble_optim::Paging { device_memory: Some(FEW_PAGES), ..nibble_optim::Paging::default() };
-    let mut found = fit::needed(model, &Gpu::of_memory(0), &alike)?;
+    // A GPU converts matrices that are not quantised to the type of its activations; here they stay as stored.
+    let mut stored = model.clone();
+    let widened = if stored.dtype.replace(StoredType::BF16) == Some(StoredType::F32) { 2 } else { 1 };
+    let mut found = fit::needed(&stored, &Gpu::of_memory(0), &alike)?;
     for (owner, bytes) in &mut found.owners {
         match owner {
             Owner::Trained => *bytes = 4 * found.trained,
             Owner::Activations("lm_head_loss") => {}
             Owner::Activations(_) => *bytes = *bytes / DType::Bf16.size() * size,
+            Owner::Embeddings => *bytes *= widened,
+            Owner::BaseWeights if setup.load.quant.is_none() => *bytes *= widened,
             Owner::Scratch => *bytes = 0,
             _ => {}
         }
     }
     found.peak = found.owners.iter().map(|(_, bytes)| bytes).sum();
     found.device = found.peak;
+    // The host is the device.
+    found.host = HostBytes::default();
     Ok(found)
 }

@@ -100,6 +100,7 @@ impl Request {
             load: LoadOptions { quant, ..self.load },
             adapter: (method != Method::Full).then(|| self.adapter.clone()),
             documents: Vec::new(),
+            evaluation: Vec::new(),
             train: TrainConfig { checkpointing, ..self.train.clone() },
         };
         setup.with_documents(self.batch, self.length)

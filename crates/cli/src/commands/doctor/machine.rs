@@ -5,7 +5,7 @@ use std::fs;
 use serde::Serialize;
 
 use super::Check;
-use crate::ui;
+use crate::{machine::Memory, ui};
 
 /// The operating system.
 #[derive(Debug, Serialize)]
@@ -111,27 +111,6 @@ fn kernels(has: impl Fn(&str) -> bool) -> Kernels {
     Kernels { f32, bf16: if avx512 && has("avx512_bf16") { "avx512_bf16" } else { f32 } }
 }
 
-/// Memory of the machine, in bytes.
-#[derive(Debug, Serialize)]
-pub(super) struct Memory {
-    total: usize,
-    pub(super) available: usize,
-}
-
-impl Memory {
-    pub(super) fn look() -> Option<Self> {
-        Self::read(&fs::read_to_string("/proc/meminfo").ok()?)
-    }
-
-    fn read(text: &str) -> Option<Self> {
-        let field = |name: &str| {
-            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            value.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib * 1024)
-        };
-        Some(Self { total: field("MemTotal")?, available: field("MemAvailable")? })
-    }
-}
-
 pub(super) fn memory_check(memory: Option<&Memory>) -> Option<Check> {
     let Memory { total, available } = memory?;
     Some(Check::ok("memory", format!("{} available of {}", ui::bytes(*available), ui::bytes(*total))))
@@ -151,12 +130,5 @@ mod tests {
         assert_eq!(of(&["avx2", "fma", "avx512f"]), expect("avx512f", "avx512f"));
         assert_eq!(of(&["avx2", "fma", "avx512f", "avx512_bf16"]), expect("avx512f", "avx512_bf16"));
         assert_eq!(of(&["avx2", "fma", "avx512_bf16"]), expect("avx2", "avx2"));
-    }
-
-    #[test]
-    fn memory_is_read_in_bytes() {
-        let memory = Memory::read("MemTotal:       16384 kB\nMemFree: 1 kB\nMemAvailable:    8192 kB\n").unwrap();
-        assert_eq!((memory.total, memory.available), (16 << 20, 8 << 20));
-        assert!(Memory::read("MemTotal: 1 kB\n").is_none());
     }
 }

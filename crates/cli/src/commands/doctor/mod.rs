@@ -7,12 +7,7 @@ mod machine;
 
 use serde::Serialize;
 
-use crate::{args::DoctorArgs, error::Result, ui};
-
-/// Bytes of the machine's memory that a program can have, where the system tells.
-pub(crate) fn available_memory() -> Option<usize> {
-    machine::Memory::look().map(|memory| memory.available)
-}
+use crate::{args::DoctorArgs, error::Result, machine::Memory, ui};
 
 /// How a thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -57,7 +52,7 @@ struct Report {
     version: &'static str,
     system: machine::System,
     cpu: machine::Cpu,
-    memory: Option<machine::Memory>,
+    memory: Option<Memory>,
     /// Devices that can be used, the one that `--device auto` takes first.
     devices: Vec<&'static str>,
     cuda: libraries::Cuda,
@@ -96,7 +91,7 @@ fn report() -> Report {
         version: env!("CARGO_PKG_VERSION"),
         system: machine::System::look(),
         cpu: machine::Cpu::look(),
-        memory: machine::Memory::look(),
+        memory: Memory::look(),
         devices: Vec::new(),
         cuda: libraries::Cuda::look(),
         caches: folders::look(),

@@ -14,7 +14,7 @@ use nibble_model::{
     config::{ConfigChanges, ModelConfig},
     files::{Checkpoint, SafetensorsWriter, StoredType, TensorPlan, WriteOptions},
 };
-use nibble_nf4::{Format, QuantConfig};
+use nibble_nf4::QuantConfig;
 
 use crate::{
     args::{MergeArgs, MergeBase, MergeDtype, Quant},
@@ -90,23 +90,10 @@ pub(crate) fn run(args: &MergeArgs) -> Result<()> {
 
 /// The format that the adapter was trained beside.
 fn quant_config(args: &MergeArgs) -> Result<Option<QuantConfig>> {
-    let format = match args.quant {
-        Quant::Nf4 => Format::Nf4,
-        Quant::Fp4 => Format::Fp4,
-        Quant::None => {
-            let details = [
-                ("--base dequantized", args.base == MergeBase::Dequantized),
-                ("--double-quant", args.double_quant.is_some()),
-                ("--quant-block-size", args.quant_block_size.is_some()),
-            ];
-            return match details.into_iter().find(|(_, given)| *given) {
-                Some((flag, _)) => Err(CliError::NoEffect { flag, with: "--quant none" }),
-                None => Ok(None),
-            };
-        }
-    };
-    let (block_size, double_quant) = (args.quant_block_size.unwrap_or(64), args.double_quant.unwrap_or(true));
-    Ok(Some(QuantConfig { format, block_size, double_quant }))
+    if args.quant == Quant::None && args.base == MergeBase::Dequantized {
+        return Err(CliError::NoEffect { flag: "--base dequantized", with: "--quant none" });
+    }
+    base::quant_config(args.quant, args.double_quant, args.quant_block_size)
 }
 
 fn say_plan(args: &MergeArgs, base: &Base, adapter: &AdapterFile, layers: &Layers) {

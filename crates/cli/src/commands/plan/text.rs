@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn a_bar_is_as_long_as_the_memory_and_shows_what_is_small() {
         let owners = vec![(Owner::BaseWeights, 600), (Owner::Gradients, 10), (Owner::Activations("glu"), 200)];
-        let footprint = Footprint { peak: 810, device: 810, owners, trained: 1 };
+        let footprint = Footprint { peak: 810, device: 810, owners, trained: 1, ..Footprint::default() };
         let fits = bar(&footprint, 1000);
         assert_eq!(fits, format!("{}G{}{}|", "B".repeat(30), "A".repeat(10), ".".repeat(9)));
         let larger = bar(&footprint, 700);

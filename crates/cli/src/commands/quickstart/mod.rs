@@ -24,6 +24,7 @@ use crate::{
     dataset::Reader,
     error::Result,
     output::Staging,
+    source::ModelSource,
     ui,
 };
 
@@ -52,8 +53,19 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<Ending> {
     let found = find::model(args.model.as_deref(), args.offline)?;
     let base = Base::from_source(found.source.clone())?;
     ui::fact("model", base.describe());
-    let mut learner = Learner::load(base, found.flag)?;
+    let learner = Learner::load(base, found.flag)?;
+    let arena = learner.arena.clone();
+    learn(args, &found.source, learner, &interrupt, staging).map_err(|error| error.with_owners(&arena))
+}
 
+/// Asks, trains and asks again.
+fn learn(
+    args: &QuickstartArgs,
+    source: &ModelSource,
+    mut learner: Learner,
+    interrupt: &Interrupt,
+    staging: Staging,
+) -> Result<Ending> {
     let before = learner.measure(&learner.model, &ParamStore::empty(&learner.arena)?)?;
     let EvalStats { loss, perplexity, .. } = before.stats;
     ui::fact("before", format_args!("loss {loss:.3} on {EVAL_ROWS} held-out rows, perplexity {perplexity:.1}; its answers:"));
@@ -76,13 +88,13 @@ pub(crate) fn run(args: &QuickstartArgs) -> Result<Ending> {
         ),
     );
     let tuning = Tuning {
-        source: &found.source,
+        source,
         adapter: &adapter,
         reader: &learner.reader,
         eval: Some(&learner.eval),
         train: &config,
         precision: &learner.precision,
-        interrupt: &interrupt,
+        interrupt,
         model_flag: &learner.flag,
         output: &args.output,
     };
@@ -160,7 +172,7 @@ impl Learner {
         let positions = train.summary().longest.max(eval.summary().longest).max(longest_prompt + ANSWER);
         let precision = Precision::default();
         let arena = precision.arena(None)?;
-        let model = base.load(&arena, &load_options(&precision, positions))?;
+        let model = base.load(&arena, &load_options(&precision, positions)).map_err(|error| error.with_owners(&arena))?;
         Ok(Self { flag, reader, train, eval, prompts, options, precision, arena, model })
     }
 
@@ -204,14 +216,14 @@ impl Learner {
 
 /// A model that was found, and how `--model` names it.
 struct Found {
-    source: crate::source::ModelSource,
+    source: ModelSource,
     flag: String,
 }
 
 impl Found {
     fn file(path: PathBuf) -> Self {
         let name = path.to_string_lossy().into_owned();
-        Self { source: crate::source::ModelSource { path, name: name.clone(), revision: None }, flag: name }
+        Self { source: ModelSource { path, name: name.clone(), revision: None }, flag: name }
     }
 }
 

@@ -7,8 +7,8 @@ use nibble_tensor::{Device, Error as TensorError};
 use nibble_train::plan::{self, COMPONENTS, Document, Footprint, Gpu, MODES, Nearest, Place, Setup};
 
 use crate::{
-    commands::doctor::available_memory,
     error::{CliError, Result},
+    machine::available_memory,
     ui,
 };
 
@@ -75,7 +75,7 @@ impl Planned {
         Ok(plan::fewest_on_host(blocks, fits)?.unwrap_or(0))
     }
 
-    fn place(&self) -> Place {
+    pub(super) fn place(&self) -> Place {
         match self.device {
             Device::Cuda(device) => Place::Gpu(Gpu::of_device(device.info())),
             _ => Place::Cpu,
@@ -83,7 +83,7 @@ impl Planned {
     }
 
     /// Bytes for tensors, where that is known.
-    fn room(&self) -> Result<Option<usize>> {
+    pub(super) fn room(&self) -> Result<Option<usize>> {
         let free = match self.device {
             Device::Cuda(device) => Some(device.free_memory()?),
             _ => available_memory(),
@@ -98,18 +98,20 @@ impl Planned {
     fn nearest(&self, setup: &Setup, room: usize) -> Result<Option<String>> {
         let place = self.place();
         let blocks = if place == Place::Cpu { 0 } else { self.model.num_hidden_layers };
+        if let Some(flag) = self.smaller_evaluation(room)? {
+            return Ok(Some(flag));
+        }
         let fits = |setup: &Setup| place.fits(&self.model, setup, room);
         let nearest = plan::nearest(setup, self.batch, blocks, fits)?;
         Ok(nearest.map(|nearest| self.flags(&nearest)).filter(|flags| !flags.is_empty()))
     }
 
-    /// An error with the nearest run that fits, if it is that the memory ran out in this run, which was planned to take `planned`.
+    /// An error with the nearest run that fits, if it is that the device's memory ran out in this run, which was planned to take `planned`.
     pub(super) fn with_nearest(&self, mut error: CliError, planned: &Footprint) -> CliError {
-        let out = error.out_of_memory().map(|out| shrunk(planned.device, out));
-        let Some(room) = out else { return error };
-        let evaluates = error.is_of_evaluation();
-        if let CliError::OutOfMemory { nearest, .. } = &mut error {
-            *nearest = if evaluates { self.smaller_evaluation() } else { self.nearest(&self.fixed(), room).unwrap_or_default() };
+        let out = error.out_of_memory().filter(|out| !matches!(out, TensorError::OutOfHostMemory { .. }));
+        let Some(room) = out.map(|out| shrunk(planned.device, out)) else { return error };
+        if let Some(nearest) = error.nearest_mut() {
+            *nearest = self.nearest(&self.fixed(), room).unwrap_or_default();
         }
         error
     }
@@ -123,10 +125,24 @@ impl Planned {
         setup
     }
 
-    /// Half of the documents of an evaluation's micro-batch, if it has several.
-    fn smaller_evaluation(&self) -> Option<String> {
-        let half = self.setup.train.eval_batch_size / 2;
-        (half > 0).then(|| format!("--per-device-eval-batch-size {half}"))
+    /// The flag of the largest micro-batch of an evaluation that fits, where the steps do.
+    fn smaller_evaluation(&self, room: usize) -> Result<Option<String>> {
+        let fits = |documents: usize| {
+            let mut setup = self.setup.clone();
+            setup.evaluation.sort_by_key(|document| std::cmp::Reverse(document.tokens));
+            setup.evaluation.truncate(documents);
+            self.place().fits(&self.model, &setup, room)
+        };
+        let sizes = std::iter::successors(Some(self.setup.evaluation.len() / 2), |size| Some(size / 2));
+        if self.setup.evaluation.is_empty() || !fits(0)? {
+            return Ok(None);
+        }
+        for size in sizes.take_while(|&size| size > 0) {
+            if fits(size)? {
+                return Ok(Some(format!("--per-device-eval-batch-size {size}")));
+            }
+        }
+        Ok(None)
     }
 
     /// What differs, as flags.
@@ -142,6 +158,10 @@ impl Planned {
             let batch = self.batch.div_ceil(nearest.parts);
             let accumulation = self.accumulation * nearest.parts;
             flags.push(format!("--batch-size {batch} --gradient-accumulation-steps {accumulation}"));
+            // Where it does not follow the batch.
+            if !self.setup.evaluation.is_empty() && train.eval_batch_size != self.batch {
+                flags.push(format!("--per-device-eval-batch-size {}", train.eval_batch_size.div_ceil(nearest.parts)));
+            }
         }
         if nearest.setup.load.blocks_on_host != self.setup.load.blocks_on_host {
             flags.push(format!("--offload-weights {}", nearest.setup.load.blocks_on_host));
@@ -179,12 +199,20 @@ pub(super) fn line(found: &Footprint) -> String {
     format!("about {}: {}", ui::bytes(found.peak), parts.join(", "))
 }
 
+fn document(example: &Example) -> Document {
+    let learned = example.labels.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count();
+    Document { tokens: example.tokens.len(), learned }
+}
+
+/// The documents of the largest micro-batch of `batch_size` there is, in the order of the file.
+pub(super) fn largest_in_order(data: &Dataset, batch_size: usize) -> Vec<Document> {
+    let documents: Vec<Document> = data.examples().iter().map(document).filter(|document| document.tokens > 0).collect();
+    let tokens = |batch: &&[Document]| batch.iter().map(|document| document.tokens).sum::<usize>();
+    documents.chunks(batch_size.max(1)).max_by_key(tokens).map(<[Document]>::to_vec).unwrap_or_default()
+}
+
 /// The documents of the largest micro-batch there can be.
 pub(super) fn largest_batch(data: &Dataset, loader: LoaderOptions) -> Vec<Document> {
-    let document = |example: &Example| Document {
-        tokens: example.tokens.len(),
-        learned: example.labels.iter().skip(1).filter(|&&label| label != IGNORE_INDEX).count(),
-    };
     let mut documents: Vec<Document> = data.examples().iter().map(document).filter(|document| document.tokens > 0).collect();
     documents.sort_by_key(|document| std::cmp::Reverse(document.tokens));
     match loader.packer {
@@ -224,6 +252,7 @@ mod tests {
             load,
             adapter: Some(AdapterConfig { r: 16, target_modules, ..AdapterConfig::default() }),
             documents: vec![Document { tokens: 2048, learned: 2047 }; 16],
+            evaluation: Vec::new(),
             train: TrainConfig { checkpointing: Checkpointing::Full, ..TrainConfig::default() },
         };
         let device = Device::Cuda(CudaDevice::dry(&Gpu::of_memory(0).device(memory)));
@@ -267,12 +296,7 @@ mod tests {
         planned.setup.train.checkpointing = Checkpointing::Auto;
         let held = planned.check().unwrap();
         let full = held.device;
-        let out = |error| CliError::OutOfMemory {
-            source: Box::new(CliError::Tensor(error)),
-            owners: Vec::new(),
-            nearest: None,
-            saved: None,
-        };
+        let out = |error| CliError::OutOfMemory { source: Box::new(CliError::Tensor(error)), owners: Vec::new(), nearest: None };
         let limit = full + full / 100;
         let in_arena = TensorError::OutOfMemory { device: "cuda:0".into(), requested: limit / 20, live: limit, limit };
         for error in [in_arena, TensorError::DriverOutOfMemory { call: "cuGraphInstantiate" }] {

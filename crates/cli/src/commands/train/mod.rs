@@ -1,6 +1,7 @@
 //! `nibble train`: data, model, adapter, the run, the folder.
 
 mod card;
+mod host;
 mod interrupt;
 mod memory;
 mod progress;
@@ -25,6 +26,7 @@ use crate::{
     base::{Base, load_options, open_adapter, warn_of_other_base},
     dataset::Reader,
     error::{CliError, Result},
+    machine::available_memory,
     output::Staging,
     ui,
 };
@@ -55,6 +57,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     let source = base.source.clone();
     let planned = plan(&settings, &base, &data, eval.as_ref(), &reader, adapter.as_ref())?;
     let held = planned.check()?;
+    planned.check_host(available_memory())?;
     let nearest = |error: CliError| planned.with_nearest(error, &held);
     let mut trainer = prepare(&settings, &planned, base, data, adapter.as_ref()).map_err(nearest)?;
     ui::fact("memory", memory::line(&held));
@@ -93,6 +96,7 @@ fn plan(
             load: load_options(&settings.precision, longest),
             adapter: Some(config.clone()),
             documents: memory::largest_batch(data, loader),
+            evaluation: eval.map_or_else(Vec::new, |eval| memory::largest_in_order(eval, settings.config.eval_batch_size)),
             train: settings.config.clone(),
         },
         adapter: config,

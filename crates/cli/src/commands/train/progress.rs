@@ -21,6 +21,8 @@ pub(crate) struct Progress {
     interrupt: Interrupt,
     max_steps: usize,
     seconds: Smoothed,
+    /// Steps that were learned from.
+    pub(crate) learned: usize,
     /// Seconds of all steps; evaluations are not training.
     pub(crate) spent: f64,
     /// The last evaluation.
@@ -42,19 +44,20 @@ impl Progress {
             interrupt: interrupt.clone(),
             max_steps,
             seconds: Smoothed::default(),
+            learned: 0,
             spent: 0.0,
             evaluation: None,
             last: None,
         })
     }
 
-    /// Takes the bar away; gives what went wrong with the log.
+    /// Takes the bar away; gives how the run `ended`, or what went wrong with the log if nothing else did.
     ///
     /// # Errors
-    /// The log could not be written.
-    pub(crate) fn finish(&mut self) -> Result<()> {
+    /// The run's own, or that the log could not be written.
+    pub(crate) fn finish<T>(&mut self, ended: Result<T>) -> Result<T> {
         self.bar.finish();
-        self.failed.take().map_or(Ok(()), |error| Err(error.into()))
+        ended.and_then(|ended| self.failed.take().map_or(Ok(ended), |error| Err(error.into())))
     }
 
     /// Logs who held the memory at its peak.
@@ -85,6 +88,7 @@ fn skipped(entry: &LogEntry) -> String {
 
 impl Observer for Progress {
     fn on_step(&mut self, stats: &StepStats) {
+        self.learned += usize::from(!stats.skipped);
         self.seconds.add(stats.seconds);
         self.spent += stats.seconds;
         let rate = stats.tokens as f64 / stats.seconds.max(1e-9);

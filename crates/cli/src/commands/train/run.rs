@@ -7,7 +7,7 @@ use nibble_data::Dataset;
 use nibble_lora::{AdapterConfig, TargetModules, save_adapter};
 use nibble_nf4::QuantConfig;
 use nibble_tensor::Arena;
-use nibble_train::{Error as TrainError, EvalStats, Outcome, TrainConfig, Trainer};
+use nibble_train::{EvalStats, Outcome, TrainConfig, Trainer};
 
 use super::{
     card::{Card, UsageLines},
@@ -108,7 +108,10 @@ pub(super) fn show(trainer: &Trainer, precision: Precision, adapter: &AdapterCon
     let plan = trainer.plan();
     ui::fact("base", format_args!("{}, {}", quantisation(precision.quant), precision.describe()));
     if let Some(from) = from {
-        ui::fact("adapter", format_args!("continues `{}`: its own config decides", from.display()));
+        ui::fact(
+            "adapter",
+            format_args!("continues `{}`: its own config decides; optimizer and schedule begin anew", from.display()),
+        );
     }
     let targets = target_names(trainer.params());
     let AdapterConfig { r, lora_alpha, .. } = adapter;
@@ -143,43 +146,27 @@ fn quantisation(quant: Option<QuantConfig>) -> String {
 /// Trains, and writes the folder, whatever ended the run.
 ///
 /// # Errors
-/// A step that broke (then what was learned before it is saved), or a folder that cannot be written.
+/// A run that broke: what it learned before is saved. A folder that cannot be written.
 pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging) -> Result<Finished> {
     let mut progress = Progress::new(staging.path(), trainer.plan().max_steps, tuning.interrupt)?;
     tuning.interrupt.begin_training();
-    let outcome = trainer.train(tuning.eval, &mut progress);
-    progress.memory(&trainer.model().arena().at_peak());
-    progress.finish()?;
-    let outcome = match outcome {
-        Ok(outcome) => outcome,
-        Err(source @ TrainError::NonFinite { step: 2.., .. }) => {
-            let saved = save(trainer, tuning, staging, &progress)?;
-            return Err(CliError::Stopped { source: Box::new(source), saved });
-        }
-        Err(error) if error.is_out_of_memory() => return Err(out_of_memory(error, trainer, tuning, staging, &progress)),
-        Err(error) => return Err(error.into()),
+    let ended = trainer.train(tuning.eval, &mut progress);
+    let arena = trainer.model().arena();
+    let ended = ended.map_err(|error| CliError::from(error).with_owners(arena));
+    progress.memory(&arena.at_peak());
+    let ended = progress.finish(ended);
+    let ended = match ended {
+        Err(error) if progress.learned == 0 => return Err(error),
+        ended => ended,
     };
-    let place = save(trainer, tuning, staging, &progress)?;
+    let saved = save(trainer, tuning, staging, &progress);
+    let (outcome, place) = match (ended, saved) {
+        (Ok(outcome), saved) => (outcome, saved?),
+        (Err(source), Ok(saved)) => return Err(CliError::Stopped { source: Box::new(source), saved }),
+        (Err(source), Err(also)) => return Err(CliError::Lost { source: Box::new(source), also: Box::new(also) }),
+    };
     let ending = if outcome.stopped_early { Ending::Interrupted } else { Ending::Done };
     Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place })
-}
-
-/// The error of a run whose memory ran out, with who held it; the steps before are saved if there were any.
-fn out_of_memory(
-    error: TrainError,
-    trainer: &mut Trainer,
-    tuning: &Tuning<'_>,
-    staging: Staging,
-    progress: &Progress,
-) -> CliError {
-    let mut error = CliError::from(error).with_owners(trainer.model().arena());
-    if let CliError::OutOfMemory { saved, .. } = &mut error
-        && trainer.steps() > 0
-    {
-        // That the memory ran out is the error, also where what was learned cannot be saved.
-        *saved = save(trainer, tuning, staging, progress).ok();
-    }
-    error
 }
 
 fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {

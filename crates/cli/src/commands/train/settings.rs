@@ -75,11 +75,12 @@ impl Settings {
             shuffle: !args.data.no_shuffle,
             seed: args.seed,
         };
-        let config = train_config(args);
+        let config = train_config(args, loader.batch_size);
         // A schedule or an optimizer that cannot be is said before anything is read.
         config.schedule(1)?;
         config.optimizer()?;
         let precision = Precision::from_args(&args.precision)?;
+        config.check_paging(precision.device, precision.compute_dtype)?;
         if !matches!(args.data.offload_weights, OffloadWeights::Auto | OffloadWeights::Blocks(0)) {
             let idle = [(precision.quant.is_none(), "--quant none"), (precision.device == Device::Cpu, "--device cpu")];
             if let Some((_, with)) = idle.into_iter().find(|(idle, _)| *idle) {
@@ -162,7 +163,7 @@ pub(in crate::commands) fn modules(text: &str) -> TargetModules {
     TargetModules::Names(text.split(',').map(str::trim).filter(|name| !name.is_empty()).map(str::to_owned).collect())
 }
 
-fn train_config(args: &TrainArgs) -> TrainConfig {
+fn train_config(args: &TrainArgs, batch_size: usize) -> TrainConfig {
     TrainConfig {
         num_train_epochs: args.num_train_epochs.unwrap_or(3.0),
         max_steps: args.max_steps,
@@ -192,7 +193,7 @@ fn train_config(args: &TrainArgs) -> TrainConfig {
         seed: args.seed,
         logging_steps: args.logging_steps,
         eval_steps: args.eval_steps,
-        eval_batch_size: args.per_device_eval_batch_size.unwrap_or(DEFAULT_BATCH),
+        eval_batch_size: args.per_device_eval_batch_size.unwrap_or(batch_size),
     }
 }
 
@@ -204,12 +205,16 @@ mod tests {
     use super::*;
     use crate::args::{Cli, Command};
 
-    fn settings(flags: &str) -> Result<Settings> {
+    fn args(flags: &str) -> TrainArgs {
         let line = format!("nibble train --model m --data d --output o {flags}");
         match Cli::try_parse_from(line.split_whitespace()).unwrap().command {
-            Some(Command::Train(args)) => Settings::from_args(&args),
+            Some(Command::Train(args)) => *args,
             other => panic!("{other:?}"),
         }
+    }
+
+    fn settings(flags: &str) -> Result<Settings> {
+        Settings::from_args(&args(flags))
     }
 
     #[test]
@@ -231,12 +236,22 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_cannot_be_are_refused_before_anything_is_read() {
+        let error = |flags| settings(&format!("--device cpu --optim paged_adamw_8bit {flags}")).unwrap_err().to_string();
+        assert!(error("--optim-device-memory 1GiB").contains("optim_page_file"));
+        assert!(error("--optim-page-masters").contains("optim_page_masters"));
+        assert!(error("--optim-page-masters --optim-page-file f").contains("optim_page_masters"));
+        assert!(settings("--device cpu --optim paged_adamw_8bit --optim-device-memory 1GiB --optim-page-file f").is_ok());
+    }
+
+    #[test]
     fn every_training_flag_reaches_the_config() {
         let flags = "--max-steps 7 --gradient-accumulation-steps 3 --lr 0.5 --lr-scheduler-type cosine --warmup-steps 2 \
                      --weight-decay 0.25 --max-grad-norm 0.3 --optim paged_adamw_8bit --optim-args betas=0.9,0.95 \
                      --optim-device-memory 1KiB --optim-page-file pages --optim-page-masters --gradient-checkpointing --seed 9 --logging-steps 4 \
                      --eval-data e --eval-steps 5 --per-device-eval-batch-size 6";
-        let config = settings(flags).unwrap().config;
+        // Pages of all kinds at once are for no device.
+        let config = train_config(&args(flags), 1);
         let expected = TrainConfig {
             num_train_epochs: 3.0,
             max_steps: Some(7),
@@ -260,6 +275,13 @@ mod tests {
         assert_eq!(config, expected);
         let other = settings("--num-train-epochs 0.5 --warmup-ratio 0.1").unwrap().config;
         assert_eq!((other.num_train_epochs, other.warmup_ratio, other.max_steps), (0.5, 0.1, None));
+    }
+
+    #[test]
+    fn an_evaluation_takes_as_many_documents_as_a_step_unless_asked() {
+        let size = |flags: &str| settings(&format!("--eval-data e {flags}")).unwrap().config.eval_batch_size;
+        assert_eq!((size(""), size("--batch-size 1"), size("--packing")), (DEFAULT_BATCH, 1, 1));
+        assert_eq!(size("--batch-size 1 --per-device-eval-batch-size 4"), 4);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Adapters whose A lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product gives the h
 //! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is
 //! one product over K + ΣR columns, for which h is written behind x where there is room and x is
-//! copied where not; elsewhere y = h Bᵀ, then y += x Wᵀ, which rounds the sum once. Likewise dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
+//! copied where not; elsewhere (short streams, odd ranks, dense bases) the two are summed in f32 and rounded once. Likewise
+//! dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
@@ -48,11 +49,7 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         if let Some(beside) = &beside {
             call.product_beside(rows(beside)?, i, &y)?;
         } else {
-            let first = call.adds_adapters_first() && call.adapter_product(i, h.as_ref(), &y, false)?;
-            call.base_product(part, &mut y, first)?;
-            if !first {
-                call.adapter_product(i, h.as_ref(), &y, true)?;
-            }
+            call.product_and_adapter(i, h.as_ref(), &mut y)?;
         }
         ys.push(y);
     }
@@ -117,34 +114,60 @@ struct OnePass {
 }
 
 impl Call<'_, '_> {
-    /// Whether an adapter's product comes before the base's, which is added to it in f32 and rounded once. The other way round, what
-    /// the adapter adds to a result of 16 bits is lost while it is below half of its last place: it would not learn at first.
-    fn adds_adapters_first(&self) -> bool {
-        self.dtype != DType::F32
+    /// y = x Wᵀ + bias + s h Bᵀ of one part, rounded once. cuBLASLt rounds a product to 16 bits before it adds it to what is there:
+    /// what a young adapter adds, below half of the last place of x Wᵀ, would be lost, and the adapter would not learn.
+    fn product_and_adapter(&self, i: usize, h: Option<&Tensor>, y: &mut Tensor) -> Result<()> {
+        let part = &self.parts[i];
+        let Some(h) = h.filter(|_| self.pairs[i].is_some()) else { return self.base_product(part, y) };
+        if self.dtype == DType::F32 {
+            self.base_product(part, y)?;
+            return self.add_adapter(i, h, y);
+        }
+        let sum = scratch(&self.arena, DType::F32, [self.tokens, part.outputs()])?;
+        let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
+        self.biased_product(part, &sum, [rows(self.x()?)?, rows(&weight)?], self.inputs)?;
+        drop(weight);
+        self.add_adapter(i, h, &sum)?;
+        if y.room() == 0 {
+            return sum.convert_into(y);
+        }
+        let rounded = sum.to_dtype(self.dtype)?;
+        self.copy(rows(y)?, rows(&rounded)?, part.outputs())
     }
 
-    /// y (+)= s h Bᵀ of one part; false where it has no adapter.
-    fn adapter_product(&self, i: usize, h: Option<&Tensor>, y: &Tensor, accumulate: bool) -> Result<bool> {
-        let (Some(h), Some(adapter), Some((_, b))) = (h, &self.parts[i].adapter, &self.pairs[i]) else { return Ok(false) };
-        let sizes = [self.tokens, self.parts[i].outputs(), b.shape().last()];
-        let h = columns(rows(h)?, self.offsets[i], self.dtype);
-        self.gemm(sizes, h, transposed(rows(b)?), rows(y)?, adapter.scale, accumulate)?;
-        Ok(true)
+    /// y += s h Bᵀ of one part.
+    fn add_adapter(&self, i: usize, h: &Tensor, y: &Tensor) -> Result<()> {
+        let (Some(adapter), Some((_, b))) = (&self.parts[i].adapter, &self.pairs[i]) else { return Ok(()) };
+        let (k, result) = (b.shape().last(), rows(y)?);
+        self.device.gemm(&Gemm {
+            m: self.tokens,
+            n: self.parts[i].outputs(),
+            k,
+            a: columns(rows(h)?, self.offsets[i], self.dtype),
+            b: transposed(rows(b)?),
+            c: result.address,
+            ldc: result.ld,
+            alpha: adapter.scale,
+            accumulate: true,
+            bias: None,
+            input: self.dtype,
+            output: y.dtype(),
+        })
     }
 
-    /// y (+)= x Wᵀ + bias.
-    fn base_product(&self, part: &Part, y: &mut Tensor, accumulate: bool) -> Result<()> {
+    /// y = x Wᵀ + bias.
+    fn base_product(&self, part: &Part, y: &mut Tensor) -> Result<()> {
         let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
-        if !accumulate && product_of_few(self.device, self.x()?, &part.weight, bias.as_ref(), y)? {
+        if product_of_few(self.device, self.x()?, &part.weight, bias.as_ref(), y)? {
             return Ok(());
         }
         let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
-        self.biased_product(part, y, [rows(self.x()?)?, rows(&weight)?], self.inputs, accumulate)
+        self.biased_product(part, y, [rows(self.x()?)?, rows(&weight)?], self.inputs)
     }
 
-    /// y (+)= a bᵀ + bias of the part, over `k` columns.
-    fn biased_product(&self, part: &Part, y: &Tensor, [a, b]: [Matrix; 2], k: usize, accumulate: bool) -> Result<()> {
-        let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
+    /// y = a bᵀ + bias of the part, over `k` columns, in the type of y.
+    fn biased_product(&self, part: &Part, y: &Tensor, [a, b]: [Matrix; 2], k: usize) -> Result<()> {
+        let bias = part.bias.as_ref().map(|bias| bias.to_dtype(y.dtype())).transpose()?;
         let result = rows(y)?;
         self.device.gemm(&Gemm {
             m: self.tokens,
@@ -155,10 +178,10 @@ impl Call<'_, '_> {
             c: result.address,
             ldc: result.ld,
             alpha: 1.0,
-            accumulate,
+            accumulate: false,
             bias: bias.as_ref().map(Tensor::address).transpose()?,
             input: self.dtype,
-            output: self.dtype,
+            output: y.dtype(),
         })
     }
 
@@ -189,7 +212,7 @@ impl Call<'_, '_> {
         ];
         let grid = Grid::over(n * self.ranks, 2048, 256);
         self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)?;
-        self.biased_product(part, y, [beside, rows(&weight)?], width, false)
+        self.biased_product(part, y, [beside, rows(&weight)?], width)
     }
 
     /// h = dropout(x) Aᵀ of all parts, side by side, and the same `beside` x where it rides.
@@ -208,7 +231,7 @@ impl Call<'_, '_> {
             let sizes = [self.tokens, a.dims()[0], self.inputs];
             self.gemm(sizes, x, transposed(rows(a)?), columns(h, *offset, self.dtype), 1.0, false)?;
         }
-        Ok(())
+        beside.map_or(Ok(()), |beside| self.copy(beside, h, self.ranks))
     }
 
     /// t = s dy B of one part, and dB += s dyᵀ h.
@@ -291,7 +314,7 @@ impl Call<'_, '_> {
 
     /// The part beside whose dy the t of all ride: one with room behind its rows, else the narrowest if it is narrow enough.
     fn rider(&self, dys: &[Tensor]) -> Option<usize> {
-        let rides = |i: &usize| self.rides(&self.parts[*i]);
+        let rides = |i: &usize| self.stacked && self.rides(&self.parts[*i]);
         let roomy = (0..dys.len()).filter(rides).find(|&i| dys[i].room() >= self.ranks);
         let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).filter(rides);
         roomy.or_else(|| narrowest.filter(|&i| self.parts[i].outputs() <= self.inputs))
@@ -301,13 +324,6 @@ impl Call<'_, '_> {
     fn input_gradient(&self, dys: &[Tensor], t: Option<Matrix>) -> Result<Tensor> {
         let dx = Tensor::empty(&self.arena, self.dtype, self.shape)?;
         let rider = self.rider(dys).filter(|_| t.is_some());
-        let first = match (t, self.all_a()?) {
-            (Some(t), Some(a)) if rider.is_none() && self.adds_adapters_first() => {
-                self.gemm([self.tokens, self.inputs, self.ranks], t, a, rows(&dx)?, 1.0, false)?;
-                true
-            }
-            _ => false,
-        };
         for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate() {
             if let (Some(t), true) = (t, rider == Some(i)) {
                 self.gradient_beside(part, dy, t, &dx, i > 0)?;
@@ -315,10 +331,10 @@ impl Call<'_, '_> {
             }
             let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
             let sizes = [self.tokens, self.inputs, part.outputs()];
-            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, first || i > 0)?;
+            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, i > 0)?;
         }
         match t {
-            Some(t) if rider.is_none() && !first => self.add_adapters(t, dx),
+            Some(t) if rider.is_none() => self.add_adapters(t, dx),
             _ => Ok(dx),
         }
     }

@@ -5,9 +5,11 @@ use crate::{
     Arena, DType, Result, Tensor, TensorMut,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
     ops::few,
+    shape::size_class,
 };
 
-/// Rows are padded to a multiple of this, so that streams whose trained rows are nearly as many run the same kernels.
+/// Rows are padded to a multiple of this, in 16 classes an octave, so that streams whose trained rows are nearly as many run the same
+/// kernels.
 const PAD: usize = 64;
 /// Bytes that the logits of a chunk may take: more where the activations themselves are larger.
 const MOST_BYTES: usize = 192 << 20;
@@ -40,7 +42,7 @@ impl Labels {
         } else {
             let mut rows: Vec<u32> = trained.iter().map(|(row, _)| *row as u32).collect();
             let mut targets: Vec<i32> = trained.iter().map(|(_, label)| *label as i32).collect();
-            rows.resize(rows.len().next_multiple_of(PAD), 0);
+            rows.resize(size_class(rows.len().div_ceil(PAD), 16) * PAD, 0);
             targets.resize(rows.len(), super::IGNORE);
             (rows, targets)
         };

@@ -91,11 +91,10 @@ impl<'x, 'p> Call<'x, 'p> {
         first.map(|(a, _)| rows(a)).transpose()
     }
 
-    /// Whether `part`'s adapter may ride in the columns (rows) beside its base.
+    /// Whether `part`'s adapter may ride in the columns beside its base: [W | s B].
     pub(super) fn rides(&self, part: &Part) -> bool {
         use crate::Weight;
-        self.stacked
-            && self.ranks > 0
+        self.ranks > 0
             && self.dtype != DType::F32
             && self.tokens >= MANY_TOKENS
             && self.ranks.is_multiple_of(8)
