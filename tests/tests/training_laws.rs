@@ -323,6 +323,26 @@ fn a_steady_step_asks_the_system_for_no_memory() {
 }
 
 #[test]
+fn memory_does_not_grow_over_steps_of_changing_lengths() {
+    // Many lengths, in an order of its own in each epoch.
+    let rows = 24;
+    let options = LoaderOptions { packer: Packer::Documents { batch_size: 1 }, seed: 3, shuffle: true };
+    let (model, params) = model(&adapter(InitLoraWeights::Default, 0.1), DType::F32);
+    let arena = model.arena().clone();
+    let config = TrainConfig { max_steps: Some(20 * rows), ..TrainConfig::default() };
+    let loader = DataLoader::new(dataset(rows as u64), options).unwrap();
+    let mut trainer = Trainer::new(model, params, loader, config).unwrap();
+    let mut held = Vec::new();
+    for step in 1..=20 * rows {
+        trainer.step().unwrap();
+        if [4 * rows, 8 * rows, 20 * rows].contains(&step) {
+            held.push((arena.stats(), arena.device_bytes()));
+        }
+    }
+    assert!(held.iter().all(|found| *found == held[0]), "{held:?}");
+}
+
+#[test]
 fn a_loss_that_is_no_number_names_the_batch_and_changes_nothing() {
     let config = TrainConfig { max_steps: Some(3), ..TrainConfig::default() };
     let mut trainer = trainer(&adapter(InitLoraWeights::Default, 0.0), 2, TrainConfig { learning_rate: f64::MAX, ..config });

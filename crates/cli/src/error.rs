@@ -72,7 +72,7 @@ pub(crate) enum CliError {
     HostDoesNotFit { needed: usize, room: usize, owners: Vec<(String, usize)> },
     /// Memory that ran out in a run.
     #[error("{source}{}", held(owners))]
-    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)> },
+    OutOfMemory { source: Box<CliError>, owners: Vec<(String, usize)>, nearest: Option<String> },
     /// More positions than the model has.
     #[error("`--max-length`: expected at most {limit}, the positions of the model, found {found}")]
     MaxLength { limit: usize, found: usize },
@@ -139,7 +139,9 @@ impl CliError {
             Self::AdapterFlags { with, .. } => {
                 Some(format!("leave them away to train the adapter further, or `{with}` to start afresh"))
             }
-            Self::DoesNotFit { nearest: Some(flags), .. } => Some(format!("what fits: `{flags}`")),
+            Self::DoesNotFit { nearest: Some(flags), .. } | Self::OutOfMemory { nearest: Some(flags), .. } => {
+                Some(format!("what fits: `{flags}`"))
+            }
             Self::DoesNotFit { nearest: None, .. } => Some(
                 "nothing near it fits: a smaller model, or more memory; `nibble plan --model MODEL` shows what there is".into(),
             ),
@@ -168,7 +170,17 @@ impl CliError {
         let mut owners = arena.at_peak();
         owners.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
         let owners = owners.into_iter().take(MOST_OWNERS).filter(|(_, bytes)| *bytes > 0);
-        Self::OutOfMemory { source: Box::new(self), owners: owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect() }
+        let owners = owners.map(|(owner, bytes)| (owner.to_string(), bytes)).collect();
+        Self::OutOfMemory { source: Box::new(self), owners, nearest: None }
+    }
+
+    /// Where the nearest run that fits goes, of memory that ran out.
+    pub(crate) fn nearest_mut(&mut self) -> Option<&mut Option<String>> {
+        match self {
+            Self::OutOfMemory { nearest, .. } => Some(nearest),
+            Self::Stopped { source, .. } | Self::Lost { source, .. } => source.nearest_mut(),
+            _ => None,
+        }
     }
 
     /// What was asked for when the memory ran out, if it is that.
@@ -319,7 +331,7 @@ fn tensor_hint(error: &TensorError) -> Option<String> {
             Some("`--device cpu` needs no GPU; `nibble doctor` shows what this machine has".into())
         }
         TensorError::OutOfHostMemory { .. } => Some(HOST_HINT.into()),
-        TensorError::OutOfMemory { .. } => {
+        TensorError::OutOfMemory { .. } | TensorError::DriverOutOfMemory { .. } => {
             Some("try `--gradient-checkpointing`, a smaller `--batch-size`, or a smaller `--max-length`".into())
         }
         _ => None,

@@ -69,6 +69,46 @@ fn the_text_has_the_parts_the_limits_and_the_command() {
     }
 }
 
+/// Llama-2-70B, which no consumer's card holds.
+fn llama_70b(world: &World) {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32_000,
+        "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": false, "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+    });
+    world.write("llama70/config.json", config.to_string());
+}
+
+#[test]
+fn weights_that_wait_on_the_host_are_a_row_with_its_cost_and_flags() {
+    let world = World::new();
+    llama_70b(&world);
+    let line = "plan --model llama70 --gpu rtx4090 --max-length 512";
+    let plan = world.ok(&format!("{line} --json --html page.html")).json();
+    let qlora = &plan["methods"][0];
+    let blocks = qlora["offload_weights"].as_u64().unwrap();
+    assert!(qlora["fits"] == true && (1..80).contains(&blocks), "{qlora}");
+    let row = &qlora["modes"][4];
+    assert_eq!((&row["checkpointing"], &row["offload_weights"], &row["fits"]), (&"offload".into(), &blocks.into(), &true.into()));
+    // Half a byte a weight of the linear layers, there and, in a step, twice over the link.
+    let codes = blocks * (8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28_672) / 2;
+    assert_eq!((&row["host_weights"], &row["link_bytes_per_step"]), (&codes.into(), &(2 * codes).into()));
+    assert!(row["link_seconds_per_step"].as_f64().unwrap() > 0.5 && row["longest_context"].as_u64().unwrap() >= 512, "{row}");
+    assert!(row["tokens_per_second"].as_f64().unwrap() <= qlora["modes"][3]["tokens_per_second"].as_f64().unwrap(), "{row}");
+    let flags = format!("--gradient-checkpointing offload --offload-weights {blocks}");
+    assert!(qlora["command"].as_str().unwrap().contains(&flags), "{qlora}");
+    let said = format!("the weights of {blocks} of 80 blocks wait in ");
+    let text = world.ok(line).stdout;
+    let page = fs::read_to_string(world.path("page.html")).unwrap();
+    for found in [&text, &page] {
+        for part in [&format!("offload + {blocks}/80"), &said, &flags, " cross to the GPU each step, which takes its link "] {
+            assert!(found.contains(part), "expected `{part}` in:\n{found}");
+        }
+    }
+    assert!(plan["methods"][1]["modes"].as_array().unwrap().len() == 4, "16 bits do not stream: {plan}");
+}
+
 #[test]
 fn without_a_model_it_is_the_table_of_sizes() {
     let world = World::new();
@@ -163,4 +203,63 @@ fn the_log_ends_with_who_held_the_memory() {
     for owner in ["base weights", "embeddings", "trained weights", "gradients", "optimizer"] {
         assert!(owners[owner].as_u64().unwrap() > 0, "{last}");
     }
+}
+
+/// The peak that the log of a run in `out` ends with.
+fn measured_peak(world: &World) -> u64 {
+    let log = fs::read_to_string(world.path("out/metrics.jsonl")).unwrap();
+    let last: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    last["memory_peak"].as_u64().unwrap()
+}
+
+/// Rows of two and of hundreds of words.
+fn short_and_long(world: &World) {
+    let text = |words: usize| json!({ "text": "number ".repeat(words) });
+    world.jsonl("long.jsonl", (0..4).map(|_| text(400)));
+    world.jsonl("both.jsonl", [2, 2, 2, 2, 400, 400, 400, 400].map(text));
+}
+
+#[test]
+fn memory_that_runs_out_in_a_run_is_told_by_owner_with_what_fits_and_leaves_nothing() {
+    let world = World::new();
+    short_and_long(&world);
+    let train = "train --model model --output out --device cpu --compute-dtype bf16 --max-length 64 --no-shuffle --batch-size 4";
+    world.ok(&format!("{train} --data long.jsonl --max-steps 2"));
+    let peak = measured_peak(&world);
+    fs::remove_dir_all(world.path("out")).unwrap();
+    let before = world.entries();
+    // What a plan lets pass, since plans are not exact, and a step finds too little.
+    let limit = format!("--memory-limit {}B", peak - peak / 50);
+    let ended = world.run(&format!("{train} --data long.jsonl --max-steps 2 {limit}"));
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    for part in ["error: out of memory on cpu: ", "\n  activations: ", "\n  base weights: ", "hint: what fits: `--"] {
+        assert!(ended.stderr.contains(part), "expected `{part}` in:\n{}", ended.stderr);
+    }
+    assert!(!ended.stderr.contains("the adapter as it was"), "{}", ended.stderr);
+    assert_eq!(world.entries(), before, "nothing half-written");
+    // The hint is true.
+    let hint = ended.stderr.lines().find_map(|line| line.strip_prefix("hint: what fits: `")).unwrap();
+    let flags = hint.trim_end_matches('`');
+    let mut line = train.to_owned();
+    for (flag, given) in [("--batch-size", "--batch-size 4"), ("--max-length", "--max-length 64")] {
+        line = if flags.contains(flag) { line.replace(given, "") } else { line };
+    }
+    world.ok(&format!("{line} --data long.jsonl --max-steps 2 {limit} {flags}"));
+}
+
+#[test]
+fn what_was_learned_before_the_memory_ran_out_is_saved_whole() {
+    let world = World::new();
+    short_and_long(&world);
+    let train = "train --model model --data both.jsonl --output out --device cpu --compute-dtype bf16 --max-length 64 --no-shuffle \
+                 --batch-size 4 --lr-scheduler-type constant";
+    world.ok(&format!("{train} --max-steps 2"));
+    let peak = measured_peak(&world);
+    world.ok(&format!("{} --max-steps 1", train.replace("--output out", "--output first")));
+    fs::remove_dir_all(world.path("out")).unwrap();
+    let ended = world.run(&format!("{train} --max-steps 2 --memory-limit {}B", peak - peak / 50));
+    assert_eq!(ended.code, Some(3), "{}", ended.stderr);
+    assert!(ended.stderr.contains("hint: the adapter as it was before that is in `out`; what fits: `--"), "{}", ended.stderr);
+    let values = |folder: &str| fs::read(world.path(folder).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(values("out"), values("first"));
 }

@@ -77,6 +77,12 @@ pub enum Error {
         /// The limit in bytes.
         limit: usize,
     },
+    /// The driver has no memory for what a call makes: a graph, a library's workspace.
+    #[error("out of memory: {call} found none left")]
+    DriverOutOfMemory {
+        /// The call.
+        call: &'static str,
+    },
     /// The host has no more memory that a device could copy from and to by itself: such memory is locked, and neither swapped nor
     /// taken beyond the system's limit.
     #[error("out of host memory: {requested} bytes asked to be locked for copies to the GPU and back")]
@@ -131,6 +137,6 @@ impl Error {
     /// Whether there was no more memory, on the device or on the host.
     #[must_use]
     pub const fn is_out_of_memory(&self) -> bool {
-        matches!(self, Self::OutOfMemory { .. } | Self::OutOfHostMemory { .. })
+        matches!(self, Self::OutOfMemory { .. } | Self::DriverOutOfMemory { .. } | Self::OutOfHostMemory { .. })
     }
 }

@@ -4,61 +4,33 @@
 //! `cargo run --release -p nibble-train --example train_shape -- SHAPE [--batch 4] [--length 2048] [--steps 8] [--rank 16]
 //! [--checkpointing none|selective|full|offload|auto] [--memory 24] [--dtype bf16|f16|f32] [--quant nf4|fp4|none] [--device cuda|cpu|plan] [--flops 790e12] [--profile 1] [--generate 128]`
 //!
-//! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
+//! SHAPE: `llama3-8b`, `qwen2.5-1.5b`, `smollm2-135m`, `mistral-7b`, `llama2-13b`, `llama2-70b`. LoRA on all linears, labels on all tokens. The
 //! speed of light: the floating-point operations that the step needs (no recomputation, no weight gradients of the base) at the
 //! rate given by `--flops`. `--memory`: GB that the arena may hold. `--optim paged_adamw_8bit --optim-memory 0.1 --page-masters 1`: states
-//! and f32 values in pages, but for so many GB.
+//! and f32 values in pages, but for so many GB. `--vary 24`: micro-batches of one document, whose lengths are from a list of so many between an
+//! eighth of `--length` and all of it, in an order of their own in each pass over it; memory is told after 100 steps and at the end.
+//!
+//! Ends with the peak that was predicted and the one that was measured; `--device plan` predicts alone.
 #![allow(clippy::print_stdout)]
+
+mod common;
 
 use std::{collections::HashMap, sync::Arc, time::Instant};
 
-use nibble_data::{DataLoader, Dataset, DatasetOptions, LoaderOptions, Packer};
+use common::{Result, arena, random_data, shape};
+use nibble_data::{DataLoader, LoaderOptions, Packer};
 use nibble_lora::{AdapterConfig, Init, TargetModules};
 use nibble_model::{Checkpointing, GenerateOptions, LoadOptions, Session, Transformer, config::ModelConfig};
 use nibble_nf4::{Format, QuantConfig};
 use nibble_optim::Paging;
-use nibble_tensor::{
-    Arena, DType, Device, Rng,
-    cuda::{
-        CudaDevice, KernelTime, OpenOptions,
-        libraries::{self, SearchPaths},
-    },
-};
+use nibble_tensor::{Arena, DType, Device, Rng, cuda::KernelTime};
 use nibble_train::{
     TrainConfig, Trainer,
-    plan::{self, Setup},
+    plan::{self, Place, Setup},
 };
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
-
-/// Name and kind; hidden, intermediate, layers, heads, key/value heads, vocabulary; theta, positions, eps, tied.
-type Named = (&'static str, &'static str, [usize; 6], f64, usize, f64, bool);
-
-const SHAPES: [Named; 5] = [
-    ("llama3-8b", "Llama", [4096, 14336, 32, 32, 8, 128_256], 500_000.0, 131_072, 1e-5, false),
-    ("qwen2.5-1.5b", "Qwen2", [1536, 8960, 28, 12, 2, 151_936], 1_000_000.0, 32_768, 1e-6, true),
-    ("smollm2-135m", "Llama", [576, 1536, 30, 9, 3, 49_152], 100_000.0, 8192, 1e-5, true),
-    ("mistral-7b", "Mistral", [4096, 14336, 32, 32, 8, 32_000], 10_000.0, 32_768, 1e-5, false),
-    ("llama2-70b", "Llama", [8192, 28672, 80, 64, 8, 32_000], 10_000.0, 4096, 1e-5, false),
-];
-
-fn shape(name: &str) -> Result<ModelConfig> {
-    let known = || SHAPES.map(|shape| shape.0).join(", ");
-    let found = SHAPES.iter().find(|shape| shape.0 == name);
-    let &(_, kind, sizes, theta, positions, eps, tied) =
-        found.ok_or_else(|| format!("unknown shape `{name}`: one of {}", known()))?;
-    let [hidden, intermediate, layers, heads, kv_heads, vocab] = sizes;
-    let config = serde_json::json!({
-        "architectures": [format!("{kind}ForCausalLM")], "model_type": kind.to_lowercase(), "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "vocab_size": vocab, "rope_theta": theta, "max_position_embeddings": positions,
-        "rms_norm_eps": eps, "tie_word_embeddings": tied, "hidden_act": "silu", "torch_dtype": "bfloat16",
-        "sliding_window": null,
-    });
-    Ok(ModelConfig::from_json(&config.to_string(), name)?)
-}
-
-const OPTIONS: [&str; 16] = [
+const OPTIONS: [&str; 17] = [
+    "vary",
     "optim-memory",
     "page-masters",
     "blocks-on-host",
@@ -102,17 +74,6 @@ fn options() -> Result<(String, Options)> {
     Ok((name, Options(options)))
 }
 
-/// An arena of at most `limit` bytes.
-fn arena(device: &str, limit: usize) -> Result<Arena> {
-    if device == "cpu" {
-        return Ok(Arena::with_limit(Device::Cpu, limit));
-    }
-    let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
-    let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
-    let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None })?;
-    Ok(Arena::on(Device::Cuda(device), limit)?)
-}
-
 /// Floating-point operations that a token needs: forward and input gradients of the linears and the head, attention's products
 /// over half of the pairs.
 fn flops_per_token(config: &ModelConfig, length: usize) -> f64 {
@@ -127,17 +88,21 @@ fn flops_per_token(config: &ModelConfig, length: usize) -> f64 {
     4.0 * (linears + head) as f64 + 2.0 * 3.5 * attention as f64
 }
 
+fn dtype(name: &str) -> Result<DType> {
+    match name {
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::Bf16),
+        other => Err(format!("unknown `--dtype {other}`: bf16, f16 or f32").into()),
+    }
+}
+
 fn main() -> Result<()> {
     let (name, options) = options()?;
     let (batch, length, steps): (usize, usize, usize) =
         (options.get("batch", 4)?, options.get("length", 2048)?, options.get("steps", 8)?);
     let device: String = options.get("device", "cuda".into())?;
-    let compute_dtype = match &options.get::<String>("dtype", "bf16".into())?[..] {
-        "f32" => DType::F32,
-        "f16" => DType::F16,
-        "bf16" => DType::Bf16,
-        other => return Err(format!("unknown `--dtype {other}`: bf16, f16 or f32").into()),
-    };
+    let compute_dtype = dtype(&options.get::<String>("dtype", "bf16".into())?)?;
     let checkpointing = match &options.get::<String>("checkpointing", "selective".into())?[..] {
         "none" => Checkpointing::None,
         "full" => Checkpointing::Full,
@@ -172,19 +137,23 @@ fn main() -> Result<()> {
         ..Paging::default()
     };
     let train = TrainConfig { checkpointing, optim, optim_paging, max_steps: Some(steps + 1), ..TrainConfig::default() };
+    let setup =
+        Setup { load, adapter: Some(adapter.clone()), documents: Vec::new(), evaluation: Vec::new(), train: train.clone() };
+    let setup = setup.with_documents(batch, length);
     if device == "plan" {
-        let setup = Setup { load, adapter: Some(adapter), documents: Vec::new(), evaluation: Vec::new(), train };
-        return print_plan(&config, &setup.with_documents(batch, length));
+        return print_plan(&config, &setup);
     }
     let limit: f64 = options.get("memory", f64::INFINITY)?;
     let arena = arena(&device, (limit * 1e9) as usize)?;
     let begin = Instant::now();
-    let mut model = Transformer::random(config, &arena, &load, 0)?;
+    let mut model = Transformer::random(config.clone(), &arena, &load, 0)?;
     let params = model.attach(&adapter, Init::Random(0))?;
     let base = arena.stats().live;
     println!("base and adapters: {:.2} s, {:.3} GB", begin.elapsed().as_secs_f64(), base as f64 / 1e9);
-    let data = random_data(vocab, batch * 2, length)?;
-    let loader = LoaderOptions { packer: Packer::Documents { batch_size: batch }, seed: 0, shuffle: false };
+    let vary: usize = options.get("vary", 0)?;
+    let lengths = if vary > 0 { varied(vary, length) } else { vec![length; batch * 2] };
+    let data = random_data(vocab, &lengths)?;
+    let loader = LoaderOptions { packer: Packer::Documents { batch_size: batch }, seed: 0, shuffle: vary > 0 };
     let mut trainer = Trainer::new(model, params, DataLoader::new(Arc::new(data), loader)?, train)?;
     let mut rates = Vec::new();
     for step in 0..steps {
@@ -192,6 +161,12 @@ fn main() -> Result<()> {
         let stats = trainer.step()?;
         let seconds = begin.elapsed().as_secs_f64();
         let rate = stats.tokens as f64 / seconds;
+        if vary > 0 {
+            if step + 1 == VARIED || step + 1 == steps {
+                print_growth(&arena, step + 1)?;
+            }
+            continue;
+        }
         println!("step {step}: {:.1} ms, {rate:.0} tokens/s, loss {:.4}, norm {:.4}", seconds * 1e3, stats.loss, stats.grad_norm);
         if step > 2 {
             rates.push(rate);
@@ -208,6 +183,7 @@ fn main() -> Result<()> {
         generate(&trainer, new.min(length / 2), profile)?;
     }
     print_memory(&arena)?;
+    print_difference(&arena, &config, &setup)?;
     rates.sort_by(f64::total_cmp);
     let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
     let light = options.get("flops", 790e12)? / flops;
@@ -237,6 +213,54 @@ fn print_plan(config: &ModelConfig, setup: &Setup) -> Result<()> {
         found.device as f64 / 1e9,
         plan::tokens_per_second(config, gpu, setup).unwrap_or_default(),
         begin.elapsed().as_secs_f64() * 1e3
+    );
+    Ok(())
+}
+
+/// Steps after which memory is told first, where lengths change: each has come a few times then.
+const VARIED: usize = 100;
+
+/// So many lengths between an eighth of `longest` and all of it, one of them the longest.
+fn varied(count: usize, longest: usize) -> Vec<usize> {
+    let rng = Rng::new(1);
+    let shortest = (longest / 8).max(2);
+    let other = |i: u64| shortest + (rng.bits(i) % (longest - shortest + 1) as u64) as usize;
+    std::iter::once(longest).chain((1..count as u64).map(other)).collect()
+}
+
+/// The memory held so far: of the arena, of the device as its driver says, and of this process on the host.
+fn print_growth(arena: &Arena, steps: usize) -> Result<()> {
+    let used = if let Device::Cuda(device) = arena.device() { device.used_memory()? } else { 0 };
+    let stats = arena.stats();
+    println!(
+        "GROWTH after {steps} steps: peak {} bytes, arena {} bytes, {} requests to the system, device in use {used} bytes, host {:.1} MB",
+        stats.peak,
+        arena.device_bytes().unwrap_or(stats.live + stats.free),
+        stats.system_allocations,
+        resident() as f64 / 1e6
+    );
+    Ok(())
+}
+
+/// Bytes of memory that this process holds, where the system tells (Linux).
+fn resident() -> usize {
+    const PAGE: usize = 4096;
+    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    text.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap_or(0) * PAGE
+}
+
+/// What was predicted beside what was measured.
+fn print_difference(arena: &Arena, config: &ModelConfig, setup: &Setup) -> Result<()> {
+    let predicted = match arena.device() {
+        Device::Cuda(device) => plan::footprint(config, device.info(), setup)?,
+        _ => Place::Cpu.needed(config, setup)?,
+    };
+    let measured = arena.stats().peak as f64;
+    println!(
+        "PREDICTED {:.4} GB live, measured {:.4} GB: {:+.2} %",
+        predicted.peak as f64 / 1e9,
+        measured / 1e9,
+        100.0 * (predicted.peak as f64 / measured - 1.0)
     );
     Ok(())
 }
@@ -289,14 +313,4 @@ fn print_profile(kernels: &[KernelTime]) {
             1e3 * milliseconds / *calls as f64
         );
     }
-}
-
-fn random_data(vocab: usize, rows: usize, length: usize) -> Result<Dataset> {
-    let rng = Rng::new(0);
-    let rows = (0..rows as u64).map(|row| {
-        let ids: Vec<u64> = (0..length as u64).map(|i| rng.stream(row).bits(i) % vocab as u64).collect();
-        serde_json::json!({ "input_ids": ids })
-    });
-    let options = DatasetOptions { vocab_size: Some(vocab), ..DatasetOptions::default() };
-    Ok(Dataset::from_tokenized_rows(rows, &options)?)
 }

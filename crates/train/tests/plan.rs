@@ -5,10 +5,11 @@
 use nibble_lora::{AdapterConfig, TargetModules};
 use nibble_model::{Checkpointing, LoadOptions, config::ModelConfig, files::StoredType};
 use nibble_nf4::QuantConfig;
+use nibble_optim::OptimizerName;
 use nibble_tensor::{DType, Owner};
 use nibble_train::{
     TrainConfig,
-    plan::{self, Footprint, Gpu, MethodPlan, Request, Setup},
+    plan::{self, Footprint, Gpu, MethodPlan, Mode, Request, Setup, Streamed},
 };
 
 fn model(kind: &str, sizes: [usize; 6], tied: bool) -> ModelConfig {
@@ -180,4 +181,67 @@ fn methods_take_more_the_more_they_train() {
     // Values, working copy, gradients and two states of each weight.
     let full = needed(&small(), &request.setup(plan::Method::Full, Checkpointing::Full), 1, 64);
     assert!(full.peak > full.trained * (4 + 2 + 4 + 8), "{full:?}");
+}
+
+/// Llama-2-70B with rank 64 in 24 GB of an H200.
+fn llama2_70b() -> (ModelConfig, Setup) {
+    let model = model("Llama", [8192, 28_672, 80, 64, 8, 32_000], false);
+    let mut setup = qlora(Checkpointing::Full).with_documents(1, 512);
+    setup.adapter.as_mut().unwrap().r = 64;
+    setup.train.optim = OptimizerName::PagedAdamW8bit;
+    (model, setup)
+}
+
+/// Measured on an H100 and an H200 (BENCHMARKS.md): with few blocks the link is done before the kernels, with most it decides.
+#[test]
+fn weights_on_the_host_cost_what_was_measured() {
+    let (model, setup) = llama2_70b();
+    for (blocks, host, rate) in [(18, 7.7, 1019.0), (60, 25.7, 532.0), (72, 30.8, 436.0)] {
+        let setup = setup.with_blocks_on_host(blocks);
+        let streamed = Streamed::of(&model, h200(), &setup).unwrap();
+        assert_eq!((streamed.blocks, streamed.of, streamed.step_bytes), (blocks, 80, 2 * streamed.host_bytes));
+        assert!((streamed.host_bytes as f64 / 1e9 - host).abs() < 0.05, "{streamed:?}");
+        let found = plan::tokens_per_second(&model, h200(), &setup).unwrap();
+        assert!((found / rate - 1.0).abs() < 0.1, "{blocks} blocks: {found} tokens/s, measured {rate}");
+    }
+    assert_eq!(Streamed::of(&model, h200(), &setup), None);
+}
+
+#[test]
+fn what_does_not_fit_is_planned_with_the_fewest_blocks_on_the_host_and_with_all() {
+    let model = plan::named_size("13B").unwrap().unwrap();
+    let request = Request { length: 512, ..Request::new(qlora(Checkpointing::Full).load) };
+    let room = 7 << 30;
+    let planned = MethodPlan::new(&model, h200(), room, &request, plan::Method::QLora).unwrap();
+    let [fewest, all] = &planned.modes[4..] else { panic!("{planned:?}") };
+    let blocks = fewest.streamed.unwrap().blocks;
+    assert!(fewest.footprint.device <= room && all.streamed.unwrap().blocks == 40, "{fewest:?} {all:?}");
+    let one_less = request.setup(plan::Method::QLora, Checkpointing::Offload).with_blocks_on_host(blocks - 1);
+    assert!(plan::needed(&model, h200(), &one_less).unwrap().device > room, "{blocks}");
+    assert_eq!(planned.fastest(room).map(Mode::label), Some(format!("offload + {blocks}/40")));
+    assert!(fewest.longest.unwrap() >= 512 && all.longest > fewest.longest && all.batch > fewest.batch);
+    assert!(all.tokens_per_second < fewest.tokens_per_second, "{fewest:?} {all:?}");
+    // Weights that are not in 4 bits stay, and what fits needs no such rows.
+    assert_eq!(MethodPlan::new(&model, h200(), room, &request, plan::Method::Lora).unwrap().modes.len(), 4);
+    let mut model = small();
+    model.max_position_embeddings = 2048;
+    let small = MethodPlan::new(&model, h200(), 1 << 29, &Request::new(request.load), plan::Method::QLora).unwrap();
+    assert_eq!(small.modes.len(), 4);
+}
+
+#[test]
+fn the_nearest_run_has_weights_on_the_host_where_nothing_else_fits() {
+    let (model, setup) = llama2_70b();
+    let room = 23 << 30;
+    let fits = |setup: &Setup| Ok(plan::needed(&model, h200(), setup)?.device <= room);
+    let nearest = plan::nearest(&setup, 1, 80, fits).unwrap().unwrap();
+    let blocks = nearest.setup.load.blocks_on_host;
+    assert_eq!((nearest.setup.train.checkpointing, nearest.parts, nearest.max_length), (Checkpointing::Offload, 1, None));
+    assert!(blocks > 0 && fits(&nearest.setup).unwrap() && !fits(&nearest.setup.with_blocks_on_host(blocks - 1)).unwrap());
+    // On a processor there is no other place for them; and nothing waits where less is enough.
+    assert!(plan::nearest(&setup, 1, 0, fits).unwrap().is_none());
+    let room = 48 << 30;
+    let fits = |setup: &Setup| Ok(plan::needed(&model, h200(), setup)?.device <= room);
+    let nearest = plan::nearest(&setup.with_documents(8, 512), 8, 80, fits).unwrap().unwrap();
+    assert_eq!(nearest.setup.load.blocks_on_host, 0);
 }

@@ -4,7 +4,7 @@ use std::{
     cell::Cell,
     collections::HashMap,
     path::PathBuf,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use cudarc::driver::sys;
@@ -76,6 +76,8 @@ pub(super) struct Gpu {
     pub(super) profile: Mutex<Option<Vec<Timed>>>,
     /// Memory taken outside arenas.
     pub(super) charges: Charges,
+    /// Bytes in a second over the host link, once timed.
+    pub(super) link: OnceLock<f64>,
     /// Of a device that only counts.
     pub(super) dry: Option<Dry>,
 }
@@ -413,6 +415,7 @@ impl Gpu {
             zeros: Mutex::default(),
             profile: Mutex::default(),
             charges: Charges::default(),
+            link: OnceLock::new(),
             dry,
         }
     }

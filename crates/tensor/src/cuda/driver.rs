@@ -8,6 +8,7 @@ use crate::{Error, Result};
 pub(super) fn check(call: &'static str, status: sys::CUresult) -> Result<()> {
     match status {
         sys::CUresult::CUDA_SUCCESS => Ok(()),
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(Error::DriverOutOfMemory { call }),
         failed => Err(Error::Cuda { call, reason: describe(failed) }),
     }
 }

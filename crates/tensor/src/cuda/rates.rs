@@ -1,7 +1,5 @@
 //! What a device does in a second: for plans of what to keep, send away or compute again.
 
-use std::sync::OnceLock;
-
 use cudarc::driver::sys;
 
 use super::{
@@ -34,14 +32,11 @@ impl CudaDevice {
         SUSTAINED * each * self.info().multiprocessors as f64 * 1e3 * f64::from(kilohertz)
     }
 
-    /// Bytes in a second from the device to pinned host memory: timed once.
+    /// Bytes in a second from the device to pinned host memory: timed once for each device, which may have links of their own.
     #[must_use]
     pub fn link_rate(self) -> f64 {
-        static RATE: OnceLock<f64> = OnceLock::new();
-        if self.is_dry() {
-            return SLOW_LINK;
-        }
-        *RATE.get_or_init(|| self.time_link().unwrap_or(SLOW_LINK))
+        let time = || if self.is_dry() { SLOW_LINK } else { self.time_link().unwrap_or(SLOW_LINK) };
+        *self.gpu().link.get_or_init(time)
     }
 
     fn clock(self) -> Result<i32> {
@@ -81,5 +76,28 @@ impl CudaDevice {
         // SAFETY: a context is bound; `event` outlives the call.
         check("cuEventCreate", unsafe { sys::cuEventCreate(&raw mut event, 0) })?;
         Ok(event)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{ComputeCapability, DeviceInfo};
+
+    fn device(ordinal: usize) -> CudaDevice {
+        CudaDevice::dry(&DeviceInfo {
+            ordinal,
+            name: "of the test of links".to_owned(),
+            capability: ComputeCapability { major: 9, minor: 0 },
+            memory: 1 << 30,
+            multiprocessors: 132,
+            driver: 12_000,
+        })
+    }
+
+    #[test]
+    fn each_device_has_a_link_of_its_own() {
+        device(0).gpu().link.set(50e9).unwrap();
+        assert_eq!([0, 1, 0, 1].map(|ordinal| device(ordinal).link_rate()), [50e9, SLOW_LINK, 50e9, SLOW_LINK]);
     }
 }

@@ -81,6 +81,12 @@ impl Setup {
         Self { documents: vec![document; batch], load, ..self.clone() }
     }
 
+    /// The same with the weights of so many blocks on the host.
+    #[must_use]
+    pub fn with_blocks_on_host(&self, blocks_on_host: usize) -> Self {
+        Self { load: LoadOptions { blocks_on_host, ..self.load }, ..self.clone() }
+    }
+
     /// Tokens of a micro-batch.
     #[must_use]
     pub fn tokens(&self) -> usize {

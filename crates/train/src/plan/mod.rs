@@ -13,6 +13,7 @@ mod report;
 mod shapes;
 mod sizes;
 mod speed;
+mod streamed;
 
 pub use fit::{MOST_TOKENS, largest_batch, longest, needed};
 pub use footprint::{COMPONENTS, Document, Footprint, HostBytes, Setup, footprint};
@@ -23,3 +24,4 @@ pub use report::{MODES, Method, MethodPlan, Mode, Request};
 pub use shapes::{NAMED_SIZES, named_size};
 pub use sizes::{SizeRow, size_table};
 pub use speed::tokens_per_second;
+pub use streamed::{Streamed, can_stream, fewest_on_host};

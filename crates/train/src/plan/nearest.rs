@@ -3,7 +3,7 @@
 use nibble_model::Checkpointing;
 use nibble_optim::OptimizerName;
 
-use super::{Document, MODES, Setup};
+use super::{Document, MODES, Setup, can_stream, fewest_on_host};
 use crate::Result;
 
 /// Below this many tokens documents are not cut.
@@ -21,27 +21,40 @@ pub struct Nearest {
 }
 
 /// The first run that fits, of those near `setup`: other kinds of checkpointing, then smaller micro-batches (more of them a
-/// step), then an optimizer with 8-bit states, then shorter documents. `batch`: documents of a micro-batch as the command line
-/// counts them.
+/// step), then weights on the host, then an optimizer with 8-bit states, then shorter documents. `batch`: documents of a micro-batch as the
+/// command line counts them; `blocks`: those whose weights can wait on the host, none on the processor.
 ///
 /// # Errors
 /// What `fits` returns.
-pub fn nearest(setup: &Setup, batch: usize, fits: impl Fn(&Setup) -> Result<bool>) -> Result<Option<Nearest>> {
+pub fn nearest(setup: &Setup, batch: usize, blocks: usize, fits: impl Fn(&Setup) -> Result<bool>) -> Result<Option<Nearest>> {
     let longest = setup.longest();
     let lengths = std::iter::successors(Some(longest), |length| Some(length / 2)).take_while(|&n| n == longest || n >= SHORTEST);
     for length in lengths {
+        let max_length = (length < longest).then_some(length);
         for optim in optimizers(setup.train.optim) {
-            let parts = std::iter::successors(Some(1), |parts| Some(2 * parts)).take_while(|&parts| parts <= batch);
-            for parts in parts {
-                for checkpointing in savings(setup.train.checkpointing) {
-                    let mut tried = setup.clone();
-                    tried.documents = part(&setup.documents, parts, length);
-                    tried.evaluation = part(&setup.evaluation, parts, length);
-                    (tried.train.optim, tried.train.checkpointing) = (optim, checkpointing);
-                    if fits(&tried)? {
-                        let max_length = (length < longest).then_some(length);
-                        return Ok(Some(Nearest { setup: tried, parts, max_length }));
+            let parts = || std::iter::successors(Some(1), |parts| Some(2 * parts)).take_while(|&parts| parts <= batch);
+            let tried = |parts, checkpointing| {
+                let mut tried = setup.clone();
+                tried.documents = part(&setup.documents, parts, length);
+                tried.evaluation = part(&setup.evaluation, parts, length);
+                (tried.train.optim, tried.train.checkpointing) = (optim, checkpointing);
+                tried
+            };
+            let kinds = savings(setup.train.checkpointing);
+            for parts in parts() {
+                for &kind in &kinds {
+                    let setup = tried(parts, kind);
+                    if fits(&setup)? {
+                        return Ok(Some(Nearest { setup, parts, max_length }));
                     }
+                }
+            }
+            // What keeps the least has the fewest weights cross the link.
+            let Some(&least) = kinds.last().filter(|_| can_stream(setup)) else { continue };
+            for parts in parts() {
+                let setup = tried(parts, least);
+                if let Some(count) = fewest_on_host(blocks, |count| fits(&setup.with_blocks_on_host(count)))? {
+                    return Ok(Some(Nearest { setup: setup.with_blocks_on_host(count), parts, max_length }));
                 }
             }
         }

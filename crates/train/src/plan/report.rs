@@ -3,7 +3,7 @@
 use nibble_lora::{AdapterConfig, TargetModules};
 use nibble_model::{Checkpointing, LoadOptions, config::ModelConfig};
 
-use super::{Footprint, Gpu, Setup, fit, tokens_per_second};
+use super::{Footprint, Gpu, Setup, Streamed, can_stream, fewest_on_host, fit, tokens_per_second};
 use crate::{Result, TrainConfig};
 
 /// What is trained of a model.
@@ -55,13 +55,15 @@ pub struct Request {
     pub train: TrainConfig,
 }
 
-/// One kind of checkpointing.
+/// One kind of checkpointing, with all weights on the device or some on the host.
 #[derive(Clone, Debug)]
 pub struct Mode {
     /// As the command line spells it.
     pub name: &'static str,
     /// The same.
     pub checkpointing: Checkpointing,
+    /// The weights on the host, where some are.
+    pub streamed: Option<Streamed>,
     /// The step that was asked for.
     pub footprint: Footprint,
     /// The longest document that fits alone, in tokens.
@@ -77,7 +79,7 @@ pub struct Mode {
 pub struct MethodPlan {
     /// Which.
     pub method: Method,
-    /// By kind of checkpointing, in the order of [`MODES`].
+    /// By kind of checkpointing, in the order of [`MODES`]; then, where that makes more fit, with weights on the host.
     pub modes: Vec<Mode>,
 }
 
@@ -111,18 +113,15 @@ impl MethodPlan {
     /// # Errors
     /// What is wrong with the adapter's config.
     pub fn new(model: &ModelConfig, gpu: &Gpu, room: usize, request: &Request, method: Method) -> Result<Self> {
-        let modes = MODES.iter().map(|&(name, checkpointing)| {
-            let setup = request.setup(method, checkpointing);
-            Ok(Mode {
-                name,
-                checkpointing,
-                footprint: fit::needed(model, gpu, &setup)?,
-                longest: fit::longest(model, gpu, &setup, room)?,
-                batch: fit::largest_batch(model, gpu, &setup, request.length, room)?,
-                tokens_per_second: tokens_per_second(model, gpu, &setup),
-            })
-        });
-        Ok(Self { method, modes: modes.collect::<Result<_>>()? })
+        let mode = |(name, checkpointing), blocks| {
+            Mode::new(model, gpu, room, request, (name, &request.setup(method, checkpointing).with_blocks_on_host(blocks)))
+        };
+        let mut modes = MODES.iter().map(|&kind| mode(kind, 0)).collect::<Result<Vec<_>>>()?;
+        let last = MODES[MODES.len() - 1];
+        for blocks in streams(model, gpu, room, &request.setup(method, last.1), &modes)? {
+            modes.push(mode(last, blocks)?);
+        }
+        Ok(Self { method, modes })
     }
 
     /// The fastest kind of checkpointing in which the step that was asked for fits.
@@ -130,4 +129,50 @@ impl MethodPlan {
     pub fn fastest(&self, room: usize) -> Option<&Mode> {
         self.modes.iter().find(|mode| mode.footprint.device <= room)
     }
+}
+
+impl Mode {
+    /// Of a run that `setup` is the step of.
+    fn new(
+        model: &ModelConfig,
+        gpu: &Gpu,
+        room: usize,
+        request: &Request,
+        (name, setup): (&'static str, &Setup),
+    ) -> Result<Self> {
+        Ok(Self {
+            name,
+            checkpointing: setup.train.checkpointing,
+            streamed: Streamed::of(model, gpu, setup),
+            footprint: fit::needed(model, gpu, setup)?,
+            longest: fit::longest(model, gpu, setup, room)?,
+            batch: fit::largest_batch(model, gpu, setup, request.length, room)?,
+            tokens_per_second: tokens_per_second(model, gpu, setup),
+        })
+    }
+
+    /// The kind of checkpointing, and how many blocks have their weights on the host: `offload + 18/80`.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match self.streamed {
+            None => self.name.to_owned(),
+            Some(Streamed { blocks, of, .. }) => format!("{} + {blocks}/{of}", self.name),
+        }
+    }
+}
+
+/// How many blocks have their weights on the host in the modes beyond `modes`, which keep all on the device: the fewest with which the step
+/// of `setup` fits where it does not otherwise, and all of them where that makes it fit or the model's positions do not fit otherwise.
+fn streams(model: &ModelConfig, gpu: &Gpu, room: usize, setup: &Setup, modes: &[Mode]) -> Result<Vec<usize>> {
+    let fits = modes.iter().any(|mode| mode.footprint.device <= room);
+    let enough = modes.iter().any(|mode| mode.longest.is_some_and(|longest| longest >= model.max_position_embeddings));
+    if !can_stream(setup) || fits && enough {
+        return Ok(Vec::new());
+    }
+    let all = model.num_hidden_layers;
+    let with = |blocks| Ok(fit::needed(model, gpu, &setup.with_blocks_on_host(blocks))?.device <= room);
+    let fewest = if fits { None } else { fewest_on_host(all, with)? };
+    let mut found = Vec::from_iter(fewest);
+    found.extend((fewest != Some(all)).then_some(all));
+    Ok(found)
 }

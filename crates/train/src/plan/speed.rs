@@ -5,7 +5,7 @@ use nibble_model::{
     config::{ModelConfig, Role},
 };
 
-use super::{Gpu, Setup};
+use super::{Gpu, Setup, Streamed};
 
 // Shares of the data sheet's peaks that were measured within steps on an H200 (BENCHMARKS.md).
 
@@ -15,6 +15,8 @@ const PRODUCTS: f64 = 0.70;
 const ATTENTION: f64 = 0.45;
 /// Of the memory: 4,270 of 4,800 GB/s.
 const MEMORY: f64 = 0.89;
+/// Of the host link, beside kernels: 53 of 63 GB/s on an H100.
+const LINK: f64 = 0.84;
 /// Elements of hidden and intermediate size that norms, the gated unit and adapters read and write for a token, in a block.
 const PASSES: f64 = 30.0;
 /// Seconds that the kernels of a block cost however small they are: some 60 of them, forward and backward.
@@ -44,7 +46,20 @@ pub fn tokens_per_second(model: &ModelConfig, gpu: &Gpu, setup: &Setup) -> Optio
     // Read and written once a pass where they are widened.
     let weights = if setup.load.quant.is_some() { (2.0 + again) * linears * (0.5 + size) / bandwidth } else { 0.0 };
     let kernels = blocks * KERNELS * (1.0 + again / 3.0);
-    Some(1.0 / (products + attention + other + (weights + kernels) / tokens))
+    let step = tokens * (products + attention + other) + weights + kernels;
+    Some(tokens / beside_the_link(model, gpu, setup, step))
+}
+
+/// Bytes a second over the host link of `gpu` beside kernels; nothing where it is not known.
+pub(super) fn link_rate(gpu: &Gpu) -> Option<f64> {
+    (gpu.link > 0.0).then_some(gpu.link * 1e9 * LINK)
+}
+
+/// Seconds of a step whose kernels take `step` seconds, a third of them forward, while weights come from the host in each direction:
+/// a pass takes as long as the longer of both (measured: 70B in 24 GB, 72 of 80 blocks, runs at the link's rate; 18 of 80 cost nothing).
+fn beside_the_link(model: &ModelConfig, gpu: &Gpu, setup: &Setup, step: f64) -> f64 {
+    let link = Streamed::of(model, gpu, setup).and_then(|streamed| streamed.link_seconds).unwrap_or(0.0);
+    (step / 3.0).max(link / 2.0) + (2.0 * step / 3.0).max(link / 2.0)
 }
 
 /// Whether blocks run forward twice.

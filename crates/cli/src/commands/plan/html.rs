@@ -81,7 +81,7 @@ fn key() -> String {
 fn section(shown: &Shown, method: &MethodPlan) -> String {
     let (mode, fits) = shown.mode(method);
     let name = method.method.name();
-    let says = if fits { format!("fits with checkpointing <b>{}</b>", mode.name) } else { "does not fit".to_owned() };
+    let says = if fits { format!("fits with checkpointing <b>{}</b>", mode.label()) } else { "does not fit".to_owned() };
     let bars: String = method.modes.iter().map(|mode| figure(shown, mode)).collect();
     let command = shown.command(method.method, mode).filter(|_| fits);
     let command = command.map_or_else(String::new, |command| format!("<pre>{}</pre>", escape(&command)));
@@ -103,20 +103,20 @@ fn figure(shown: &Shown, mode: &Mode) -> String {
         );
         x += width;
     }
-    let (end, label) = (shown.room as f64 * scale, format!("{} {}", mode.name, gigabytes(mode.footprint.peak)));
+    let (end, label) = (shown.room as f64 * scale, format!("{} {}", mode.label(), gigabytes(mode.footprint.peak)));
     format!(
-        "<figure><svg viewBox=\"-100 0 860 28\" width=\"100%\" role=\"img\" aria-label=\"{label}\"><text x=\"-100\" y=\"19\">{}</text>\
+        "<figure><svg viewBox=\"-120 0 880 28\" width=\"100%\" role=\"img\" aria-label=\"{label}\"><text x=\"-120\" y=\"19\">{}</text>\
          <rect x=\"0\" y=\"4\" width=\"{WIDTH}\" height=\"20\" fill=\"#eee\"/>{parts}\
          <line x1=\"{end:.1}\" x2=\"{end:.1}\" y1=\"0\" y2=\"28\" stroke=\"#000\" stroke-width=\"2\"/>\
          <text x=\"{:.1}\" y=\"19\">{}</text></svg></figure>",
-        mode.name,
+        mode.label(),
         WIDTH + 10.0,
         gigabytes(mode.footprint.peak)
     )
 }
 
 fn table(shown: &Shown, method: &MethodPlan) -> String {
-    let mut rows = String::new();
+    let (mut rows, mut costs) = (String::new(), String::new());
     for mode in &method.modes {
         let number = |n: Option<usize>| n.map_or_else(|| "–".to_owned(), ui::count);
         let class = if mode.footprint.device <= shown.room { "" } else { " class=\"no\"" };
@@ -126,11 +126,14 @@ fn table(shown: &Shown, method: &MethodPlan) -> String {
         let _ = write!(
             rows,
             "<tr{class}><td>{}</td><td>{peak}</td><td>{longest}{beyond}</td><td>{batch}</td><td>{rate}</td></tr>",
-            mode.name
+            mode.label()
         );
+        if let Some(streamed) = &mode.streamed {
+            let _ = write!(costs, "<p>{}: {}</p>", mode.label(), super::cost(streamed));
+        }
     }
     format!(
-        "<table><tr><th>checkpointing</th><th>peak GB</th><th>longest context</th><th>batch at {}</th><th>tokens/s</th></tr>{rows}</table>\
+        "<table><tr><th>checkpointing</th><th>peak GB</th><th>longest context</th><th>batch at {}</th><th>tokens/s</th></tr>{rows}</table>{costs}\
          <p class=\"no\">* beyond the {} positions that the model was made for</p>",
         shown.request.length,
         ui::count(shown.positions)

@@ -1,6 +1,6 @@
 //! The plan for programs.
 
-use nibble_train::plan::{COMPONENTS, MethodPlan, Mode};
+use nibble_train::plan::{COMPONENTS, MethodPlan, Mode, Streamed};
 use serde_json::{Map, Value, json};
 
 use super::Shown;
@@ -27,6 +27,7 @@ fn method(shown: &Shown, plan: &MethodPlan) -> Value {
         "name": plan.method.name(),
         "fits": fits,
         "checkpointing": best.name,
+        "offload_weights": best.streamed.map_or(0, |streamed| streamed.blocks),
         "command": shown.command(plan.method, best).filter(|_| fits),
         "modes": plan.modes.iter().map(|mode| of_mode(mode, shown.room)).collect::<Vec<_>>(),
     })
@@ -36,8 +37,13 @@ fn of_mode(mode: &Mode, room: usize) -> Value {
     let found = &mode.footprint;
     let components: Map<String, Value> =
         COMPONENTS.iter().zip(found.components()).map(|(name, bytes)| (name.replace(' ', "_"), bytes.into())).collect();
+    let streamed = |of: fn(Streamed) -> Value| mode.streamed.map(of);
     json!({
         "checkpointing": mode.name,
+        "offload_weights": streamed(|streamed| streamed.blocks.into()).unwrap_or(0.into()),
+        "host_weights": streamed(|streamed| streamed.host_bytes.into()),
+        "link_bytes_per_step": streamed(|streamed| streamed.step_bytes.into()),
+        "link_seconds_per_step": streamed(|streamed| streamed.link_seconds.into()),
         "fits": found.device <= room,
         "peak": found.peak,
         "device": found.device,

@@ -15,7 +15,7 @@ use nibble_nf4::{Format, QuantConfig};
 use nibble_tensor::{DType, cuda::CudaDevice};
 use nibble_train::{
     TrainConfig,
-    plan::{self, Gpu, Method, MethodPlan, Mode, Request},
+    plan::{self, Gpu, Method, MethodPlan, Mode, Request, Streamed},
 };
 
 use crate::{
@@ -135,10 +135,11 @@ impl Shown {
         } else {
             format!(" --target-modules '{}'", self.target_modules)
         };
+        let host = mode.streamed.map_or_else(String::new, |streamed| format!(" --offload-weights {}", streamed.blocks));
         let limit = self.memory_limit.map_or_else(String::new, |bytes| format!(" --memory-limit {bytes}B"));
         Some(format!(
             "nibble train --model {} --data rows.jsonl --output my-adapter --max-length {length} --batch-size {batch} --lora-r {}{targets} \
-             --optim {} --gradient-checkpointing {}{quant}{limit}",
+             --optim {} --gradient-checkpointing {}{host}{quant}{limit}",
             self.model, adapter.r, train.optim, mode.name
         ))
     }
@@ -180,6 +181,18 @@ fn config(model: &str) -> Result<ModelConfig> {
         .fetch_config(&name, &mut |progress| bar.update(progress.file, progress.bytes, progress.total))?;
     bar.finish();
     Ok(ModelConfig::read(&path)?)
+}
+
+/// What weights on the host cost, in words.
+fn cost(streamed: &Streamed) -> String {
+    let Streamed { blocks, of, host_bytes, step_bytes, link_seconds } = *streamed;
+    let time =
+        link_seconds.map_or_else(String::new, |seconds| format!(", which takes its link {seconds:.2} s beside the kernels"));
+    format!(
+        "the weights of {blocks} of {of} blocks wait in {} of host memory; {} cross to the GPU each step{time}",
+        gigabytes(host_bytes),
+        gigabytes(step_bytes)
+    )
 }
 
 /// Gigabytes with a digit or two.

@@ -54,7 +54,7 @@ fn components(f: &mut Formatter<'_>, shown: &Shown) -> Result {
     let row = |f: &mut Formatter<'_>, name: &str, cell: &dyn Fn(Method, &Mode, bool) -> String| {
         write!(f, "{name:<22}")?;
         for (method, (mode, fits)) in &columns {
-            write!(f, "{:>12}", cell(*method, mode, *fits))?;
+            write!(f, "{:>16}", cell(*method, mode, *fits))?;
         }
         writeln!(f)
     };
@@ -63,7 +63,7 @@ fn components(f: &mut Formatter<'_>, shown: &Shown) -> Result {
         row(f, name, &|_, mode, _| gb(mode.footprint.components()[i]))?;
     }
     row(f, "all", &|_, mode, _| gb(mode.footprint.peak))?;
-    row(f, "with checkpointing", &|_, mode, _| mode.name.to_owned())?;
+    row(f, "with checkpointing", &|_, mode, _| mode.label())?;
     row(f, "", &|_, _, fits| if fits { "fits" } else { "too large" }.to_owned())?;
     writeln!(f)
 }
@@ -98,12 +98,17 @@ fn bar(footprint: &Footprint, room: usize) -> String {
 fn modes(f: &mut Formatter<'_>, shown: &Shown, method: &MethodPlan) -> Result {
     writeln!(f, "\n{} by checkpointing", method.method.name())?;
     let batch = format!("batch at {}", shown.request.length);
-    writeln!(f, "{:<12}{:>10}{:>18}{batch:>16}{:>12}", "", "peak GB", "longest context", "tokens/s")?;
+    writeln!(f, "{:<16}{:>10}{:>18}{batch:>16}{:>12}", "", "peak GB", "longest context", "tokens/s")?;
     for mode in &method.modes {
         let batch = mode.batch.map_or_else(|| "-".to_owned(), ui::count);
         let rate = mode.tokens_per_second.map_or_else(|| "-".to_owned(), |rate| ui::count(rate.round() as usize));
         let (peak, longest) = (gb(mode.footprint.peak), longest(mode, shown.positions));
-        writeln!(f, "{:<12}{peak:>10}{longest:>18}{batch:>16}{rate:>12}", mode.name)?;
+        writeln!(f, "{:<16}{peak:>10}{longest:>18}{batch:>16}{rate:>12}", mode.label())?;
+    }
+    for mode in &method.modes {
+        if let Some(streamed) = &mode.streamed {
+            writeln!(f, "{}: {}", mode.label(), super::cost(streamed))?;
+        }
     }
     let beyond = method.modes.iter().any(|mode| mode.longest.is_some_and(|longest| longest > shown.positions));
     if beyond {

@@ -5,7 +5,7 @@ use nibble_train::plan::{HostBytes, Place, footprint};
 use super::memory::Planned;
 use crate::error::{CliError, Result};
 
-impl Planned<'_> {
+impl Planned {
     /// Whether the host has the memory that the run leaves with it; `available` where the system tells.
     ///
     /// # Errors
@@ -14,7 +14,7 @@ impl Planned<'_> {
         let (Place::Gpu(gpu), Some(room)) = (self.place(), available) else { return Ok(()) };
         // What the device has decides how much stays on it. A run that is a little too large for it is somebody else's concern.
         let device = gpu.device(self.room()?.unwrap_or(usize::MAX));
-        let held = match footprint(self.model, &device, &self.setup) {
+        let held = match footprint(&self.model, &device, &self.setup) {
             Ok(found) => found.host,
             Err(error) if error.is_out_of_memory() => return Ok(()),
             Err(error) => return Err(error.into()),
@@ -33,6 +33,7 @@ impl Planned<'_> {
 
 #[cfg(test)]
 mod tests {
+    use nibble_data::{LoaderOptions, Packer};
     use nibble_lora::{AdapterConfig, TargetModules};
     use nibble_model::{Checkpointing, LoadOptions, config::ModelConfig};
     use nibble_nf4::QuantConfig;
@@ -46,7 +47,7 @@ mod tests {
     use super::*;
 
     /// Two documents of 4,096 tokens on a card of 80 GiB.
-    fn planned(model: &ModelConfig) -> Planned<'_> {
+    fn planned(model: &ModelConfig) -> Planned {
         let target_modules = Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned()));
         let quant = Some(QuantConfig::default());
         let setup = Setup {
@@ -57,7 +58,9 @@ mod tests {
             train: TrainConfig { checkpointing: Checkpointing::Full, ..TrainConfig::default() },
         };
         let device = Device::Cuda(CudaDevice::dry(&Gpu::of_memory(0).device(80 << 30)));
-        Planned { model, setup, batch: 2, accumulation: 1, device, memory_limit: None }
+        let loader = LoaderOptions { packer: Packer::Documents { batch_size: 2 }, seed: 0, shuffle: false };
+        let adapter = AdapterConfig::default();
+        Planned { model: model.clone(), setup, adapter, loader, batch: 2, accumulation: 1, device, memory_limit: None }
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! What a run takes: planned before anything is loaded, and refused if it cannot fit.
 
 use nibble_data::{Dataset, Example, IGNORE_INDEX, LoaderOptions, Packer};
+use nibble_lora::AdapterConfig;
 use nibble_model::{Checkpointing, config::ModelConfig};
-use nibble_tensor::Device;
+use nibble_tensor::{Device, Error as TensorError};
 use nibble_train::plan::{self, COMPONENTS, Document, Footprint, Gpu, MODES, Nearest, Place, Setup};
 
 use crate::{
@@ -16,9 +17,13 @@ use crate::{
 const SLACK: (f64, f64) = (1.05, 1.15);
 
 /// A run that is planned.
-pub(super) struct Planned<'a> {
-    pub(super) model: &'a ModelConfig,
+pub(super) struct Planned {
+    pub(super) model: ModelConfig,
     pub(super) setup: Setup,
+    /// The adapter, as in the setup.
+    pub(super) adapter: AdapterConfig,
+    /// The order and grouping of examples.
+    pub(super) loader: LoaderOptions,
     /// Documents of a micro-batch, as the command line counts them.
     pub(super) batch: usize,
     /// Micro-batches of a step.
@@ -27,7 +32,7 @@ pub(super) struct Planned<'a> {
     pub(super) memory_limit: Option<usize>,
 }
 
-impl Planned<'_> {
+impl Planned {
     /// What it takes.
     ///
     /// # Errors
@@ -44,7 +49,7 @@ impl Planned<'_> {
             // As do pages: a few of them are on the device at once.
             least.train.optim_paging.device_memory = Some(plan::FEW_PAGES);
         }
-        let needed = place.needed(self.model, &least)?;
+        let needed = place.needed(&self.model, &least)?;
         let Some(room) = room else { return Ok(needed) };
         let slack = if place == Place::Cpu { SLACK.1 } else { SLACK.0 };
         if needed.device as f64 <= room as f64 * slack {
@@ -55,7 +60,7 @@ impl Planned<'_> {
             room,
             limited: self.memory_limit == Some(room),
             owners: components(&needed),
-            nearest: self.nearest(room)?,
+            nearest: self.nearest(&self.setup, room)?,
         })
     }
 
@@ -63,20 +68,11 @@ impl Planned<'_> {
     pub(super) fn blocks_on_host(&self) -> Result<usize> {
         let (place, blocks) = (self.place(), self.model.num_hidden_layers);
         let Some(room) = self.room()?.filter(|_| place != Place::Cpu && self.setup.load.quant.is_some()) else { return Ok(0) };
-        let mut setup = self.setup.clone();
-        let mut fits = |count| {
-            setup.load.blocks_on_host = count;
-            place.fits(self.model, &setup, room)
-        };
-        if fits(0)? || !fits(blocks)? {
+        let fits = |count| place.fits(&self.model, &self.setup.with_blocks_on_host(count), room);
+        if fits(0)? {
             return Ok(0);
         }
-        let (mut short, mut enough) = (0, blocks);
-        while enough - short > 1 {
-            let middle = usize::midpoint(short, enough);
-            if fits(middle)? { enough = middle } else { short = middle }
-        }
-        Ok(enough)
+        Ok(plan::fewest_on_host(blocks, fits)?.unwrap_or(0))
     }
 
     pub(super) fn place(&self) -> Place {
@@ -98,14 +94,35 @@ impl Planned<'_> {
         })
     }
 
-    /// The flags of the nearest run that fits, where there is one.
-    pub(super) fn nearest(&self, room: usize) -> Result<Option<String>> {
+    /// The flags of the nearest run to `setup` that fits, where there is one.
+    fn nearest(&self, setup: &Setup, room: usize) -> Result<Option<String>> {
         let place = self.place();
+        let blocks = if place == Place::Cpu { 0 } else { self.model.num_hidden_layers };
         if let Some(flag) = self.smaller_evaluation(room)? {
             return Ok(Some(flag));
         }
-        let fits = |setup: &Setup| place.fits(self.model, setup, room);
-        Ok(plan::nearest(&self.setup, self.batch, fits)?.map(|nearest| self.flags(&nearest)))
+        let fits = |setup: &Setup| place.fits(&self.model, setup, room);
+        let nearest = plan::nearest(setup, self.batch, blocks, fits)?;
+        Ok(nearest.map(|nearest| self.flags(&nearest)).filter(|flags| !flags.is_empty()))
+    }
+
+    /// An error with the nearest run that fits, if it is that the device's memory ran out in this run, which was planned to take `planned`.
+    pub(super) fn with_nearest(&self, mut error: CliError, planned: &Footprint) -> CliError {
+        let out = error.out_of_memory().filter(|out| !matches!(out, TensorError::OutOfHostMemory { .. }));
+        let Some(room) = out.map(|out| shrunk(planned.device, out)) else { return error };
+        if let Some(nearest) = error.nearest_mut() {
+            *nearest = self.nearest(&self.fixed(), room).unwrap_or_default();
+        }
+        error
+    }
+
+    /// The same with a kind of checkpointing that does not take what there is, which was not there.
+    fn fixed(&self) -> Setup {
+        let mut setup = self.setup.clone();
+        if setup.train.checkpointing == Checkpointing::Auto {
+            setup.train.checkpointing = Checkpointing::Selective;
+        }
+        setup
     }
 
     /// The flag of the largest micro-batch of an evaluation that fits, where the steps do.
@@ -114,7 +131,7 @@ impl Planned<'_> {
             let mut setup = self.setup.clone();
             setup.evaluation.sort_by_key(|document| std::cmp::Reverse(document.tokens));
             setup.evaluation.truncate(documents);
-            self.place().fits(self.model, &setup, room)
+            self.place().fits(&self.model, &setup, room)
         };
         let sizes = std::iter::successors(Some(self.setup.evaluation.len() / 2), |size| Some(size / 2));
         if self.setup.evaluation.is_empty() || !fits(0)? {
@@ -146,6 +163,9 @@ impl Planned<'_> {
                 flags.push(format!("--per-device-eval-batch-size {}", train.eval_batch_size.div_ceil(nearest.parts)));
             }
         }
+        if nearest.setup.load.blocks_on_host != self.setup.load.blocks_on_host {
+            flags.push(format!("--offload-weights {}", nearest.setup.load.blocks_on_host));
+        }
         if train.optim != self.setup.train.optim {
             flags.push(format!("--optim {}", train.optim));
         }
@@ -154,6 +174,17 @@ impl Planned<'_> {
         }
         flags.join(" ")
     }
+}
+
+/// The room that a plan must fit into after a run that was planned to take `planned` bytes found too few: less by the share that it lacked
+/// of what it had taken and asked for, and a little more, since it was not done.
+fn shrunk(planned: usize, out: &TensorError) -> usize {
+    const MORE: f64 = 0.97;
+    let (room, wanted) = match *out {
+        TensorError::OutOfMemory { requested, live, limit, .. } => (limit, live.saturating_add(requested)),
+        _ => (planned, planned),
+    };
+    (planned.min(room) as f64 * (room as f64 / wanted.max(1) as f64).min(1.0) * MORE) as usize
 }
 
 /// Name and bytes of what takes any.
@@ -196,4 +227,86 @@ pub(super) fn largest_batch(data: &Dataset, loader: LoaderOptions) -> Vec<Docume
         }
     }
     documents
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_lora::TargetModules;
+    use nibble_model::LoadOptions;
+    use nibble_nf4::QuantConfig;
+    use nibble_tensor::{DType, cuda::CudaDevice};
+    use nibble_train::TrainConfig;
+
+    use super::*;
+
+    /// A 13B model with 16 documents of 2,048 tokens on a card of so much memory.
+    fn planned(model: &ModelConfig, memory: usize) -> Planned {
+        let target_modules = Some(TargetModules::Pattern(TargetModules::ALL_LINEAR.to_owned()));
+        let load = LoadOptions {
+            quant: Some(QuantConfig::default()),
+            compute_dtype: DType::Bf16,
+            max_positions: 2048,
+            blocks_on_host: 0,
+        };
+        let setup = Setup {
+            load,
+            adapter: Some(AdapterConfig { r: 16, target_modules, ..AdapterConfig::default() }),
+            documents: vec![Document { tokens: 2048, learned: 2047 }; 16],
+            evaluation: Vec::new(),
+            train: TrainConfig { checkpointing: Checkpointing::Full, ..TrainConfig::default() },
+        };
+        let device = Device::Cuda(CudaDevice::dry(&Gpu::of_memory(0).device(memory)));
+        let loader = LoaderOptions { packer: Packer::Documents { batch_size: 16 }, seed: 0, shuffle: false };
+        let adapter = AdapterConfig::default();
+        Planned { model: model.clone(), setup, adapter, loader, batch: 16, accumulation: 2, device, memory_limit: None }
+    }
+
+    #[test]
+    fn a_refusal_on_a_gpu_names_weights_on_the_host_where_these_make_it_fit() {
+        let model = plan::named_size("13B").unwrap().unwrap();
+        let planned = planned(&model, 6 << 30);
+        let Err(CliError::DoesNotFit { nearest: Some(flags), .. }) = planned.check() else { panic!("it fits") };
+        let words: Vec<&str> = flags.split(' ').collect();
+        let at = words.iter().position(|word| *word == "--offload-weights").expect("weights on the host");
+        let blocks: usize = words[at + 1].parse().unwrap();
+        assert!((1..=40).contains(&blocks), "{flags}");
+        // As said it fits.
+        let value = |flag| words.iter().position(|word| *word == flag).map(|at| words[at + 1].parse::<usize>().unwrap());
+        let mut said = planned;
+        said.setup.load.blocks_on_host = blocks;
+        said.setup.documents.truncate(value("--batch-size").unwrap_or(16));
+        assert!(flags.contains("--gradient-checkpointing offload"), "{flags}");
+        said.setup.train.checkpointing = Checkpointing::Offload;
+        said.check().unwrap();
+    }
+
+    #[test]
+    fn blocks_are_on_the_host_only_where_that_makes_a_run_fit() {
+        let model = plan::named_size("13B").unwrap().unwrap();
+        let count = |memory| planned(&model, memory).blocks_on_host().unwrap();
+        assert_eq!((count(80 << 30), count(2 << 30)), (0, 0));
+        assert!((1..=40).contains(&count(24 << 30)));
+    }
+
+    #[test]
+    fn after_memory_ran_out_what_fits_is_smaller_than_what_did_not() {
+        let model = plan::named_size("13B").unwrap().unwrap();
+        let mut planned = planned(&model, 80 << 30);
+        // Takes what there is, so that only another kind can take less.
+        planned.setup.train.checkpointing = Checkpointing::Auto;
+        let held = planned.check().unwrap();
+        let full = held.device;
+        let out = |error| CliError::OutOfMemory { source: Box::new(CliError::Tensor(error)), owners: Vec::new(), nearest: None };
+        let limit = full + full / 100;
+        let in_arena = TensorError::OutOfMemory { device: "cuda:0".into(), requested: limit / 20, live: limit, limit };
+        for error in [in_arena, TensorError::DriverOutOfMemory { call: "cuGraphInstantiate" }] {
+            let room = shrunk(full, &error);
+            assert!(room < full && room > full * 9 / 10, "{room} of {full}");
+            let error = planned.with_nearest(out(error), &held);
+            let hint = error.hint().unwrap();
+            assert!(hint.starts_with("what fits: `--gradient-checkpointing "), "{hint}");
+        }
+        let other = planned.with_nearest(CliError::NoEffect { flag: "--a", with: "--b" }, &held);
+        assert!(matches!(other, CliError::NoEffect { .. }));
+    }
 }

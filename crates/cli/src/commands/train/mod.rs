@@ -11,10 +11,11 @@ mod settings;
 use std::path::Path;
 
 use nibble_data::{DataLoader, Dataset};
-use nibble_lora::{AdapterConfig, AdapterFile, Init};
+use nibble_lora::{AdapterFile, Init};
 use nibble_train::{Trainer, plan::Setup};
 
 pub(super) use interrupt::Interrupt;
+use memory::Planned;
 pub(super) use run::{Tuning, fine_tune};
 use settings::Settings;
 pub(super) use settings::modules;
@@ -55,10 +56,15 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     }
 
     let source = base.source.clone();
-    let (mut trainer, config) = prepare(&settings, base, data, eval.as_ref(), &reader, adapter.as_ref())?;
+    let planned = plan(&settings, &base, &data, eval.as_ref(), &reader, adapter.as_ref())?;
+    let held = planned.check()?;
+    planned.check_host(available_memory())?;
+    let nearest = |error: CliError| planned.with_nearest(error, &held);
+    let mut trainer = prepare(&settings, &planned, base, data, adapter.as_ref()).map_err(nearest)?;
+    ui::fact("memory", memory::line(&held));
     let tuning = Tuning {
         source: &source,
-        adapter: &config,
+        adapter: &planned.adapter,
         reader: &reader,
         eval: eval.as_ref(),
         train: &settings.config,
@@ -67,7 +73,7 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
         model_flag: &args.model.model,
         output: &args.output.output,
     };
-    let finished = fine_tune(&mut trainer, &tuning, staging)?;
+    let finished = fine_tune(&mut trainer, &tuning, staging).map_err(nearest)?;
     finished.report(&trainer);
     if finished.ending == Ending::Interrupted {
         ui::fact("resume", format_args!("the same settings and `--resume {}` go on from here", args.output.output.display()));
@@ -76,32 +82,29 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
     Ok(finished.ending)
 }
 
-/// Plans the run, loads the model, puts the adapter on it, and says what is going to be trained.
-fn prepare(
+/// The run, as far as its memory depends on it.
+fn plan(
     settings: &Settings,
-    base: Base,
-    data: Dataset,
+    base: &Base,
+    data: &Dataset,
     eval: Option<&Dataset>,
     reader: &Reader,
     adapter: Option<&AdapterFile>,
-) -> Result<(Trainer, AdapterConfig)> {
+) -> Result<Planned> {
     let longest = data.summary().longest.max(eval.map_or(0, |eval| eval.summary().longest));
     let loader = settings.loader.options(reader.max_length());
-    let (config, init) = match (adapter, &settings.adapter) {
-        (Some(file), _) => (file.config.clone(), Init::File(file)),
-        (None, Some(config)) => (config.clone(), Init::Random(settings.config.seed)),
-        (None, None) => (AdapterConfig::default(), Init::Random(settings.config.seed)),
-    };
-    let model_config = base.config.clone();
-    let mut planned = memory::Planned {
-        model: &model_config,
+    let config = adapter.map(|file| &file.config).or(settings.adapter.as_ref()).cloned().unwrap_or_default();
+    let mut planned = Planned {
+        model: base.config.clone(),
         setup: Setup {
             load: load_options(&settings.precision, longest),
             adapter: Some(config.clone()),
-            documents: memory::largest_batch(&data, loader),
+            documents: memory::largest_batch(data, loader),
             evaluation: eval.map_or_else(Vec::new, |eval| memory::largest_in_order(eval, settings.config.eval_batch_size)),
             train: settings.config.clone(),
         },
+        adapter: config,
+        loader,
         batch: settings.loader.batch_size,
         accumulation: settings.config.gradient_accumulation_steps,
         device: settings.precision.device,
@@ -109,28 +112,31 @@ fn prepare(
     };
     planned.setup.load.blocks_on_host = match settings.offload_weights {
         OffloadWeights::Auto => planned.blocks_on_host()?,
-        OffloadWeights::Blocks(count) => count.min(model_config.num_hidden_layers),
+        OffloadWeights::Blocks(count) => count.min(planned.model.num_hidden_layers),
     };
-    let held = planned.check()?;
-    planned.check_host(available_memory())?;
-    let load = planned.setup.load;
+    Ok(planned)
+}
+
+/// Loads the model, puts the adapter on it, and says what is going to be trained.
+fn prepare(settings: &Settings, planned: &Planned, base: Base, data: Dataset, adapter: Option<&AdapterFile>) -> Result<Trainer> {
+    let load = &planned.setup.load;
     if load.blocks_on_host > 0 {
-        let (count, all) = (load.blocks_on_host, model_config.num_hidden_layers);
+        let (count, all) = (load.blocks_on_host, planned.model.num_hidden_layers);
         ui::fact(
             "weights",
             format!("of {count} of {all} blocks in host memory; they cross the link twice a step while others run"),
         );
     }
+    let init = adapter.map_or(Init::Random(settings.config.seed), Init::File);
     let arena = settings.precision.arena(settings.memory_limit)?;
-    let mut model = base.load(&arena, &load).map_err(|error| error.with_owners(&arena))?;
-    let params = model.attach(&config, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
-    let loader = DataLoader::new(data.into(), loader)?;
+    let mut model = base.load(&arena, load).map_err(|error| error.with_owners(&arena))?;
+    let params = model.attach(&planned.adapter, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
+    let loader = DataLoader::new(data.into(), planned.loader)?;
     let trainer = Trainer::new(model, params, loader, settings.config.clone());
     let mut trainer = trainer.map_err(|error| CliError::from(error).with_owners(&arena))?;
     let resume = settings.resume.as_deref();
     let done =
         resume.map(|folder| trainer.resume(folder)).transpose().map_err(|error| CliError::from(error).with_owners(&arena))?;
-    run::show(&trainer, settings.precision, &config, adapter.map(|adapter| (adapter.path(), done)), &settings.config);
-    ui::fact("memory", memory::line(&held));
-    Ok((trainer, config))
+    run::show(&trainer, settings.precision, &planned.adapter, adapter.map(|adapter| (adapter.path(), done)), &settings.config);
+    Ok(trainer)
 }
