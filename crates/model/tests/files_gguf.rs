@@ -1,5 +1,8 @@
 //! GGUF files: built here byte by byte, cut, spoiled, and one published model where it is on disk.
 
+mod common;
+
+use common::{Builder, counted, metadata, model};
 use half::{bf16, f16};
 use nibble_model::Error;
 use nibble_model::config::{Family, RopeScaling};
@@ -8,136 +11,6 @@ use nibble_model::files::gguf::Value;
 use nibble_model::files::{Checkpoint, StoredType};
 use proptest::prelude::*;
 use tempfile::TempDir;
-
-/// A GGUF file in the making.
-#[derive(Clone, Default)]
-struct Builder {
-    metadata: Vec<u8>,
-    pairs: u64,
-    infos: Vec<u8>,
-    tensors: u64,
-    data: Vec<u8>,
-}
-
-fn text(out: &mut Vec<u8>, text: &str) {
-    out.extend((text.len() as u64).to_le_bytes());
-    out.extend(text.bytes());
-}
-
-impl Builder {
-    fn pair(mut self, key: &str, code: u32, value: &[u8]) -> Self {
-        text(&mut self.metadata, key);
-        self.metadata.extend(code.to_le_bytes());
-        self.metadata.extend(value);
-        self.pairs += 1;
-        self
-    }
-    fn number(self, key: &str, value: u32) -> Self {
-        self.pair(key, 4, &value.to_le_bytes())
-    }
-    fn float(self, key: &str, value: f32) -> Self {
-        self.pair(key, 6, &value.to_le_bytes())
-    }
-    fn string(self, key: &str, value: &str) -> Self {
-        let mut bytes = Vec::new();
-        text(&mut bytes, value);
-        self.pair(key, 8, &bytes)
-    }
-    fn strings(self, key: &str, values: &[&str]) -> Self {
-        let mut bytes = 8u32.to_le_bytes().to_vec();
-        bytes.extend((values.len() as u64).to_le_bytes());
-        for value in values {
-            text(&mut bytes, value);
-        }
-        self.pair(key, 9, &bytes)
-    }
-    /// `shape` outermost first, as torch has it.
-    fn tensor(mut self, name: &str, shape: &[usize], code: u32, bytes: &[u8]) -> Self {
-        text(&mut self.infos, name);
-        self.infos.extend((shape.len() as u32).to_le_bytes());
-        for &dim in shape.iter().rev() {
-            self.infos.extend((dim as u64).to_le_bytes());
-        }
-        self.infos.extend(code.to_le_bytes());
-        self.infos.extend((self.data.len() as u64).to_le_bytes());
-        self.tensors += 1;
-        self.data.extend(bytes);
-        self.data.resize(self.data.len().next_multiple_of(32), 0);
-        self
-    }
-    fn f32s(self, name: &str, shape: &[usize], values: &[f32]) -> Self {
-        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
-        self.tensor(name, shape, 0, &bytes)
-    }
-    fn build(&self, version: u32) -> Vec<u8> {
-        let mut out = b"GGUF".to_vec();
-        out.extend(version.to_le_bytes());
-        out.extend(self.tensors.to_le_bytes());
-        out.extend(self.pairs.to_le_bytes());
-        out.extend(&self.metadata);
-        out.extend(&self.infos);
-        out.resize(out.len().next_multiple_of(32), 0);
-        out.extend(&self.data);
-        out
-    }
-}
-
-/// Two heads of four, one key head, width 8, two layers' worth of nothing: metadata alone.
-fn metadata(arch: &str) -> Builder {
-    let key = |name: &str| format!("{arch}.{name}");
-    Builder::default()
-        .string("general.architecture", arch)
-        .number(&key("block_count"), 1)
-        .number(&key("context_length"), 128)
-        .number(&key("embedding_length"), 8)
-        .number(&key("feed_forward_length"), 12)
-        .number(&key("attention.head_count"), 2)
-        .number(&key("attention.head_count_kv"), 1)
-        .float(&key("attention.layer_norm_rms_epsilon"), 1e-5)
-        .float(&key("rope.freq_base"), 10_000.0)
-        .number("tokenizer.ggml.bos_token_id", 1)
-        .number("tokenizer.ggml.eos_token_id", 2)
-}
-
-fn counted(count: usize) -> Vec<f32> {
-    (0..count).map(|i| i as f32).collect()
-}
-
-/// A whole model of `arch` with counted weights.
-fn model(arch: &str) -> Builder {
-    let mut builder = metadata(arch);
-    let mut add = |name: &str, shape: &[usize]| {
-        builder = builder.clone().f32s(name, shape, &counted(shape.iter().product()));
-    };
-    add("token_embd.weight", &[5, 8]);
-    add("output_norm.weight", &[8]);
-    for (name, shape) in [
-        ("attn_norm", &[8][..]),
-        ("attn_q", &[8, 8]),
-        ("attn_k", &[4, 8]),
-        ("attn_v", &[4, 8]),
-        ("attn_output", &[8, 8]),
-        ("ffn_norm", &[8]),
-        ("ffn_gate", &[12, 8]),
-        ("ffn_up", &[12, 8]),
-        ("ffn_down", &[8, 12]),
-    ] {
-        add(&format!("blk.0.{name}.weight"), shape);
-    }
-    match arch {
-        "qwen2" => {
-            add("blk.0.attn_q.bias", &[8]);
-            add("blk.0.attn_k.bias", &[4]);
-            add("blk.0.attn_v.bias", &[4]);
-        }
-        "qwen3" => {
-            add("blk.0.attn_q_norm.weight", &[4]);
-            add("blk.0.attn_k_norm.weight", &[4]);
-        }
-        _ => {}
-    }
-    builder
-}
 
 fn open_bytes(bytes: &[u8]) -> Result<(TempDir, Checkpoint), Error> {
     let folder = TempDir::new().unwrap();

@@ -1,5 +1,7 @@
 //! The Hub's client against a server on this machine.
 
+mod common;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use nibble_model::Error;
+use nibble_model::config::ModelConfig;
 use nibble_model::error::HubProblem;
-use nibble_model::files::{Fetched, Hub, HubOptions, ModelName};
+use nibble_model::files::{Checkpoint, Fetched, Hub, HubOptions, ModelName};
 use tempfile::TempDir;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -66,10 +69,11 @@ impl Server {
 fn serve(stream: &TcpStream, state: &Mutex<State>, store: &str) {
     let mut lines = BufReader::new(stream).lines().map_while(Result::ok);
     let Some(first) = lines.next() else { return };
-    let (mut range, mut token) = (None, false);
+    let (mut range, mut token, mut head) = (None, false, None);
     for line in lines.take_while(|line| !line.is_empty()) {
         let line = line.to_ascii_lowercase();
         token |= line == "authorization: bearer secret";
+        head = head.or_else(|| line.strip_prefix("range: bytes=0-")?.parse::<usize>().ok());
         range = range.or_else(|| line.strip_prefix("range: bytes=")?.trim_end_matches('-').parse::<usize>().ok());
     }
     let mut words = first.split(' ');
@@ -78,6 +82,11 @@ fn serve(stream: &TcpStream, state: &Mutex<State>, store: &str) {
     let asked = range.map_or_else(|| format!("{method} {path}"), |start| format!("{method} {path} from {start}"));
     state.seen.push((asked, token));
     let mut answer = answer(&mut state, path, range, store);
+    if let Some(last) = head.filter(|last| method == "GET" && *last + 1 < answer.1.len()) {
+        answer.1.truncate(last + 1);
+        let length = answer.1.len();
+        answer.0 = format!("HTTP/1.1 206 Partial\r\ncontent-length: {length}\r\n");
+    }
     let body = if method == "HEAD" { &[][..] } else { &answer.1[..] };
     answer.0.push_str("connection: close\r\n\r\n");
     let mut stream = stream;
@@ -185,6 +194,47 @@ fn a_model_is_fetched_once_and_found_offline() {
     // Not offline, and nobody answers: what is cached still serves.
     let found = fetch(options("http://127.0.0.1:1", cache.path()), "org/name@v1").unwrap();
     assert!(found.from_cache);
+}
+
+/// The config of `content` as a file on the Hub, beside the one of the same file here; and how much of it was fetched.
+fn gguf_config(content: &[u8]) -> u64 {
+    let (server, cache) = (Server::start(&[("m.gguf", content)]), TempDir::new().unwrap());
+    server.set(|state| state.large.push("m.gguf".to_owned()));
+    let hub = Hub::new(options(&server.endpoint, cache.path())).unwrap();
+    let model: ModelName = "org/name/m.gguf".parse().unwrap();
+    let (config, fetched) = hub.fetch_gguf_config(&model).unwrap();
+    assert!(server.seen().iter().all(|(asked, token)| *token != asked.contains("/store/")));
+    let file = cache.path().join("m.gguf");
+    std::fs::write(&file, content).unwrap();
+    let whole = Checkpoint::open(&file).unwrap().config().unwrap();
+    let sizes = |config: &ModelConfig| (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.tensors().len());
+    assert_eq!(sizes(&config), sizes(&whole));
+    fetched
+}
+
+#[test]
+fn the_config_of_a_gguf_file_is_read_from_its_beginning() {
+    const MIB: usize = 1 << 20;
+    let mut file = common::model("llama").build(3);
+    assert_eq!(gguf_config(&file), file.len() as u64);
+    // Weights that are not fetched.
+    file.resize(9 * MIB, 0);
+    assert_eq!(gguf_config(&file), 8 << 20);
+    // A header that is longer than what is asked for first.
+    let mut file = common::model("llama").string("general.description", &"x".repeat(9 * MIB)).build(3);
+    file.resize(40 * MIB, 0);
+    assert_eq!(gguf_config(&file), 32 << 20);
+}
+
+#[test]
+fn a_header_on_the_hub_that_is_none_is_refused() {
+    let (server, cache) = (Server::start(&FILES), TempDir::new().unwrap());
+    let hub = Hub::new(options(&server.endpoint, cache.path())).unwrap();
+    for content in [&b"not a header"[..], &common::model("llama").build(3)[..100]] {
+        server.set(|state| drop(state.files.insert("sub/m.Q4_0.gguf".to_owned(), content.to_vec())));
+        let error = hub.fetch_gguf_config(&"org/name/sub/m.Q4_0.gguf".parse().unwrap()).unwrap_err();
+        assert!(matches!(error, Error::Gguf { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -176,9 +176,15 @@ fn config(model: &str) -> Result<ModelConfig> {
         return Ok(ModelConfig::read(&assets::unpack_tiny_model()?.join("config.json"))?);
     }
     let Some(name) = hub_name(model) else { return Err(CliError::ModelNotFound { model: model.to_owned() }) };
+    let hub = Hub::new(env::hub_options())?;
+    if let Some(file) = &name.file {
+        let (config, bytes) = hub.fetch_gguf_config(&name)?;
+        let read = if bytes > 0 { format!("the first {} of", ui::bytes(bytes as usize)) } else { "the cached".to_owned() };
+        ui::fact("read", format!("the header of {file}: {read} file"));
+        return Ok(config);
+    }
     let mut bar = ui::Download::new();
-    let path = Hub::new(env::hub_options())?
-        .fetch_config(&name, &mut |progress| bar.update(progress.file, progress.bytes, progress.total))?;
+    let path = hub.fetch_config(&name, &mut |progress| bar.update(progress.file, progress.bytes, progress.total))?;
     bar.finish();
     Ok(ModelConfig::read(&path)?)
 }

@@ -11,8 +11,9 @@ use crate::files::checkpoint::Entry;
 
 type Result<T> = std::result::Result<T, GgufProblem>;
 
-/// Reads a header: metadata, and tensors in file order under their GGUF names, shapes outermost dim first.
-pub(super) fn read(bytes: &[u8]) -> Result<(Gguf, Vec<(String, Entry)>)> {
+/// Reads the header of a file of `length` bytes that begins with `bytes`: metadata, and tensors in file order under their GGUF names, shapes
+/// outermost dim first.
+pub(super) fn read(bytes: &[u8], length: usize) -> Result<(Gguf, Vec<(String, Entry)>)> {
     let reader = &mut Reader::new(bytes);
     let magic: [u8; 4] = reader.array("magic")?;
     if &magic != b"GGUF" {
@@ -34,7 +35,7 @@ pub(super) fn read(bytes: &[u8]) -> Result<(Gguf, Vec<(String, Entry)>)> {
     let mut seen = BTreeSet::new();
     let mut entries = Vec::with_capacity(infos.len());
     for info in infos {
-        let range = range(&info, data, alignment, bytes.len())?;
+        let range = range(&info, data, alignment, length)?;
         if !seen.insert(info.name.clone()) {
             return Err(GgufProblem::Duplicate { name: info.name });
         }

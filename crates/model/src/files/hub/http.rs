@@ -24,7 +24,7 @@ pub(super) struct Source {
     with_token: bool,
     /// The hash that names the blob in the cache.
     pub(super) etag: String,
-    size: Option<u64>,
+    pub(super) size: Option<u64>,
 }
 
 /// Why a download failed: the server or the disk.
@@ -98,7 +98,7 @@ impl Client {
         if total == Some(have) {
             return Ok(());
         }
-        let mut response = self.ask(false, &source.url, source.with_token, have).map_err(Failure::Hub)?;
+        let mut response = self.ask(false, &source.url, source.with_token, from(have)).map_err(Failure::Hub)?;
         match response.status().as_u16() {
             206 => {}
             // The server sends all of it again.
@@ -133,14 +133,28 @@ impl Client {
         }
     }
 
-    /// One request, HEAD or GET, for the bytes from `start` on.
-    fn ask(&self, head: bool, url: &str, with_token: bool, start: u64) -> Result<Response<Body>> {
+    /// The first bytes of a file, at most `count`.
+    pub(super) fn head(&self, source: &Source, count: u64) -> Result<Vec<u8>> {
+        let range = Some(format!("bytes=0-{}", count.saturating_sub(1)));
+        let mut response = self.ask(false, &source.url, source.with_token, range)?;
+        let status = response.status().as_u16();
+        if !matches!(status, 200 | 206) {
+            return Err(HubProblem::Status { status, url: source.url.clone() });
+        }
+        let mut bytes = Vec::new();
+        let read = response.body_mut().as_reader().take(count).read_to_end(&mut bytes);
+        read.map_err(|error| HubProblem::Network { url: source.url.clone(), reason: error.to_string() })?;
+        Ok(bytes)
+    }
+
+    /// One request, HEAD or GET, for all bytes or a range of them.
+    fn ask(&self, head: bool, url: &str, with_token: bool, range: Option<String>) -> Result<Response<Body>> {
         let mut request = if head { self.agent.head(url) } else { self.agent.get(url) };
         if let Some(token) = self.options.token.as_ref().filter(|_| with_token) {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        if start > 0 {
-            request = request.header(header::RANGE, format!("bytes={start}-"));
+        if let Some(range) = range {
+            request = request.header(header::RANGE, range);
         }
         request.call().map_err(|error| HubProblem::Network { url: url.to_owned(), reason: error.to_string() })
     }
@@ -150,7 +164,7 @@ impl Client {
     fn follow(&self, url: &str, repo: &str, head: bool) -> Result<(Response<Body>, String, bool, Linked)> {
         let (mut url, mut with_token, mut linked) = (url.to_owned(), true, Linked::default());
         for _ in 0..6 {
-            let response = self.ask(head, &url, with_token, 0)?;
+            let response = self.ask(head, &url, with_token, None)?;
             linked.take(&response);
             let status = response.status().as_u16();
             match (status, text(&response, header::LOCATION.as_str())) {
@@ -179,6 +193,11 @@ impl Client {
             _ => HubProblem::Status { status, url },
         }
     }
+}
+
+/// The bytes from `start` on.
+fn from(start: u64) -> Option<String> {
+    (start > 0).then(|| format!("bytes={start}-"))
 }
 
 /// What the Hub tells of a file in the headers of its redirect.

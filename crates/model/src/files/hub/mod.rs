@@ -14,6 +14,7 @@ use serde_json::Value;
 
 pub use name::ModelName;
 
+use crate::config::ModelConfig;
 use crate::error::{Error, HubProblem, Result};
 use cache::Cache;
 use http::Client;
@@ -73,6 +74,12 @@ pub struct Fetched {
     /// Whether the server was not asked, or not reached, so that a branch may have moved on.
     pub from_cache: bool,
 }
+
+/// Bytes of a GGUF file that are asked for first, four times as many each time that is not all of its header, and at most: a vocabulary
+/// of 128,000 takes 8 MB.
+const FIRST_HEAD: u64 = 8 << 20;
+/// See [`Hub::fetch_gguf_config`].
+pub const MOST_HEAD: u64 = FIRST_HEAD << 4;
 
 /// A client of the Hub and of its cache.
 #[derive(Debug)]
@@ -139,6 +146,38 @@ impl Hub {
             }
             Err(problem @ HubProblem::Network { .. }) => cache.config(model).map_err(|_| wrap(problem)),
             Err(problem) => Err(wrap(problem)),
+        }
+    }
+
+    /// The config of the GGUF file that `model` names, from the beginning of the file alone, or from all of it where it is in the cache; and how
+    /// many bytes were fetched for it.
+    ///
+    /// # Errors
+    /// As [`Hub::fetch`]; [`Error::Gguf`] for a header that is malformed or longer than [`MOST_HEAD`].
+    pub fn fetch_gguf_config(&self, model: &ModelName) -> Result<(ModelConfig, u64)> {
+        let cache = Cache::new(&self.cache_dir, model);
+        let wrap = |problem| Error::Hub { model: model.to_string(), problem };
+        if self.offline {
+            return Ok((super::Checkpoint::open(&cache.find(model).map_err(wrap)?.path)?.config()?, 0));
+        }
+        let (commit, files) = self.list(model).map_err(wrap)?;
+        let file = files.last().map(String::as_str).unwrap_or_default();
+        let here = cache.snapshot(&commit).join(file);
+        if here.is_file() {
+            return Ok((super::Checkpoint::open(&here)?.config()?, 0));
+        }
+        let url = self.client.url(&format!("{}/resolve/{commit}/{}", model.repo, escape_path(file)));
+        let source = self.client.locate(&url, &model.repo).map_err(wrap)?;
+        let length = source.size.map_or(usize::MAX, |size| size as usize);
+        let mut count = FIRST_HEAD;
+        loop {
+            let head = self.client.head(&source, count).map_err(wrap)?;
+            // Once no more is asked for, what is missing is an error.
+            let known = if count < MOST_HEAD { length } else { head.len() };
+            if let Some(config) = super::gguf::config_of_head(&head, known, &model.to_string())? {
+                return Ok((config, head.len() as u64));
+            }
+            count *= 4;
         }
     }
 
