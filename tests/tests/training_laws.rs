@@ -1,4 +1,4 @@
-//! What must hold of every training step.
+//! What must hold of every training step. More than 500 lines: the laws share one model, its adapters and its data.
 
 use std::sync::Arc;
 
