@@ -22,6 +22,7 @@
 // spills: attention_decode_bf16_d64 8 one value outside the loop
 
 #include "common/attention.cuh"
+#include "common/early.cuh"
 
 struct Cache {
     u32 len, rows, heads, kv_heads, head_size;
@@ -29,6 +30,12 @@ struct Cache {
     u32 window;
     float softcap;
 };
+
+// The length of the block's text, once launches before have ended.
+__device__ __forceinline__ u32 length(const u32 *len) {
+    begin_early();
+    return len[blockIdx.z];
+}
 
 // The launch's pointers, moved to the block's text.
 template <typename T>
@@ -299,21 +306,21 @@ extern "C" __global__ void __launch_bounds__(128) attention_decode_bf16_d64(
     bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_mma<bf16, 64, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_bf16_d128(
     bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_mma<bf16, 128, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(64) attention_decode_bf16_d256(
     bf16 *o, float *partial, u32 *arrivals, const bf16 *q, const bf16 *keys, const bf16 *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_mma<bf16, 256, 2>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 #endif
 
@@ -321,40 +328,40 @@ extern "C" __global__ void __launch_bounds__(128) attention_decode_f16_d64(
     f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_mma<f16, 64, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f16_d128(
     f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_mma<f16, 128, 4>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(64) attention_decode_f16_d256(
     f16 *o, float *partial, u32 *arrivals, const f16 *q, const f16 *keys, const f16 *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_mma<f16, 256, 2>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f32_d64(
     float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_f32<64>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(128) attention_decode_f32_d128(
     float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_f32<128>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }
 
 extern "C" __global__ void __launch_bounds__(64) attention_decode_f32_d256(
     float *o, float *partial, u32 *arrivals, const float *q, const float *keys, const float *values, const u32 *len,
     const u32 *slots, u32 capacity, u32 rows, u32 heads, u32 kv_heads, u32 head_size, float scale, u32 window, float softcap) {
     decode_f32<256>({o, partial, arrivals, q, keys, values}, slots, capacity,
-        {len[blockIdx.z], rows, heads, kv_heads, head_size, scale, window, softcap});
+        {length(len), rows, heads, kv_heads, head_size, scale, window, softcap});
 }

@@ -9,6 +9,7 @@
 //
 // Bytes: W once.
 
+#include "common/early.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
@@ -46,7 +47,7 @@ __device__ __forceinline__ void row_sums(float (&sum)[M], const T *row, const T 
             for (u32 i = 0; i < M; ++i) {
                 if (i >= m) break;
                 float v[8];
-                widen<T>(v, __ldg(reinterpret_cast<const uint4 *>(x + u64(i) * k + c + a * step)));
+                widen<T>(v, *reinterpret_cast<const uint4 *>(x + u64(i) * k + c + a * step));
 #pragma unroll
                 for (int j = 0; j < 8; ++j) sum[i] += u[j] * v[j];
             }
@@ -88,6 +89,7 @@ __device__ __forceinline__ void dense_few(U *y, const T *x, const T *w, u32 m, u
 
 template <typename U, typename T>
 __device__ __forceinline__ void dense_few(U *y, const T *x, const T *w, u32 m, u32 n, u32 k, u32 group) {
+    begin_early();
     if (m == 1) dense_few<1>(y, x, w, m, n, k, group);
     else dense_few<MOST>(y, x, w, m, n, k, group);
 }

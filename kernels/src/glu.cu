@@ -12,6 +12,7 @@
 //
 // Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup, and y.
 
+#include "common/early.cuh"
 #include "common/vec.cuh"
 
 enum Activation : u32 { SILU = 0, GELU_TANH = 1, GELU = 2 };
@@ -167,6 +168,7 @@ __device__ __forceinline__ void backward_of(T *dgate, T *dup, T *y, const T *dy,
 
 template <typename T>
 __device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 activation, u32 rows, u32 cols, u32 ld, u32 ld_in) {
+    begin_early();
     if (activation == SILU)
         forward_of<SILU>(y, gate, up, rows, cols, ld, ld_in);
     else if (activation == GELU_TANH)

@@ -21,6 +21,7 @@
 //
 // Bytes: forward x and y; with the residual x, a, r and y; backward dy, x and dx (twice with `add`).
 
+#include "common/early.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
@@ -156,6 +157,7 @@ __device__ __forceinline__ void forward_rows(T *r, T *y, float *inv_rms, const T
 template <typename T, bool RESIDUAL>
 __device__ __forceinline__ void forward(T *r, T *y, float *inv_rms, const T *x, const T *a, const float *w, float eps,
                                         float offset, u32 rows, u32 cols, u32 ld) {
+    begin_early();
     constexpr int N = Pack<T>::N;
     bool packed = cols % N == 0 && ld % N == 0 && aligned16(x) && aligned16(y);
     if (RESIDUAL) packed = packed && aligned16(a) && aligned16(r);

@@ -15,6 +15,7 @@
 // rope_append turns the newest token's query and key of each of B texts, the query in place, and puts key and value into the
 // text's slot of a cache, [slots, capacity, K, D], at position lens[text] - 1. Grid (B, H + 2 K), block any up to 256.
 
+#include "common/early.cuh"
 #include "common/vec.cuh"
 
 struct Heads {
@@ -96,6 +97,7 @@ template <typename T>
 __device__ __forceinline__ void append(T *q, T *keys, T *values, const T *k, const T *v, const u32 *lens, const u32 *slots,
                                        const float *cos, const float *sin, u32 q_heads, u32 k_heads, u32 head_size, u32 half,
                                        u32 capacity) {
+    begin_early();
     const u32 text = blockIdx.x, head = blockIdx.y, position = lens[text] - 1;
     const u64 row = u64(slots[text]) * capacity + position;
     const bool query = head < q_heads, key = !query && head < q_heads + k_heads;

@@ -18,6 +18,7 @@ use super::{
     launch::Function,
     libraries::Libraries,
     matmul::Blas,
+    order::{Order, Queue},
     profile::Timed,
 };
 use crate::{Error, Owner, Result};
@@ -59,7 +60,7 @@ pub(super) struct Gpu {
     pub(super) info: DeviceInfo,
     options: OpenOptions,
     context: sys::CUcontext,
-    pub(super) stream: sys::CUstream,
+    pub(super) queue: Queue,
     /// Copies between host and device that run beside the kernels.
     pub(super) copies: Copies,
     pub(super) functions: Mutex<HashMap<String, Function>>,
@@ -168,7 +169,12 @@ impl CudaDevice {
         }
         self.bind()?;
         // SAFETY: the stream lives as long as the process.
-        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.0.stream) })
+        check("cuStreamSynchronize", unsafe { sys::cuStreamSynchronize(self.stream()) })
+    }
+
+    /// The kernels' stream, for all but kernels that may overlap.
+    pub(super) fn stream(self) -> sys::CUstream {
+        self.0.queue.enter(Order::Strict).stream
     }
 
     pub(super) fn gpu(self) -> &'static Gpu {
@@ -197,7 +203,7 @@ impl CudaDevice {
         self.bind()?;
         // SAFETY: the caller's tensor owns `source.len()` bytes at `address`; pageable memory has been read when the call returns.
         check("cuMemcpyHtoDAsync", unsafe {
-            sys::cuMemcpyHtoDAsync_v2(address, source.as_ptr().cast(), source.len(), self.0.stream)
+            sys::cuMemcpyHtoDAsync_v2(address, source.as_ptr().cast(), source.len(), self.stream())
         })
     }
 
@@ -211,7 +217,7 @@ impl CudaDevice {
         if !target.is_empty() {
             // SAFETY: the caller's tensor owns as many bytes at `address`; `target` is not touched before the wait below.
             check("cuMemcpyDtoHAsync", unsafe {
-                sys::cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), address, target.len(), self.0.stream)
+                sys::cuMemcpyDtoHAsync_v2(target.as_mut_ptr().cast(), address, target.len(), self.stream())
             })?;
         }
         self.synchronize()
@@ -224,7 +230,7 @@ impl CudaDevice {
         }
         self.bind()?;
         // SAFETY: both ranges belong to tensors of the caller.
-        check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.0.stream) })
+        check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(target, source, bytes, self.stream()) })
     }
 
     /// Sets `bytes` to `value`.
@@ -234,7 +240,7 @@ impl CudaDevice {
         }
         self.bind()?;
         // SAFETY: the range belongs to a tensor of the caller.
-        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(target, value, bytes, self.0.stream) })
+        check("cuMemsetD8Async", unsafe { sys::cuMemsetD8Async(target, value, bytes, self.stream()) })
     }
 
     /// Where kernels read the root of the step's dropout masks; sets it to `root` if it is another.
@@ -404,7 +410,7 @@ impl Gpu {
             info,
             options,
             context,
-            stream,
+            queue: Queue::new(stream),
             copies,
             functions: Mutex::default(),
             modules: Mutex::default(),

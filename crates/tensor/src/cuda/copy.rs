@@ -29,7 +29,7 @@ impl CudaDevice {
     /// What is enqueued on the stream of copies from here on waits for the kernels enqueued so far.
     fn fork_copies(self) -> Result<sys::CUstream> {
         self.bind()?;
-        let (kernels, Copies { stream, fork }) = (self.gpu().stream, self.gpu().copies);
+        let (kernels, Copies { stream, fork }) = (self.stream(), self.gpu().copies);
         // SAFETY: streams and event live as long as the process.
         check("cuEventRecord", unsafe { sys::cuEventRecord(fork, kernels) })?;
         // SAFETY: as above.
@@ -96,7 +96,7 @@ impl Pinned {
         }
         self.device.bind()?;
         // SAFETY: stream and event live.
-        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.device.gpu().stream, self.event, 0) })
+        check("cuStreamWaitEvent", unsafe { sys::cuStreamWaitEvent(self.device.stream(), self.event, 0) })
     }
 
     fn mark(&self, stream: sys::CUstream) -> Result<()> {

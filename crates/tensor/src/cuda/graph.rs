@@ -37,7 +37,7 @@ impl Graph {
         let gpu = device.gpu();
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives as long as the process.
-        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(gpu.stream, mode) })?;
+        check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(device.stream(), mode) })?;
         gpu.capturing.store(true, Ordering::Relaxed);
         heap.record();
         let value = f();
@@ -45,7 +45,7 @@ impl Graph {
         gpu.capturing.store(false, Ordering::Relaxed);
         let mut graph = std::ptr::null_mut();
         // SAFETY: ends the capture begun above, also when `f` failed.
-        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(gpu.stream, &raw mut graph) });
+        let ended = check("cuStreamEndCapture", unsafe { sys::cuStreamEndCapture(device.stream(), &raw mut graph) });
         let value = value?;
         ended?;
         let mut executable = std::ptr::null_mut();
@@ -75,7 +75,7 @@ impl Graph {
         }
         self.device.bind()?;
         // SAFETY: the executable lives as long as this value.
-        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.gpu().stream) })
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.stream()) })
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
     context::{CudaDevice, Module},
     driver::check,
     matmul::Matrix,
+    order::Order,
 };
 use crate::{DType, Device, Error, Owner, Result, Tensor, TensorMut};
 
@@ -19,6 +20,8 @@ pub(super) struct Function {
     kernel: &'static Kernel,
     /// Dynamic shared memory it was allowed so far.
     shared: u32,
+    /// Whether it was launched early.
+    early: bool,
 }
 
 /// How many threads run a kernel.
@@ -204,6 +207,19 @@ impl CudaDevice {
     /// [`Error::Kernel`] when there is no kernel `name`, no image of it for this device, or the arguments do not fit its
     /// signature; [`Error::Cuda`] from the driver.
     pub(crate) fn launch(self, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
+        self.launch_in(Order::Strict, name, grid, args)
+    }
+
+    /// Adds a kernel that lets the next begin before its end, and itself may begin before the end of one like it right before: what
+    /// it reads before it waits (`wait_for_launches` in its source) is written by no such kernel.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub(crate) fn launch_early(self, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
+        self.launch_in(Order::Early, name, grid, args)
+    }
+
+    fn launch_in(self, order: Order, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
@@ -211,57 +227,83 @@ impl CudaDevice {
             return expect_args(name, signature(name)?, args);
         }
         self.bind()?;
-        let function = self.function(name, grid.shared)?;
+        let function = self.function(name, grid.shared, order)?;
         expect_args(name, function.kernel, args)?;
-        self.timed(|| name.to_owned(), || self.launch_checked(name, function, grid, args))
+        self.timed(|| name.to_owned(), || self.launch_checked(order, name, function, grid, args))
     }
 
-    fn launch_checked(self, name: &str, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
+    fn launch_checked(self, order: Order, name: &str, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
         let mut values: Vec<*mut std::ffi::c_void> = args.iter().map(|arg| arg.value().cast_mut()).collect();
-        let [x, y, z] = grid.blocks;
-        // SAFETY: the handle is of a module that is never unloaded; the values have the kinds of its signature and live until the
-        // driver has copied them, before it returns.
-        let status = unsafe {
-            sys::cuLaunchKernel(
-                function.handle,
-                x,
-                y,
-                z,
-                grid.threads[0],
-                grid.threads[1],
-                1,
-                grid.shared,
-                self.gpu().stream,
-                values.as_mut_ptr(),
-                std::ptr::null_mut(),
-            )
+        let entered = self.gpu().queue.enter(order);
+        let overlap = (entered.before, order) == (Order::Early, Order::Early) && self.overlaps();
+        let mut attribute = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
         };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks[0],
+            gridDimY: grid.blocks[1],
+            gridDimZ: grid.blocks[2],
+            blockDimX: grid.threads[0],
+            blockDimY: grid.threads[1],
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: entered.stream,
+            attrs: &raw mut attribute,
+            numAttrs: overlap.into(),
+        };
+        // SAFETY: the handle is of a module that is never unloaded; the values have the kinds of its signature; they, configuration
+        // and attribute live until the driver has copied them, before it returns.
+        let status =
+            unsafe { sys::cuLaunchKernelEx(&raw const config, function.handle, values.as_mut_ptr(), std::ptr::null_mut()) };
         match status {
             sys::CUresult::CUDA_SUCCESS => Ok(()),
             failed => Err(Error::Kernel { kernel: name.into(), reason: super::driver::describe(failed) }),
         }
     }
 
-    /// Whether there is a kernel of that name for this device.
-    pub(super) fn expect_kernel(self, name: &str) -> Result<()> {
-        self.function(name, 0).map(drop)
+    /// Whether launches may overlap: from Hopper on, and captured in graphs too from CUDA 12.3 on. While kernels are timed each
+    /// runs alone.
+    fn overlaps(self) -> bool {
+        self.info().capability.major >= 9 && self.info().driver >= 12030 && !self.is_profiling()
     }
 
-    fn function(self, name: &str, shared: u32) -> Result<Function> {
+    /// Whether there is a kernel of that name for this device.
+    pub(super) fn expect_kernel(self, name: &str) -> Result<()> {
+        self.function(name, 0, Order::Strict).map(drop)
+    }
+
+    /// A kernel with that much dynamic shared memory, in a launch of that order.
+    fn function(self, name: &str, shared: u32, order: Order) -> Result<Function> {
+        use sys::CUfunction_attribute::{
+            CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as MOST,
+            CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as CARVEOUT,
+        };
         let mut functions = self.gpu().functions.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut function = match functions.get(name) {
-            Some(function) => *function,
+        let known = functions.get(name).copied();
+        let mut function = match known {
+            Some(function) => function,
             None => self.charge(Owner::Kernels, || self.load(name))?,
         };
-        if shared > function.shared {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let set = |attribute, value| {
             // SAFETY: the handle is of a loaded module.
-            check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function.handle, attribute, shared as i32) })?;
-            function.shared = shared;
-        } else if functions.contains_key(name) {
-            return Ok(function);
+            check("cuFuncSetAttribute", unsafe { sys::cuFuncSetAttribute(function.handle, attribute, value) })
+        };
+        let more = shared > function.shared;
+        if more {
+            set(MOST, shared as i32)?;
         }
-        functions.insert(name.to_owned(), function);
+        // Blocks of two launches fit beside each other where a multiprocessor's memory is divided alike for both.
+        let divide = order == Order::Early && !function.early;
+        if divide {
+            set(CARVEOUT, 100)?;
+        }
+        if known.is_none() || more || divide {
+            function.shared = shared.max(function.shared);
+            function.early |= divide;
+            functions.insert(name.to_owned(), function);
+        }
         Ok(function)
     }
 
@@ -275,7 +317,7 @@ impl CudaDevice {
         check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&raw mut handle, module.0, symbol.as_ptr()) })
             .map_err(|error| missing(error.to_string()))?;
         // 48 KiB need no permission.
-        Ok(Function { handle, kernel, shared: 48 << 10 })
+        Ok(Function { handle, kernel, shared: 48 << 10, early: false })
     }
 
     fn module(self, name: &'static str) -> Result<Module> {

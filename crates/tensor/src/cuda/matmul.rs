@@ -178,12 +178,12 @@ impl Blas {
     fn run(&mut self, device: CudaDevice, gemm: &Gemm) -> Result<()> {
         let key = Key::of(gemm);
         if let Some(plan) = self.plans.get(&key) {
-            return self.launch(gemm, plan, device.gpu().stream);
+            return self.launch(gemm, plan, device.stream());
         }
         // The library loads a kernel when it is first launched.
         let plan = device.charge(Owner::Libraries, || {
             let plan = self.choose(device, gemm, key.aligned)?;
-            self.launch(gemm, &plan, device.gpu().stream)?;
+            self.launch(gemm, &plan, device.stream())?;
             Ok(plan)
         })?;
         if self.plans.len() == MOST_PLANS {
@@ -280,7 +280,7 @@ impl Blas {
     ) -> sys::cublasLtMatmulAlgo_t {
         let time = |algorithm| {
             let plan = Plan { algorithm, ..plan };
-            let run = || device.milliseconds(|| self.launch(gemm, &plan, device.gpu().stream));
+            let run = || device.milliseconds(|| self.launch(gemm, &plan, device.stream()));
             // One to load the kernel, then the shortest of a few.
             run()?;
             (0..REPEATS).try_fold(f64::INFINITY, |least, _| Ok::<_, Error>(least.min(run()?)))

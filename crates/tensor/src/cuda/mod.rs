@@ -24,6 +24,7 @@ mod launch;
 pub mod libraries;
 mod matmul;
 mod memory;
+mod order;
 mod pages;
 mod pinned;
 mod profile;

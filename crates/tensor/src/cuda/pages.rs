@@ -74,7 +74,7 @@ impl Pager {
             return Ok(());
         }
         self.device.bind()?;
-        record(self.begun, self.device.gpu().stream)?;
+        record(self.begun, self.device.stream())?;
         wait(self.there, self.begun)
     }
 
@@ -107,7 +107,7 @@ impl Pager {
             return Ok(());
         }
         self.device.bind()?;
-        wait(self.device.gpu().stream, self.slots[slot].arrived)
+        wait(self.device.stream(), self.slots[slot].arrived)
     }
 
     /// Begins to copy `place`, the memory of `slot`, to `page` when the kernels enqueued so far are done.
@@ -120,7 +120,7 @@ impl Pager {
             return Ok(());
         }
         self.device.bind()?;
-        let (kernels, back, slot) = (self.device.gpu().stream, self.back, &mut self.slots[slot]);
+        let (kernels, back, slot) = (self.device.stream(), self.back, &mut self.slots[slot]);
         record(slot.done, kernels)?;
         wait(back, slot.done)?;
         // SAFETY: the page owns `bytes` bytes here, the tensor at least as many there.
@@ -138,7 +138,7 @@ impl Pager {
             return Ok(());
         }
         self.device.bind()?;
-        let kernels = self.device.gpu().stream;
+        let kernels = self.device.stream();
         self.slots.iter().filter(|slot| slot.leaving).try_for_each(|slot| wait(kernels, slot.left))
     }
 }

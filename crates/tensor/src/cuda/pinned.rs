@@ -55,7 +55,7 @@ impl Pinned {
             return Ok(());
         }
         self.device.bind()?;
-        let stream = self.device.gpu().stream;
+        let stream = self.device.stream();
         // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
         check("cuMemcpyDtoHAsync", unsafe { sys::cuMemcpyDtoHAsync_v2(self.address.cast(), tensor.address()?, bytes, stream) })?;
         // SAFETY: event and stream live.
@@ -73,7 +73,7 @@ impl Pinned {
             return Ok(());
         }
         self.device.bind()?;
-        let (target, stream) = (tensor.address_mut()?, self.device.gpu().stream);
+        let (target, stream) = (tensor.address_mut()?, self.device.stream());
         // SAFETY: this value owns `bytes` bytes here, the tensor as many there.
         check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(target, self.address.cast(), bytes, stream) })?;
         // SAFETY: event and stream live.
@@ -92,7 +92,7 @@ impl Pinned {
             return Err(crate::Error::Argument { op: "pinned", argument: "at", expected, found: at });
         }
         self.device.bind()?;
-        let (target, stream) = (tensor.address_mut()? + at as u64, self.device.gpu().stream);
+        let (target, stream) = (tensor.address_mut()? + at as u64, self.device.stream());
         // SAFETY: this value owns `len` bytes here, the tensor as many from `at` on.
         check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(target, self.address.cast(), len, stream) })?;
         // SAFETY: event and stream live.

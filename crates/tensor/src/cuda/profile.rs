@@ -96,7 +96,7 @@ impl CudaDevice {
         // SAFETY: a context is bound; `event` outlives the call; the stream lives as long as the process.
         unsafe {
             check("cuEventCreate", sys::cuEventCreate(&raw mut event, 0))?;
-            check("cuEventRecord", sys::cuEventRecord(event, self.gpu().stream))?;
+            check("cuEventRecord", sys::cuEventRecord(event, self.stream()))?;
         }
         Ok(event)
     }

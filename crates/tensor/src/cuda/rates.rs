@@ -53,7 +53,7 @@ impl CudaDevice {
         let mut pinned = Pinned::new(self, SAMPLE)?;
         pinned.fetch(&tensor)?;
         let [begin, end] = [self.timing_event()?, self.timing_event()?];
-        let stream = self.gpu().stream;
+        let stream = self.stream();
         // SAFETY: event and stream live.
         check("cuEventRecord", unsafe { sys::cuEventRecord(begin, stream) })?;
         pinned.fetch(&tensor)?;

@@ -36,6 +36,6 @@ pub(crate) fn product(device: CudaDevice, gemm: &Gemm) -> Result<bool> {
         Arg::size(k),
         Arg::size(group),
     ];
-    device.launch(&name, Grid::new(n.div_ceil(rows).min(8 * multiprocessors), 32 * WARPS as u32), &args)?;
+    device.launch_early(&name, Grid::new(n.div_ceil(rows).min(8 * multiprocessors), 32 * WARPS as u32), &args)?;
     Ok(true)
 }

@@ -229,7 +229,7 @@ mod cuda {
         let (rows_cols, gate_at, ld_in) = sizes(gate)?;
         let (_, y_at, ld) = sizes(y)?;
         let front = [y_at, gate_at, sizes(up)?.1, number(activation)];
-        device.launch(
+        device.launch_early(
             &format!("glu_fwd_{}", suffix(OP, gate.dtype())?),
             grid(gate),
             &[&front[..], &rows_cols, &[ld, ld_in]].concat(),

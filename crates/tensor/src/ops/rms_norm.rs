@@ -414,7 +414,7 @@ mod cuda {
         let (y, ld) = output(y)?;
         let outputs = [y, Arg::write(inv)?];
         let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, ld];
-        device.launch(
+        device.launch_early(
             &format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?),
             grid(device, x, 2048),
             &[&outputs[..], &inputs].concat(),
@@ -435,7 +435,7 @@ mod cuda {
         let (y, ld) = output(y)?;
         let outputs = [Arg::write(r)?, y, Arg::write(inv)?];
         let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, ld];
-        device.launch(
+        device.launch_early(
             &format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?),
             grid(device, x, 2048),
             &[&outputs[..], &inputs].concat(),

@@ -218,7 +218,7 @@ pub(super) fn step(
     ];
     let blocks = [texts.count() as u32, (heads.heads + 2 * heads.kv_heads) as u32, 1];
     let grid = Grid { blocks, threads: [heads.head_size.div_ceil(2).next_multiple_of(32).min(256) as u32, 1], shared: 0 };
-    device.launch(&format!("rope_append_{}", suffix(OP, q.dtype())?), grid, &args)?;
+    device.launch_early(&format!("rope_append_{}", suffix(OP, q.dtype())?), grid, &args)?;
     let (capacity, slots) = (texts.capacity(), Some(slots));
     let cache = Cached { keys, values, lens, slots, capacity, longest: capacity };
     split(device, &q, 1, texts.count(), &cache, heads, config)
@@ -273,6 +273,6 @@ fn split(
     let threads = if d == 256 { 64 } else { 128 };
     let blocks = [splits as u32, rows as u32, texts as u32];
     let grid = Grid { blocks, threads: [threads, 1], shared: (512 * d).min(65_536) as u32 };
-    device.launch(&format!("attention_decode_{}_d{d}", suffix(OP, q.dtype())?), grid, &args)?;
+    device.launch_early(&format!("attention_decode_{}_d{d}", suffix(OP, q.dtype())?), grid, &args)?;
     Ok(o)
 }
