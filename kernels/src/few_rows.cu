@@ -13,30 +13,24 @@
 // differ: row r of x is column 2 r of B in the lanes of the first half and column 2 r + 1 in those of the second, zero
 // elsewhere. C (g, 2 r) and (g, 2 r + 1), which lie in one lane, are then the sums of the two halves.
 //
-// Work: a block takes neighbouring tiles of 16 rows; their slices in one line are shared out to its warps evenly. A warp leaves its
-// sum of each tile that it has a part of in shared memory. Loads of W run ahead by DEPTH slices in registers; no barrier lies within
-// the loop. few_rows (m <= 4) and few_rows_held hold x and the scales of all the block's slices in shared memory; few_rows_any, for
-// what does not fit there, reads them as it goes.
+// Work: a block takes neighbouring tiles of 16 rows, in units of two slices, which its warps take in turn: what a block reads at a
+// time are long pieces of rows side by side, as memory likes it. Loads of W run ahead by DEPTH units in registers, those of scales
+// too; no barrier of the block lies within the loop. A warp leaves its sum of each tile in shared memory. few_rows (m <= 4) and
+// few_rows_held hold x in shared memory; few_rows_any, for what does not fit there, reads it as it goes.
 //
-// Launch: block 512, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE bytes; but for
-// few_rows_any x as [slice][word of a lane][lane % 4][row], 256 m bytes a slice, and STAGE floats for each slice of the most tiles that
-// a block has; then 16 · segments · 16 m floats. `segments`: the most tiles that a warp has a part of.
+// Launches may overlap (early.cuh): all that a block reads before it waits are weights, the adapters' B among them.
+//
+// Launch: block 512, few_rows_any 256, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE
+// bytes; but for few_rows_any x as [slice][row][word of a lane][lane % 4], 512 m bytes a unit; then 16 m floats for each warp of each
+// of the most tiles that a block has.
 //
 // Bytes: W once.
+//
+// spills: few_rows_held_f16 8 on sm_75: one value
 
+#include "common/early.cuh"
 #include "common/few_rows.cuh"
 #include "common/mma.cuh"
-
-template <bool STAGED>
-struct Fetched {
-    uint4 codes[2];
-    Scale scale;
-};
-
-template <>
-struct Fetched<true> {
-    uint4 codes[2];
-};
 
 __device__ __forceinline__ uint4 load_codes(const u8 *p) {
     uint4 v;
@@ -44,38 +38,70 @@ __device__ __forceinline__ uint4 load_codes(const u8 *p) {
     return v;
 }
 
-// Walks over the slices of the block's tiles in order: what the lane loads there.
-template <typename T>
+// What a lane loads of a unit: 16 bytes of two rows in both slices, and two scales.
+template <bool EVEN>
+struct Fetched {
+    uint4 codes[2][2];
+    Pair<EVEN> scales;
+};
+
+// From one of a warp's units to its next.
+struct Step {
+    u32 units, tiles, unit;
+
+    __device__ __forceinline__ Step(u32 units, u32 warps) : units(units), tiles(warps / units), unit(warps % units) {}
+};
+
+// Where a warp is in the block's line of units: it takes every WARPS-th.
+struct Spot {
+    u32 tile, unit;
+
+    __device__ __forceinline__ void next(const Step &step) {
+        tile += step.tiles, unit += step.unit;
+        if (unit >= step.units) unit -= step.units, ++tile;
+    }
+};
+
+// Loads a warp's units in turn.
+template <bool EVEN, typename T>
 struct Reader {
     const u8 *codes;
-    const void *absmax;
-    const float *absmax2;
-    u32 below;    // bytes from the lane's upper row to its lower one
-    u32 scale;    // the element whose scale it loads
-    u32 tile, slice;
+    u32 below;  // bytes from the lane's upper row to its lower one
+    Spot at;
+    u32 end;  // the tiles up to here are whole ones of one part
+    ScaleReader<EVEN> scales;
 
     __device__ __forceinline__ void seek(const Launch<T> &launch, u32 lane) {
-        const Found<T> found = launch.find(tile);
+        const Found<T> found = launch.find(at.tile);
         const Part<T> &part = found.part;
-        const u32 first = (tile - found.tile) * TILE, last = part.n - 1;
+        const u32 first = (at.tile - found.tile) * TILE, last = part.n - 1;
         const u32 upper = min(first + lane / 4, last), lower = min(first + lane / 4 + 8, last);
-        const u32 column = slice * SLICE + lane % 4 * 32;
-        codes = part.packed + (u64(upper) * launch.k + column) / 2;
+        codes = part.packed + (u64(upper) * launch.k + at.unit * UNIT + lane % 4 * 32) / 2;
         below = (lower - upper) * (launch.k / 2);
-        scale = min(first + lane / 2, last) * launch.k + slice * SLICE + lane % 2 * 64;
-        absmax = part.absmax, absmax2 = part.absmax2;
+        scales.seek(part, min(first + lane % 16, last) * launch.k + at.unit * UNIT + lane / 16 * SLICE);
+        end = found.tile + part.n / TILE;
     }
-    template <bool STAGED>
-    __device__ __forceinline__ void fetch(Fetched<STAGED> &to, const Launch<T> &launch, u32 lane) {
-        // Beyond the row: the columns before, whose x is zero there.
-        const u32 back = slice * SLICE + lane % 4 * 32 < launch.k ? 0 : 32;
-        to.codes[0] = load_codes(codes - back), to.codes[1] = load_codes(codes + below - back);
-        if constexpr (!STAGED)
-            to.scale = load_scale(absmax, absmax2, (scale - (slice * SLICE + lane % 2 * 64 < launch.k ? 0 : 64)) >> launch.shift);
+    __device__ __forceinline__ void fetch(Fetched<EVEN> &to, const Launch<T> &launch, u32 lane) {
+#pragma unroll
+        for (u32 s = 0; s < 2; s++) {
+            const u8 *from = codes + s * (SLICE / 2);
+            if constexpr (!EVEN) {
+                // Beyond the row: its first columns, whose products with x, zero there, are zero.
+                const u32 column = at.unit * UNIT + s * SLICE + lane % 4 * 32;
+                if (column >= launch.k) from -= column / 2;
+            }
+            to.codes[s][0] = load_codes(from), to.codes[s][1] = load_codes(from + below);
+        }
+        if constexpr (EVEN) scales.fetch(to.scales);
+        else scales.fetch(to.scales, at.unit * UNIT + lane / 16 * SLICE, launch.k, launch.shift);
     }
-    __device__ __forceinline__ void next(const Launch<T> &launch, u32 lane, u32 slices) {
-        codes += SLICE / 2, scale += SLICE;
-        if (++slice == slices) slice = 0, ++tile, seek(launch, lane);
+    __device__ __forceinline__ void next(const Launch<T> &launch, u32 lane, const Step &step) {
+        const Spot before = at;
+        at.next(step);
+        if (at.tile < end) {
+            const u32 elements = (at.tile - before.tile) * TILE * launch.k + (at.unit - before.unit) * UNIT;
+            codes += elements / 2, scales.move(elements);
+        } else seek(launch, lane);
     }
 };
 
@@ -96,86 +122,125 @@ __device__ __forceinline__ void fill_table(u8 *table, float level) {
     }
 }
 
-// x in 16 bytes: [slice][word][lane % 4][row], zeros beyond k. Asynchronous.
+// x in 16 bytes: [slice][row][word][lane % 4], zeros beyond k. Odd rows have neighbouring words exchanged, so that two rows lie in
+// other banks. Asynchronous.
 template <typename T>
-__device__ __forceinline__ void hold_x(uint4 *to, const Launch<T> &launch, u32 slices) {
-    const u32 words = slices * (SLICE / 8);
+__device__ __forceinline__ void hold_x(u32 to, const Launch<T> &launch, u32 units) {
+    const u32 words = units * (UNIT / 8);
     for (u32 row = 0; row < launch.m; row++)
         for (u32 word = threadIdx.x; word < words; word += blockDim.x) {
-            const uint4 *place = to + ((word / 16 * 4 + word % 4) * 4 + word / 4 % 4) * launch.m + row;
+            const u32 place = ((word / 16 * launch.m + row) * 4 + (word % 4 ^ row % 2)) * 4 + word / 4 % 4;
             const bool valid = word * 8 < launch.k;
-            copy16(shared_address(place), launch.x + (valid ? row * launch.k + word * 8 : 0), valid);
+            copy16(to + place * 16, launch.x + (valid ? row * launch.k + word * 8 : 0), valid);
         }
     copy_commit();
 }
 
-// Where the lane's part of B comes from: its row of x (in the first or second four), if it holds one.
+// The lane's part of B: 8 columns of its row of x (of the first or second four rows) at a time, if it holds one. Lanes without one
+// have zeros in `b` from the start and keep them.
 template <int GROUPS, bool HELD, typename T>
 struct Columns {
     const T *x[HELD ? 1 : GROUPS];
-    u32 at, step;
+    u32 even, odd, step;  // where the even and the odd words of the first slice lie; from a slice to the next
     bool valid[GROUPS];
+    uint4 b[2][GROUPS];
 
-    __device__ __forceinline__ Columns(const Launch<T> &launch, u32 lane) {
+    __device__ __forceinline__ Columns(u32 held, const Launch<T> &launch, u32 lane) {
         const u32 row = lane / 8;
-        at = lane % 4 * launch.m + row, step = 4 * launch.m;
+        step = launch.m * (SLICE * 2);
+        even = held + row * 256 + row % 2 * 64 + lane % 4 * 16, odd = even - row % 2 * 128;
 #pragma unroll
         for (u32 j = 0; j < GROUPS; j++) {
             valid[j] = lane / 4 % 2 == lane % 4 / 2 && row + j * 4 < launch.m;
-            if constexpr (!HELD) x[j] = launch.x + (row + j * 4) * launch.k;
+            if constexpr (!HELD) x[j] = launch.x + (row + j * 4) * launch.k + lane % 4 * 32;
+            b[0][j] = b[1][j] = make_uint4(0, 0, 0, 0);
         }
     }
-    __device__ __forceinline__ uint4 get(const uint4 *held, const Launch<T> &launch, u32 slice, u32 lane, u32 word, u32 j) const {
-        uint4 b = make_uint4(0, 0, 0, 0);
-        if constexpr (HELD) {
-            if (valid[j]) b = held[at + (slice * 4 + word) * step + j * 4];
-        } else {
-            const u32 column = slice * SLICE + lane % 4 * 32 + word * 8;
-            if (valid[j] && column < launch.k) b = *reinterpret_cast<const uint4 *>(x[j] + column);
+    // Word WORD of slice S of `unit`.
+    template <u32 WORD, u32 S>
+    __device__ __forceinline__ void load(const Launch<T> &launch, u32 unit, u32 lane) {
+#pragma unroll
+        for (u32 j = 0; j < GROUPS; j++) {
+            uint4 &to = b[S][j];
+            if constexpr (HELD) {
+                const u32 at = (WORD % 2 ? odd : even) + (unit * 2 + S) * step;
+                asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+                             : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+                             : "r"(at + WORD * 64 + j * 1024), "r"(u32(valid[j])));
+            } else {
+                const u32 column = unit * UNIT + S * SLICE + WORD * 8;
+                to = make_uint4(0, 0, 0, 0);
+                if (valid[j] && column + lane % 4 * 32 < launch.k) to = *reinterpret_cast<const uint4 *>(x[j] + column);
+            }
         }
-        return b;
     }
 };
 
-// Sums of one slice, for rows 0..4 of x and, with two groups, 4..8: acc[group] of rows g and g + 8.
-template <int GROUPS, bool HELD, bool STAGED, typename T>
-__device__ __forceinline__ void add_slice(float (&acc)[GROUPS][2], const Fetched<STAGED> &from, const float2 (&scales)[2],
-                                          const u8 *table, const uint4 *held, const Columns<GROUPS, HELD, T> &columns,
-                                          const Launch<T> &launch, u32 slice, u32 lane, u32 place) {
-    float c[GROUPS][4] = {};
-    const u32 upper[4] = {from.codes[0].x, from.codes[0].y, from.codes[0].z, from.codes[0].w};
-    const u32 lower[4] = {from.codes[1].x, from.codes[1].y, from.codes[1].z, from.codes[1].w};
+// The warp's number, known to the compiler to be the same in all lanes.
+__device__ __forceinline__ u32 warp_of_block() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
+
+// One word of both slices of a unit: c[slice][group] of rows g and g + 8.
+template <u32 WORD, int GROUPS, bool HELD, bool EVEN, typename T>
+__device__ __forceinline__ void add_word(float (&c)[2][GROUPS][4], const Fetched<EVEN> &from, const u8 *table,
+                                         Columns<GROUPS, HELD, T> &columns, const Launch<T> &launch, u32 unit, u32 lane, u32 place) {
+    const auto word = [](const uint4 &x) { return WORD == 0 ? x.x : WORD == 1 ? x.y : WORD == 2 ? x.z : x.w; };
+    columns.template load<WORD, 0>(launch, unit, lane);
+    columns.template load<WORD, 1>(launch, unit, lane);
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        const u32 first[4] = {pair<0>(table, upper[i], place), pair<0>(table, lower[i], place), pair<1>(table, upper[i], place),
-                              pair<1>(table, lower[i], place)};
-        const u32 second[4] = {pair<2>(table, upper[i], place), pair<2>(table, lower[i], place),
-                               pair<3>(table, upper[i], place), pair<3>(table, lower[i], place)};
+    for (u32 s = 0; s < 2; s++) {
+        const u32 upper = word(from.codes[s][0]), lower = word(from.codes[s][1]);
+        const u32 first[4] = {pair<0>(table, upper, place), pair<0>(table, lower, place), pair<1>(table, upper, place),
+                              pair<1>(table, lower, place)};
+        const u32 second[4] = {pair<2>(table, upper, place), pair<2>(table, lower, place), pair<3>(table, upper, place),
+                               pair<3>(table, lower, place)};
 #pragma unroll
         for (u32 j = 0; j < GROUPS; j++) {
-            const uint4 b = columns.get(held, launch, slice, lane, i, j);
-            mma<T>(c[j], first, b.x, b.y);
-            mma<T>(c[j], second, b.z, b.w);
+            const uint4 &b = columns.b[s][j];
+            mma<T>(c[s][j], first, b.x, b.y);
+            mma<T>(c[s][j], second, b.z, b.w);
         }
     }
+}
+
+// Adds a unit's sums, for rows 0..4 of x and, with two groups, 4..8: acc[group] of rows g and g + 8. `stage`: the unit's scales.
+template <int GROUPS, bool HELD, bool EVEN, typename T>
+__device__ __forceinline__ void add_unit(float (&acc)[GROUPS][2], const Fetched<EVEN> &from, const float *stage, const u8 *table,
+                                         Columns<GROUPS, HELD, T> &columns, const Launch<T> &launch, u32 unit, u32 lane, u32 place) {
+    float c[2][GROUPS][4] = {};
+    add_word<0>(c, from, table, columns, launch, unit, lane, place);
+    add_word<1>(c, from, table, columns, launch, unit, lane, place);
+    add_word<2>(c, from, table, columns, launch, unit, lane, place);
+    add_word<3>(c, from, table, columns, launch, unit, lane, place);
 #pragma unroll
-    for (u32 j = 0; j < GROUPS; j++) {
-        acc[j][0] += c[j][0] * scales[0].x + c[j][1] * scales[0].y;
-        acc[j][1] += c[j][2] * scales[1].x + c[j][3] * scales[1].y;
+    for (u32 s = 0; s < 2; s++) {
+        const float4 scales = *reinterpret_cast<const float4 *>(stage + s * (2 * TILE) + lane / 4 * 4);
+#pragma unroll
+        for (u32 j = 0; j < GROUPS; j++) {
+            acc[j][0] = fmaf(c[s][j][1], scales.y, fmaf(c[s][j][0], scales.x, acc[j][0]));
+            acc[j][1] = fmaf(c[s][j][3], scales.w, fmaf(c[s][j][2], scales.z, acc[j][1]));
+        }
     }
 }
 
-// The first of the block's `all` slices that warp `w` takes.
-template <u32 WARPS>
-__device__ __forceinline__ u32 begin_of(u32 w, u32 all) {
-    return w * all / WARPS;
-}
-
-// The warp's slices; its sums of each tile to `sums` [segment][row of W][row of x].
-template <int GROUPS, bool HELD, bool STAGED, u32 WARPS, int DEPTH, typename T>
-__device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &launch, u8 *table, uint4 *held, float *stage,
-                                               float *maps, u32 first_tile, u32 tiles) {
-    // Everything that comes from memory is asked for before anything is waited for.
+// The warp's units; its sums of each tile to `sums` [tile][warp][row of W][row of x].
+template <int GROUPS, bool HELD, bool EVEN, u32 WARPS, int DEPTH, typename T>
+__device__ __forceinline__ void units_of_warp(float *sums, const Launch<T> &launch, u8 *table, u32 held, float *stage, float *maps,
+                                              u32 first_tile, u32 tiles) {
+    const u32 lane = threadIdx.x % 32, warp = warp_of_block(), units = (launch.k + UNIT - 1) / UNIT;
+    const u32 all = tiles * units, count = (all + WARPS - 1 - warp) / WARPS;
+    const Step step(units, WARPS);
+    // Everything that comes from memory is asked for before anything is waited for; a warp without units reads the last.
+    const u32 begin = min(warp, all - 1);
+    Spot at = {first_tile + begin / units, begin % units};
+    Reader<EVEN, T> reader;
+    reader.at = at;
+    reader.seek(launch, lane);
+    Fetched<EVEN> ring[DEPTH];
+#pragma unroll
+    for (u32 i = 0; i < DEPTH; i++) {
+        if (i && i < count) reader.next(launch, lane, step);
+        reader.fetch(ring[i], launch, lane);
+    }
     const float level = launch.code[threadIdx.x % 16];
     constexpr u32 THREADS = WARPS * 32, MAPS = (3 * 256 + THREADS - 1) / THREADS;
     float map[MAPS];
@@ -185,36 +250,14 @@ __device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &lau
         const float *from = i < 256 ? launch.parts[0].map : i < 512 ? launch.parts[1].map : launch.parts[2].map;
         map[j] = i < 3 * 256 && from ? from[i % 256] : 0.0f;
     }
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, slices = (launch.k + SLICE - 1) / SLICE;
-    const u32 all = tiles * slices, begin = begin_of<WARPS>(warp, all), count = begin_of<WARPS>(warp + 1, all) - begin;
-    Reader<T> reader;
-    reader.tile = first_tile + begin / slices, reader.slice = begin % slices;
-    u32 tile = reader.tile, slice = reader.slice;
-    Fetched<STAGED> ring[DEPTH];
-    if (count) {
-        reader.seek(launch, lane);
-#pragma unroll
-        for (u32 i = 0; i < DEPTH; i++)
-            if (i < count) {
-                if (i) reader.next(launch, lane, slices);
-                reader.fetch(ring[i], launch, lane);
-            }
-    }
-    if constexpr (HELD) hold_x(held, launch, slices);
+    prefetch_beside(launch, first_tile, tiles);
     fill_table<T>(table, level);
 #pragma unroll
     for (u32 j = 0; j < MAPS; j++)
         if (j * THREADS + threadIdx.x < 3 * 256) maps[j * THREADS + threadIdx.x] = map[j];
-    if constexpr (STAGED) {
-        Stager<WARPS, T> stager(launch, tiles);
-        stager.load(launch, first_tile, lane);
-        __syncthreads();
-        while (true) {
-            stager.store(stage, maps, launch, first_tile, lane, slices);
-            if (stager.done()) break;
-            stager.load(launch, first_tile, lane);
-        }
-    }
+    // All before came from frozen weights; x and h are what launches before write.
+    wait_for_launches();
+    if constexpr (HELD) hold_x(held, launch, units);
     copy_wait<0>();
     __syncthreads();
     u32 place = lane * 4;
@@ -223,29 +266,23 @@ __device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &lau
         const Found<T> found = launch.find(tile);
         return Scales{maps + found.index * 256, found.part.offset};
     };
-    Scales scales = scales_of(tile);
-    const Columns<GROUPS, HELD, T> columns(launch, lane);
+    Scales scales = scales_of(at.tile);
+    Columns<GROUPS, HELD, T> columns(held, launch, lane);
+    sums += (at.tile - first_tile) * (WARPS * TILE * launch.m);
     float acc[GROUPS][2] = {};
     for (u32 done = 0; done < count; done += DEPTH) {
 #pragma unroll
         for (u32 i = 0; i < DEPTH; i++) {
             if (done + i >= count) break;
-            float2 of_rows[2];
-            if constexpr (STAGED) {
-                const float *of_slice = stage + ((tile - first_tile) * slices + slice) * STAGE + lane / 4 * 2;
-                of_rows[0] = *reinterpret_cast<const float2 *>(of_slice);
-                of_rows[1] = *reinterpret_cast<const float2 *>(of_slice + 16);
-            } else {
-                const float scale = scales.value(ring[i].scale);
-#pragma unroll
-                for (u32 r = 0; r < 2; r++) {
-                    const u32 from = lane / 4 * 2 + r * 16;
-                    of_rows[r] = {__shfl_sync(~0u, scale, from), __shfl_sync(~0u, scale, from + 1)};
-                }
-            }
-            add_slice(acc, ring[i], of_rows, table, held, columns, launch, slice, lane, place);
-            if (done + i + DEPTH < count) reader.next(launch, lane, slices), reader.fetch(ring[i], launch, lane);
-            if (++slice == slices || done + i + 1 == count) {
+            // Lanes that are behind still read the scales of the unit before, which lie elsewhere.
+            float *const here = stage + i * STAGE;
+            *reinterpret_cast<float2 *>(here + lane / 16 * (2 * TILE) + lane % 8 * 4 + lane / 8 % 2 * 2) = scales.values(ring[i].scales);
+            __syncwarp();
+            add_unit(acc, ring[i], here, table, columns, launch, at.unit, lane, place);
+            if (done + i + DEPTH < count) reader.next(launch, lane, step), reader.fetch(ring[i], launch, lane);
+            const u32 tile = at.tile;
+            at.next(step);
+            if (at.tile != tile || done + i + 1 == count) {
 #pragma unroll
                 for (u32 j = 0; j < GROUPS; j++) {
                     const u32 row = lane % 4 + j * 4;
@@ -255,30 +292,28 @@ __device__ __forceinline__ void slices_of_warp(float *sums, const Launch<T> &lau
                     }
                     acc[j][0] = acc[j][1] = 0;
                 }
-                sums += TILE * launch.m;
-                slice = 0, ++tile;
-                if (!STAGED && done + i + 1 < count) scales = scales_of(tile);
+                sums += (at.tile - tile) * (WARPS * TILE * launch.m);
+                scales = scales_of(at.tile);
             }
         }
     }
 }
 
-// Adds up the warps' sums, in their order, and what comes beside them.
+// Adds up the warps' sums, in the order of the units, and what comes beside them.
 template <u32 WARPS, typename T>
 __device__ __forceinline__ void finish(const float *sums, const Launch<T> &launch, u32 first_tile, u32 tiles) {
-    const u32 slices = (launch.k + SLICE - 1) / SLICE, all = tiles * slices;
+    const u32 units = (launch.k + UNIT - 1) / UNIT;
     for (u32 i = threadIdx.x; i < tiles * TILE * launch.m; i += WARPS * 32) {
         const u32 x_row = i % launch.m, row_in_tile = i / launch.m % TILE, tile = i / (launch.m * TILE);
         const Found<T> found = launch.find(first_tile + tile);
         const u32 row = (first_tile + tile - found.tile) * TILE + row_in_tile;
         if (row >= found.part.n) continue;
         const float beside = beside_row(launch, found, row, x_row);
+        const u32 first = tile * units, warps = min(units, WARPS);
         float sum = 0;
-        for (u32 w = ((tile * slices + 1) * WARPS - 1) / all; w < WARPS && begin_of<WARPS>(w, all) < (tile + 1) * slices; ++w) {
-            const u32 begin = begin_of<WARPS>(w, all);
-            if (begin == begin_of<WARPS>(w + 1, all)) continue;
-            sum += sums[((w * launch.segments + tile - begin / slices) * TILE + row_in_tile) * launch.m + x_row];
-        }
+#pragma unroll 8
+        for (u32 j = 0; j < warps; j++)
+            sum += sums[((tile * WARPS + (first + j) % WARPS) * TILE + row_in_tile) * launch.m + x_row];
         const Part<T> &part = found.part;
         sum += beside;
         part.y[u64(x_row) * part.n + row] = from_f32<T>(sum);
@@ -287,18 +322,18 @@ __device__ __forceinline__ void finish(const float *sums, const Launch<T> &launc
 
 template <int GROUPS, bool HELD, u32 WARPS, int DEPTH, typename T>
 __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
+    launch_dependents();
     extern __shared__ __align__(256) u8 shared[];
     __shared__ float maps[3 * 256];
-    const u32 tiles = launch.tiles(), slices = (launch.k + SLICE - 1) / SLICE;
+    __shared__ __align__(16) float stages[WARPS][DEPTH * STAGE];
+    const u32 tiles = launch.tiles(), units = (launch.k + UNIT - 1) / UNIT;
     const u32 first = u32(u64(blockIdx.x) * tiles / gridDim.x), last = u32(u64(blockIdx.x + 1) * tiles / gridDim.x);
-    uint4 *held = reinterpret_cast<uint4 *>(shared + TABLE);
-    float *stage = reinterpret_cast<float *>(held + (HELD ? slices * 16 * launch.m : 0));
-    // As many for every block, as the launch reckons.
-    const u32 most = (tiles + gridDim.x - 1) / gridDim.x;
-    float *sums = stage + (HELD ? most * slices * STAGE : 0);
-    prefetch_beside(launch, first, last - first);
-    float *mine = sums + threadIdx.x / 32 * launch.segments * TILE * launch.m;
-    slices_of_warp<GROUPS, HELD, HELD, WARPS, DEPTH>(mine, launch, shared, held, stage, maps, first, last - first);
+    u8 *const held = shared + TABLE;
+    float *const sums = reinterpret_cast<float *>(held + (HELD ? units * (UNIT * 2) * launch.m : 0));
+    const u32 warp = warp_of_block();
+    float *const mine = sums + warp * TILE * launch.m;
+    if (launch.even()) units_of_warp<GROUPS, HELD, true, WARPS, DEPTH>(mine, launch, shared, shared_address(held), stages[warp], maps, first, last - first);
+    else units_of_warp<GROUPS, HELD, false, WARPS, DEPTH>(mine, launch, shared, shared_address(held), stages[warp], maps, first, last - first);
     __syncthreads();
     finish<WARPS>(sums, launch, first, last - first);
 }
@@ -309,7 +344,7 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
     }
 #define LAUNCH \
     { \
-        {PART(0), PART(1), PART(2)}, x, h, code, m, k, u32(31 - __clz(block_size)), segments \
+        {PART(0), PART(1), PART(2)}, x, h, code, m, k, u32(31 - __clz(block_size)) \
     }
 
 extern "C" __global__ void __launch_bounds__(512, 1) few_rows_f16(
@@ -317,9 +352,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_f16(
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
     const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<1, true, 16, 4>(Launch<f16> LAUNCH);
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
+    few_rows<1, true, 16, 2>(Launch<f16> LAUNCH);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_f16(
@@ -327,19 +361,17 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_f16(
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
     const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<2, true, 16, 4>(Launch<f16> LAUNCH);
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
+    few_rows<2, true, 16, 2>(Launch<f16> LAUNCH);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) few_rows_any_f16(
+extern "C" __global__ void __launch_bounds__(256, 1) few_rows_any_f16(
     f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
     const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<2, false, 16, 3>(Launch<f16> LAUNCH);
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
+    few_rows<2, false, 8, 2>(Launch<f16> LAUNCH);
 }
 
 #if HAS_BF16
@@ -348,9 +380,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_bf16(
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<1, true, 16, 4>(Launch<bf16> LAUNCH);
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
+    few_rows<1, true, 16, 2>(Launch<bf16> LAUNCH);
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_bf16(
@@ -358,18 +389,16 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_bf16(
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<2, true, 16, 4>(Launch<bf16> LAUNCH);
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
+    few_rows<2, true, 16, 2>(Launch<bf16> LAUNCH);
 }
 
-extern "C" __global__ void __launch_bounds__(512, 1) few_rows_any_bf16(
+extern "C" __global__ void __launch_bounds__(256, 1) few_rows_any_bf16(
     bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size,
-    u32 segments) {
-    few_rows<2, false, 16, 3>(Launch<bf16> LAUNCH);
+    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
+    few_rows<2, false, 8, 2>(Launch<bf16> LAUNCH);
 }
 #endif

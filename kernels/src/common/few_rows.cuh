@@ -5,6 +5,7 @@
 
 constexpr u32 TILE = 16;
 constexpr u32 SLICE = 128;
+constexpr u32 UNIT = 2 * SLICE;
 #if __CUDA_ARCH__ >= 800
 // An entry and as much room again, so that the byte itself is the second byte of the address.
 constexpr u32 ENTRY_SHIFT = 8;
@@ -24,6 +25,7 @@ struct Part {
     u32 n, rank;
 
     __device__ __forceinline__ u32 tiles() const { return (n + TILE - 1) / TILE; }
+    __device__ __forceinline__ bool nested() const { return absmax2 || n == 0; }
 };
 
 // A part, its number, and which of the launch's tiles and of h's columns is its first.
@@ -38,8 +40,12 @@ struct Launch {
     Part<T> parts[3];
     const T *x, *h;
     const float *code;
-    u32 m, k, shift, segments;
+    u32 m, k, shift;
 
+    // Whether a lane's scales are two neighbouring codes wherever it looks.
+    __device__ __forceinline__ bool even() const {
+        return shift == 6 && k % UNIT == 0 && parts[0].nested() && parts[1].nested() && parts[2].nested();
+    }
     __device__ __forceinline__ u32 tiles() const { return parts[0].tiles() + parts[1].tiles() + parts[2].tiles(); }
     __device__ __forceinline__ u32 ranks() const { return parts[0].rank + parts[1].rank + parts[2].rank; }
     __device__ __forceinline__ Found<T> find(u32 tile) const {
@@ -62,6 +68,18 @@ __device__ __forceinline__ Scale load_scale(const void *absmax, const float *abs
     return {PLAIN, reinterpret_cast<const float *>(absmax)[block]};
 }
 
+// The scales of the two halves of a slice, as they lie in memory. EVEN: two neighbouring codes and the scale of both.
+template <bool EVEN>
+struct Pair {
+    Scale of[2];
+};
+
+template <>
+struct Pair<true> {
+    u32 codes;
+    float absmax;
+};
+
 // How scales of a part are read.
 struct Scales {
     const float *map;
@@ -71,50 +89,38 @@ struct Scales {
     __device__ __forceinline__ float value(Scale x) const {
         return x.code == PLAIN ? x.absmax : __fadd_rn(__fmul_rn(map[x.code], x.absmax), offset);
     }
+    __device__ __forceinline__ float2 values(const Pair<false> &x) const { return {value(x.of[0]), value(x.of[1])}; }
+    __device__ __forceinline__ float2 values(const Pair<true> &x) const {
+        return {__fadd_rn(__fmul_rn(map[x.codes & 255], x.absmax), offset), __fadd_rn(__fmul_rn(map[x.codes >> 8], x.absmax), offset)};
+    }
 };
 
-// Floats of a slice's scales in shared memory: 16 rows of two halves, and two more so that slices lie in other banks.
-constexpr u32 STAGE = 2 * TILE + 2;
+// Floats of a unit's scales in shared memory: [slice][row % 8][row / 8][half].
+constexpr u32 STAGE = 4 * TILE;
 
-// Scales of all the block's slices, [tile][slice][row][half], by whole warps a row at a time.
-template <u32 WARPS, typename T>
-struct Stager {
-    static constexpr u32 BATCH = 8;
+// Where a lane's scales of a unit come from.
+template <bool EVEN>
+struct ScaleReader {
+    const void *absmax;
+    const float *absmax2;
+    u32 at;  // the element, or its block
 
-    u32 row, half, rows, halves;
-    Scale loaded[BATCH];
-
-    __device__ __forceinline__ Stager(const Launch<T> &launch, u32 tiles)
-        : row(threadIdx.x / 32), half(0), rows(tiles * TILE), halves(launch.k / 64) {}
-    __device__ __forceinline__ bool done() const { return row >= rows; }
-    __device__ __forceinline__ void next(u32 &row, u32 &half) const {
-        half += 32;
-        if (half >= halves) half = 0, row += WARPS;
+    template <typename T>
+    __device__ __forceinline__ void seek(const Part<T> &part, u32 element) {
+        absmax = part.absmax, absmax2 = part.absmax2;
+        at = EVEN ? element / 64 : element;
     }
-    __device__ __forceinline__ void load(const Launch<T> &launch, u32 first_tile, u32 lane) {
-        u32 r = row, h = half;
-#pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            if (r < rows) {
-                const Found<T> found = launch.find(first_tile + r / TILE);
-                const u32 in_part = min((first_tile - found.tile) * TILE + r, found.part.n - 1);
-                const u32 element = in_part * launch.k + min(h + lane, halves - 1) * 64;
-                loaded[i] = load_scale(found.part.absmax, found.part.absmax2, element >> launch.shift);
-            }
-            next(r, h);
-        }
+    __device__ __forceinline__ void move(u32 elements) { at += EVEN ? elements / 64 : elements; }
+    __device__ __forceinline__ void fetch(Pair<true> &to) const {
+        asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(to.codes) : "l"(reinterpret_cast<const u8 *>(absmax) + at));
+        asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(to.absmax) : "l"(absmax2 + (at >> 8)));
     }
-    __device__ __forceinline__ void store(float *stage, const float *maps, const Launch<T> &launch, u32 first_tile, u32 lane,
-                                          u32 slices) {
+    // `column`: of the element; those beyond k have the row's first scale.
+    __device__ __forceinline__ void fetch(Pair<false> &to, u32 column, u32 k, u32 shift) const {
 #pragma unroll
-        for (u32 i = 0; i < BATCH; i++) {
-            if (row < rows && half + lane < slices * 2) {
-                const Found<T> found = launch.find(first_tile + row / TILE);
-                const Scales scales = {maps + found.index * 256, found.part.offset};
-                const u32 at = half + lane;
-                stage[(row / TILE * slices + at / 2) * STAGE + row % TILE * 2 + at % 2] = scales.value(loaded[i]);
-            }
-            next(row, half);
+        for (u32 i = 0; i < 2; i++) {
+            const u32 c = column + i * 64;
+            to.of[i] = load_scale(absmax, absmax2, (c < k ? at + i * 64 : at - column) >> shift);
         }
     }
 };

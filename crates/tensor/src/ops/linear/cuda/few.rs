@@ -16,15 +16,28 @@ use crate::{
 pub(super) const FEW: usize = 8;
 /// Matrices of one launch.
 const PARTS: usize = 3;
-/// Rows of W in a tile, and columns in a slice.
+/// Rows of W in a tile, and columns in a unit.
 const TILE: usize = 16;
-const SLICE: usize = 128;
-/// Warps of a block.
-const WARPS: usize = 16;
-/// Bytes of a slice's scales.
-const STAGE: usize = 4 * (2 * TILE + 2);
-/// Bytes of shared memory that are not dynamic.
-const FIXED: usize = 3 * 256 * 4;
+const UNIT: usize = 256;
+/// A kernel: warps of its blocks, and units that each has under way.
+#[derive(Clone, Copy)]
+struct Kind {
+    name: &'static str,
+    warps: usize,
+    depth: usize,
+}
+
+/// For up to 4 rows of x, for more, and where x does not fit in shared memory.
+const FOUR: Kind = Kind { name: "few_rows", warps: 16, depth: 2 };
+const HELD: Kind = Kind { name: "few_rows_held", warps: 16, depth: 2 };
+const ANY: Kind = Kind { name: "few_rows_any", warps: 8, depth: 2 };
+
+impl Kind {
+    /// Bytes of shared memory that are not dynamic: maps, and scales of the units under way.
+    const fn fixed(self) -> usize {
+        4 * (3 * 256 + self.warps * self.depth * 4 * TILE)
+    }
+}
 
 /// y = x Wᵀ + bias + s h Bᵀ of all parts in one launch, h being [m, ΣR]; nothing for what the kernels do not serve.
 pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option<Vec<Tensor>>> {
@@ -53,9 +66,9 @@ pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option
     for column in [pick(|p| p.offset), pick(|p| p.scale), pick(|p| p.n), pick(|p| p.rank)] {
         args.extend(column);
     }
-    args.extend([call.tokens, call.inputs, blocks[0].config.block_size, plan.segments].map(Arg::size));
-    let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, WARPS as u32 * 32) };
-    call.device.launch(&format!("{}_{}", plan.kernel, suffix(OP, call.dtype)?), grid, &args)?;
+    args.extend([call.tokens, call.inputs, blocks[0].config.block_size].map(Arg::size));
+    let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, plan.kind.warps as u32 * 32) };
+    call.device.launch_early(&format!("{}_{}", plan.kind.name, suffix(OP, call.dtype)?), grid, &args)?;
     Ok(Some(ys))
 }
 
@@ -80,29 +93,27 @@ fn served<'a>(call: &Call<'_, 'a>) -> Option<Vec<&'a BlockWeight>> {
 
 /// Which kernel, and with how much of everything.
 struct Plan {
-    kernel: &'static str,
+    kind: Kind,
     blocks: usize,
-    segments: usize,
     shared: usize,
 }
 
 impl Plan {
     fn new(call: &Call<'_, '_>, weights: &[&BlockWeight]) -> Option<Self> {
         let info = call.device.info();
-        let tiles: usize = weights.iter().map(|w| w.shape.dims()[0].div_ceil(TILE)).sum();
-        let slices = call.inputs.div_ceil(SLICE);
-        let blocks = tiles.min(info.multiprocessors).max(1);
+        let tiles = weights.iter().map(|w| w.shape.dims()[0].div_ceil(TILE)).sum::<usize>().max(1);
         let table = if info.capability.major >= 8 { 64 << 10 } else { 32 << 10 };
-        // Slices of a warp at most, and the tiles that they can lie in.
-        let of_block = tiles.div_ceil(blocks) * slices;
-        let segments = (of_block.div_ceil(WARPS) + slices - 2) / slices + 1;
-        let sums = WARPS * segments * TILE * call.tokens * 4;
-        let plan = |kernel, more: usize| {
-            let shared = table + more + sums;
-            (shared + FIXED <= most_shared(info.capability)).then_some(Self { kernel, blocks, segments, shared })
+        // One block a multiprocessor, or as many as it takes for the sums of a block's tiles to fit.
+        let plan = |kind: Kind, more: usize| {
+            (1..=tiles.div_ceil(info.multiprocessors)).find_map(|waves| {
+                let blocks = tiles.min(waves * info.multiprocessors);
+                let sums = tiles.div_ceil(blocks) * kind.warps * TILE * call.tokens * 4;
+                let shared = table + more + sums;
+                (shared + kind.fixed() <= most_shared(info.capability)).then_some(Self { kind, blocks, shared })
+            })
         };
-        let held = slices * 256 * call.tokens + of_block * STAGE;
-        plan(if call.tokens <= 4 { "few_rows" } else { "few_rows_held" }, held).or_else(|| plan("few_rows_any", 0))
+        let held = call.inputs.div_ceil(UNIT) * UNIT * 2 * call.tokens;
+        plan(if call.tokens <= 4 { FOUR } else { HELD }, held).or_else(|| plan(ANY, 0))
     }
 }
 
