@@ -20,7 +20,7 @@
 //
 // Launches may overlap (early.cuh): all that a block reads before it waits are weights, the adapters' B among them.
 //
-// Launch: block 512, few_rows_any 256, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE
+// Launch: block 512, few_rows_any 384, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE
 // bytes; but for few_rows_any x as [slice][row][word of a lane][lane % 4], 512 m bytes a unit; then 16 m floats for each warp of each
 // of the most tiles that a block has.
 //
@@ -28,22 +28,13 @@
 //
 // spills: few_rows_held_f16 8 on sm_75: one value
 
-#include "common/early.cuh"
-#include "common/few_rows.cuh"
-#include "common/mma.cuh"
+#include "common/few_rows_units.cuh"
 
 __device__ __forceinline__ uint4 load_codes(const u8 *p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-
-// What a lane loads of a unit: 16 bytes of two rows in both slices, and two scales.
-template <bool EVEN>
-struct Fetched {
-    uint4 codes[2][2];
-    Pair<EVEN> scales;
-};
 
 // From one of a warp's units to its next.
 struct Step {
@@ -105,123 +96,6 @@ struct Reader {
     }
 };
 
-// Byte `i` of `word` as a pair of T; `place`: the lane's four bytes of an entry.
-template <int I>
-__device__ __forceinline__ u32 pair(const u8 *table, u32 word, u32 place) {
-    u32 at;
-    if constexpr (ENTRY_SHIFT == 8) asm("prmt.b32 %0, %1, %2, %3;" : "=r"(at) : "r"(word), "r"(place), "n"(0x5504 | I << 4));
-    else at = (I == 0 ? word << 7 : word >> (I * 8 - 7)) & 0x7f80 | place;
-    return *reinterpret_cast<const u32 *>(table + at);
-}
-
-template <typename T>
-__device__ __forceinline__ void fill_table(u8 *table, float level) {
-    for (u32 i = threadIdx.x / 8; i < 256; i += blockDim.x / 8) {
-        const u32 word = pack2<T>(__shfl_sync(~0u, level, i / 16), __shfl_sync(~0u, level, i % 16));
-        *reinterpret_cast<uint4 *>(table + (i << ENTRY_SHIFT) + threadIdx.x % 8 * 16) = make_uint4(word, word, word, word);
-    }
-}
-
-// x in 16 bytes: [slice][row][word][lane % 4], zeros beyond k. Odd rows have neighbouring words exchanged, so that two rows lie in
-// other banks. Asynchronous.
-template <typename T>
-__device__ __forceinline__ void hold_x(u32 to, const Launch<T> &launch, u32 units) {
-    const u32 words = units * (UNIT / 8);
-    for (u32 row = 0; row < launch.m; row++)
-        for (u32 word = threadIdx.x; word < words; word += blockDim.x) {
-            const u32 place = ((word / 16 * launch.m + row) * 4 + (word % 4 ^ row % 2)) * 4 + word / 4 % 4;
-            const bool valid = word * 8 < launch.k;
-            copy16(to + place * 16, launch.x + (valid ? row * launch.k + word * 8 : 0), valid);
-        }
-    copy_commit();
-}
-
-// The lane's part of B: 8 columns of its row of x (of the first or second four rows) at a time, if it holds one. Lanes without one
-// have zeros in `b` from the start and keep them.
-template <int GROUPS, bool HELD, typename T>
-struct Columns {
-    const T *x[HELD ? 1 : GROUPS];
-    u32 even, odd, step;  // where the even and the odd words of the first slice lie; from a slice to the next
-    bool valid[GROUPS];
-    uint4 b[2][GROUPS];
-
-    __device__ __forceinline__ Columns(u32 held, const Launch<T> &launch, u32 lane) {
-        const u32 row = lane / 8;
-        step = launch.m * (SLICE * 2);
-        even = held + row * 256 + row % 2 * 64 + lane % 4 * 16, odd = even - row % 2 * 128;
-#pragma unroll
-        for (u32 j = 0; j < GROUPS; j++) {
-            valid[j] = lane / 4 % 2 == lane % 4 / 2 && row + j * 4 < launch.m;
-            if constexpr (!HELD) x[j] = launch.x + (row + j * 4) * launch.k + lane % 4 * 32;
-            b[0][j] = b[1][j] = make_uint4(0, 0, 0, 0);
-        }
-    }
-    // Word WORD of slice S of `unit`.
-    template <u32 WORD, u32 S>
-    __device__ __forceinline__ void load(const Launch<T> &launch, u32 unit, u32 lane) {
-#pragma unroll
-        for (u32 j = 0; j < GROUPS; j++) {
-            uint4 &to = b[S][j];
-            if constexpr (HELD) {
-                const u32 at = (WORD % 2 ? odd : even) + (unit * 2 + S) * step;
-                asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-                             : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
-                             : "r"(at + WORD * 64 + j * 1024), "r"(u32(valid[j])));
-            } else {
-                const u32 column = unit * UNIT + S * SLICE + WORD * 8;
-                to = make_uint4(0, 0, 0, 0);
-                if (valid[j] && column + lane % 4 * 32 < launch.k) to = *reinterpret_cast<const uint4 *>(x[j] + column);
-            }
-        }
-    }
-};
-
-// The warp's number, known to the compiler to be the same in all lanes.
-__device__ __forceinline__ u32 warp_of_block() { return __shfl_sync(~0u, threadIdx.x / 32, 0); }
-
-// One word of both slices of a unit: c[slice][group] of rows g and g + 8.
-template <u32 WORD, int GROUPS, bool HELD, bool EVEN, typename T>
-__device__ __forceinline__ void add_word(float (&c)[2][GROUPS][4], const Fetched<EVEN> &from, const u8 *table,
-                                         Columns<GROUPS, HELD, T> &columns, const Launch<T> &launch, u32 unit, u32 lane, u32 place) {
-    const auto word = [](const uint4 &x) { return WORD == 0 ? x.x : WORD == 1 ? x.y : WORD == 2 ? x.z : x.w; };
-    columns.template load<WORD, 0>(launch, unit, lane);
-    columns.template load<WORD, 1>(launch, unit, lane);
-#pragma unroll
-    for (u32 s = 0; s < 2; s++) {
-        const u32 upper = word(from.codes[s][0]), lower = word(from.codes[s][1]);
-        const u32 first[4] = {pair<0>(table, upper, place), pair<0>(table, lower, place), pair<1>(table, upper, place),
-                              pair<1>(table, lower, place)};
-        const u32 second[4] = {pair<2>(table, upper, place), pair<2>(table, lower, place), pair<3>(table, upper, place),
-                               pair<3>(table, lower, place)};
-#pragma unroll
-        for (u32 j = 0; j < GROUPS; j++) {
-            const uint4 &b = columns.b[s][j];
-            mma<T>(c[s][j], first, b.x, b.y);
-            mma<T>(c[s][j], second, b.z, b.w);
-        }
-    }
-}
-
-// Adds a unit's sums, for rows 0..4 of x and, with two groups, 4..8: acc[group] of rows g and g + 8. `stage`: the unit's scales.
-template <int GROUPS, bool HELD, bool EVEN, typename T>
-__device__ __forceinline__ void add_unit(float (&acc)[GROUPS][2], const Fetched<EVEN> &from, const float *stage, const u8 *table,
-                                         Columns<GROUPS, HELD, T> &columns, const Launch<T> &launch, u32 unit, u32 lane, u32 place) {
-    float c[2][GROUPS][4] = {};
-    add_word<0>(c, from, table, columns, launch, unit, lane, place);
-    add_word<1>(c, from, table, columns, launch, unit, lane, place);
-    add_word<2>(c, from, table, columns, launch, unit, lane, place);
-    add_word<3>(c, from, table, columns, launch, unit, lane, place);
-#pragma unroll
-    for (u32 s = 0; s < 2; s++) {
-        const float4 scales = *reinterpret_cast<const float4 *>(stage + s * (2 * TILE) + lane / 4 * 4);
-#pragma unroll
-        for (u32 j = 0; j < GROUPS; j++) {
-            acc[j][0] = fmaf(c[s][j][1], scales.y, fmaf(c[s][j][0], scales.x, acc[j][0]));
-            acc[j][1] = fmaf(c[s][j][3], scales.w, fmaf(c[s][j][2], scales.z, acc[j][1]));
-        }
-    }
-}
-
 // The warp's units; its sums of each tile to `sums` [tile][warp][row of W][row of x].
 template <int GROUPS, bool HELD, bool EVEN, u32 WARPS, int DEPTH, typename T>
 __device__ __forceinline__ void units_of_warp(float *sums, const Launch<T> &launch, u8 *table, u32 held, float *stage, float *maps,
@@ -241,20 +115,9 @@ __device__ __forceinline__ void units_of_warp(float *sums, const Launch<T> &laun
         if (i && i < count) reader.next(launch, lane, step);
         reader.fetch(ring[i], launch, lane);
     }
-    const float level = launch.code[threadIdx.x % 16];
-    constexpr u32 THREADS = WARPS * 32, MAPS = (3 * 256 + THREADS - 1) / THREADS;
-    float map[MAPS];
-#pragma unroll
-    for (u32 j = 0; j < MAPS; j++) {
-        const u32 i = j * THREADS + threadIdx.x;
-        const float *from = i < 256 ? launch.parts[0].map : i < 512 ? launch.parts[1].map : launch.parts[2].map;
-        map[j] = i < 3 * 256 && from ? from[i % 256] : 0.0f;
-    }
+    const Tables<WARPS * 32> loaded(launch);
     prefetch_beside(launch, first_tile, tiles);
-    fill_table<T>(table, level);
-#pragma unroll
-    for (u32 j = 0; j < MAPS; j++)
-        if (j * THREADS + threadIdx.x < 3 * 256) maps[j * THREADS + threadIdx.x] = map[j];
+    loaded.template store<T>(table, maps);
     // All before came from frozen weights; x and h are what launches before write.
     wait_for_launches();
     if constexpr (HELD) hold_x(held, launch, units);
@@ -262,11 +125,7 @@ __device__ __forceinline__ void units_of_warp(float *sums, const Launch<T> &laun
     __syncthreads();
     u32 place = lane * 4;
     asm volatile("" : "+r"(place));
-    const auto scales_of = [&](u32 tile) {
-        const Found<T> found = launch.find(tile);
-        return Scales{maps + found.index * 256, found.part.offset};
-    };
-    Scales scales = scales_of(at.tile);
+    Scales scales = scales_of(launch, maps, at.tile);
     Columns<GROUPS, HELD, T> columns(held, launch, lane);
     sums += (at.tile - first_tile) * (WARPS * TILE * launch.m);
     float acc[GROUPS][2] = {};
@@ -276,47 +135,18 @@ __device__ __forceinline__ void units_of_warp(float *sums, const Launch<T> &laun
             if (done + i >= count) break;
             // Lanes that are behind still read the scales of the unit before, which lie elsewhere.
             float *const here = stage + i * STAGE;
-            *reinterpret_cast<float2 *>(here + lane / 16 * (2 * TILE) + lane % 8 * 4 + lane / 8 % 2 * 2) = scales.values(ring[i].scales);
+            stage_scales(here, scales.values(ring[i].scales), lane);
             __syncwarp();
             add_unit(acc, ring[i], here, table, columns, launch, at.unit, lane, place);
             if (done + i + DEPTH < count) reader.next(launch, lane, step), reader.fetch(ring[i], launch, lane);
             const u32 tile = at.tile;
             at.next(step);
             if (at.tile != tile || done + i + 1 == count) {
-#pragma unroll
-                for (u32 j = 0; j < GROUPS; j++) {
-                    const u32 row = lane % 4 + j * 4;
-                    if (row < launch.m) {
-                        sums[lane / 4 * launch.m + row] = acc[j][0];
-                        sums[(lane / 4 + 8) * launch.m + row] = acc[j][1];
-                    }
-                    acc[j][0] = acc[j][1] = 0;
-                }
+                leave_sums(sums, acc, launch.m, lane);
                 sums += (at.tile - tile) * (WARPS * TILE * launch.m);
-                scales = scales_of(at.tile);
+                scales = scales_of(launch, maps, at.tile);
             }
         }
-    }
-}
-
-// Adds up the warps' sums, in the order of the units, and what comes beside them.
-template <u32 WARPS, typename T>
-__device__ __forceinline__ void finish(const float *sums, const Launch<T> &launch, u32 first_tile, u32 tiles) {
-    const u32 units = (launch.k + UNIT - 1) / UNIT;
-    for (u32 i = threadIdx.x; i < tiles * TILE * launch.m; i += WARPS * 32) {
-        const u32 x_row = i % launch.m, row_in_tile = i / launch.m % TILE, tile = i / (launch.m * TILE);
-        const Found<T> found = launch.find(first_tile + tile);
-        const u32 row = (first_tile + tile - found.tile) * TILE + row_in_tile;
-        if (row >= found.part.n) continue;
-        const float beside = beside_row(launch, found, row, x_row);
-        const u32 first = tile * units, warps = min(units, WARPS);
-        float sum = 0;
-#pragma unroll 8
-        for (u32 j = 0; j < warps; j++)
-            sum += sums[((tile * WARPS + (first + j) % WARPS) * TILE + row_in_tile) * launch.m + x_row];
-        const Part<T> &part = found.part;
-        sum += beside;
-        part.y[u64(x_row) * part.n + row] = from_f32<T>(sum);
     }
 }
 
@@ -335,17 +165,8 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
     if (launch.even()) units_of_warp<GROUPS, HELD, true, WARPS, DEPTH>(mine, launch, shared, shared_address(held), stages[warp], maps, first, last - first);
     else units_of_warp<GROUPS, HELD, false, WARPS, DEPTH>(mine, launch, shared, shared_address(held), stages[warp], maps, first, last - first);
     __syncthreads();
-    finish<WARPS>(sums, launch, first, last - first);
+    finish<WARPS, true>(sums, launch, first, last - first);
 }
-
-#define PART(I) \
-    { \
-        y##I, packed##I, absmax##I, absmax2_##I, map##I, bias##I, b##I, offset##I, scale##I, n##I, rank##I \
-    }
-#define LAUNCH \
-    { \
-        {PART(0), PART(1), PART(2)}, x, h, code, m, k, u32(31 - __clz(block_size)) \
-    }
 
 extern "C" __global__ void __launch_bounds__(512, 1) few_rows_f16(
     f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
@@ -365,13 +186,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_f16(
     few_rows<2, true, 16, 2>(Launch<f16> LAUNCH);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1) few_rows_any_f16(
+extern "C" __global__ void __launch_bounds__(384, 1) few_rows_any_f16(
     f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
     const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
     float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
-    few_rows<2, false, 8, 2>(Launch<f16> LAUNCH);
+    few_rows<2, false, 12, 2>(Launch<f16> LAUNCH);
 }
 
 #if HAS_BF16
@@ -393,12 +214,12 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_bf16(
     few_rows<2, true, 16, 2>(Launch<bf16> LAUNCH);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 1) few_rows_any_bf16(
+extern "C" __global__ void __launch_bounds__(384, 1) few_rows_any_bf16(
     bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
     float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
-    few_rows<2, false, 8, 2>(Launch<bf16> LAUNCH);
+    few_rows<2, false, 12, 2>(Launch<bf16> LAUNCH);
 }
 #endif

@@ -120,10 +120,12 @@ fn parts(arena: &Arena, outputs: &[usize], inputs: usize, config: &QuantConfig, 
 fn products_of_a_few_rows_are_the_hosts() {
     let Some(arena) = gpu() else { return };
     let host = Arena::new(Device::Cpu);
-    let sizes: [(&[usize], usize); 7] = [
+    let sizes: [(&[usize], usize); 9] = [
         (&[1], 64),
         (&[40, 17, 3], 192),
+        (&[40, 17, 3], 1280),
         (&[1000], 4096),
+        (&[300, 2200], 4352),
         (&[33, 16], 320),
         (&[64], 14_336),
         (&[4096, 100], 128),

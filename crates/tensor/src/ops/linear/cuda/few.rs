@@ -2,7 +2,7 @@
 
 use nibble_kernels::ComputeCapability;
 
-use super::call::Call;
+use super::{call::Call, hopper::is_hopper};
 use crate::{
     Absmax, BlockWeight, DType, Result, Tensor, Weight,
     cuda::{Arg, Grid, suffix},
@@ -19,18 +19,27 @@ const PARTS: usize = 3;
 /// Rows of W in a tile, and columns in a unit.
 const TILE: usize = 16;
 const UNIT: usize = 256;
-/// A kernel: warps of its blocks, and units that each has under way.
+/// A kernel: warps of its blocks, units that each has under way, and stages of codes in shared memory.
 #[derive(Clone, Copy)]
 struct Kind {
     name: &'static str,
     warps: usize,
     depth: usize,
+    stages: usize,
 }
 
-/// For up to 4 rows of x, for more, and where x does not fit in shared memory.
-const FOUR: Kind = Kind { name: "few_rows", warps: 16, depth: 2 };
-const HELD: Kind = Kind { name: "few_rows_held", warps: 16, depth: 2 };
-const ANY: Kind = Kind { name: "few_rows_any", warps: 8, depth: 2 };
+/// For up to 4 rows of x, for more, where x does not fit in shared memory; and on Hopper for up to 4 (`few_rows_sm90.cu`), one of
+/// whose warps multiplies nothing.
+const FOUR: Kind = Kind { name: "few_rows", warps: 16, depth: 2, stages: 0 };
+const HELD: Kind = Kind { name: "few_rows_held", warps: 16, depth: 2, stages: 0 };
+const ANY: Kind = Kind { name: "few_rows_any", warps: 12, depth: 2, stages: 0 };
+const BULK: [Kind; 3] = [
+    Kind { name: "few_rows_bulk4", warps: 17, depth: 2, stages: 4 },
+    Kind { name: "few_rows_bulk3", warps: 17, depth: 2, stages: 3 },
+    Kind { name: "few_rows_bulk2", warps: 17, depth: 2, stages: 2 },
+];
+/// Bytes of a stage of codes.
+const STAGE: usize = TILE * (16 * UNIT / 2 + 64);
 
 impl Kind {
     /// Bytes of shared memory that are not dynamic: maps, and scales of the units under way.
@@ -68,7 +77,13 @@ pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option
     }
     args.extend([call.tokens, call.inputs, blocks[0].config.block_size].map(Arg::size));
     let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, plan.kind.warps as u32 * 32) };
-    call.device.launch_early(&format!("{}_{}", plan.kind.name, suffix(OP, call.dtype)?), grid, &args)?;
+    let name = format!("{}_{}", plan.kind.name, suffix(OP, call.dtype)?);
+    if plan.kind.name == ANY.name {
+        // It reads x through the first-level cache, of which launches that overlap leave little.
+        call.device.launch(&name, grid, &args)?;
+    } else {
+        call.device.launch_early(&name, grid, &args)?;
+    }
     Ok(Some(ys))
 }
 
@@ -103,18 +118,26 @@ impl Plan {
         let info = call.device.info();
         let tiles = weights.iter().map(|w| w.shape.dims()[0].div_ceil(TILE)).sum::<usize>().max(1);
         let table = if info.capability.major >= 8 { 64 << 10 } else { 32 << 10 };
-        // One block a multiprocessor, or as many as it takes for the sums of a block's tiles to fit.
-        let plan = |kind: Kind, more: usize| {
-            (1..=tiles.div_ceil(info.multiprocessors)).find_map(|waves| {
-                let blocks = tiles.min(waves * info.multiprocessors);
-                let sums = tiles.div_ceil(blocks) * kind.warps * TILE * call.tokens * 4;
-                let shared = table + more + sums;
-                (shared + kind.fixed() <= most_shared(info.capability)).then_some(Self { kind, blocks, shared })
-            })
+        // One block a multiprocessor, or `waves` times as many, so that the sums of a block's tiles fit.
+        let plan = |kind: Kind, more: usize, waves: usize| {
+            let blocks = tiles.min(waves * info.multiprocessors);
+            let sums = tiles.div_ceil(blocks) * kind.warps * TILE * call.tokens * 4;
+            let shared = table + more + kind.stages * STAGE + sums;
+            (shared + kind.fixed() <= most_shared(info.capability)).then_some(Self { kind, blocks, shared })
         };
+        let any_waves = |kind, more| (1..=tiles.div_ceil(info.multiprocessors)).find_map(|waves| plan(kind, more, waves));
         let held = call.inputs.div_ceil(UNIT) * UNIT * 2 * call.tokens;
-        plan(if call.tokens <= 4 { FOUR } else { HELD }, held).or_else(|| plan(ANY, 0))
+        let few = call.tokens <= 4;
+        let bulk = few && is_hopper(call) && weights.iter().all(|weight| regular(weight));
+        let bulk = || BULK.into_iter().filter(|_| bulk).find_map(|kind| plan(kind, held, 1));
+        bulk().or_else(|| any_waves(if few { FOUR } else { HELD }, held)).or_else(|| any_waves(ANY, 0))
     }
+}
+
+/// Whether a weight's scales are codes of blocks of 64, in rows of whole units.
+fn regular(weight: &BlockWeight) -> bool {
+    let nested = matches!(weight.absmax, Absmax::Nested { .. });
+    nested && weight.config.block_size == 64 && weight.shape.last().is_multiple_of(UNIT)
 }
 
 /// Bytes of shared memory that a block may have (CUDA's programming guide, by compute capability).
