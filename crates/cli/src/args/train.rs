@@ -132,7 +132,7 @@ pub(crate) struct TrainDataArgs {
     /// Learn the prompts too, not only the answers
     #[arg(long)]
     pub(crate) train_on_prompt: bool,
-    /// Hold the run to this much memory: 8GiB, 500MB [default: what is there]
+    /// Hold tensors to this much memory: 8GiB, 500MB; a GPU's driver and libraries take about 0.6 GB beside [default: what is there]
     #[arg(long, value_name = "SIZE", value_parser = parse::bytes)]
     pub(crate) memory_limit: Option<usize>,
     /// Blocks whose 4-bit weights wait in host memory and come to the GPU when they run: a number, none, or as many as the memory asks
