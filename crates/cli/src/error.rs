@@ -164,7 +164,7 @@ impl CliError {
     /// The same with who held the memory of `arena` at its peak, if it is that its memory ran out and nobody has said it yet.
     pub(crate) fn with_owners(self, arena: &Arena) -> Self {
         let told = matches!(self, Self::OutOfMemory { .. } | Self::Stopped { .. } | Self::Lost { .. });
-        if told || !matches!(self.out_of_memory(), Some(TensorError::OutOfMemory { .. })) {
+        if told || matches!(self.out_of_memory(), None | Some(TensorError::OutOfHostMemory { .. })) {
             return self;
         }
         let mut owners = arena.at_peak();

@@ -150,7 +150,7 @@ pub fn backward(
 #[derive(Debug)]
 pub struct Pending(cuda::Pending);
 
-/// Whether [`backward_without_input`] serves: on a GPU, where no base trains and nothing is dropped.
+/// Whether [`backward_without_input`] serves: on a GPU, where every layer has an adapter and nothing is dropped; if no base trains.
 #[must_use]
 pub fn can_wait_for_input(dys: &[Tensor], parts: &[Part]) -> bool {
     let plain = |part: &Part| part.adapter.as_ref().is_some_and(|adapter| adapter.dropout.is_none());
@@ -160,7 +160,7 @@ pub fn can_wait_for_input(dys: &[Tensor], parts: &[Part]) -> bool {
 /// [`backward`] before the input [T, K] is there: dx, and what is left to do. For an input that is made again later anyway.
 ///
 /// # Errors
-/// As [`backward`]; [`Error::Argument`] where [`can_wait_for_input`] says no.
+/// As [`backward`]; [`Error::Argument`] where [`can_wait_for_input`] says no, or a base trains.
 pub fn backward_without_input(
     dys: &[Tensor],
     shape: Shape,
@@ -169,6 +169,9 @@ pub fn backward_without_input(
     grads: Vec<PartGrads<'_>>,
 ) -> Result<(Tensor, Pending)> {
     check_backward(dys, shape, parts, &grads)?;
+    if grads.iter().any(|grads| grads.weight.is_some()) {
+        return Err(Error::Argument { op: "linear", argument: "grads", expected: "of a base that does not train", found: 1 });
+    }
     match dys.first().map(Tensor::device) {
         Some(Device::Cuda(device)) if can_wait_for_input(dys, parts) => {
             let (dx, pending) = cuda::backward_without_input(device, dys, shape, saved, parts, grads)?;

@@ -98,7 +98,7 @@ impl Planned {
     fn nearest(&self, setup: &Setup, room: usize) -> Result<Option<String>> {
         let place = self.place();
         let blocks = if place == Place::Cpu { 0 } else { self.model.num_hidden_layers };
-        if let Some(flag) = self.smaller_evaluation(room)? {
+        if let Some(flag) = self.smaller_evaluation(setup, room)? {
             return Ok(Some(flag));
         }
         let fits = |setup: &Setup| place.fits(&self.model, setup, room);
@@ -125,16 +125,17 @@ impl Planned {
         setup
     }
 
-    /// The flag of the largest micro-batch of an evaluation that fits, where the steps do.
-    fn smaller_evaluation(&self, room: usize) -> Result<Option<String>> {
+    /// The flag of the largest micro-batch of an evaluation of `setup` that fits, where the steps do and the evaluation does not.
+    fn smaller_evaluation(&self, setup: &Setup, room: usize) -> Result<Option<String>> {
         let fits = |documents: usize| {
-            let mut setup = self.setup.clone();
+            let mut setup = setup.clone();
             setup.evaluation.sort_by_key(|document| std::cmp::Reverse(document.tokens));
             setup.evaluation.truncate(documents);
             self.place().fits(&self.model, &setup, room)
         };
-        let sizes = std::iter::successors(Some(self.setup.evaluation.len() / 2), |size| Some(size / 2));
-        if self.setup.evaluation.is_empty() || !fits(0)? {
+        let all = setup.evaluation.len();
+        let sizes = std::iter::successors(Some(all / 2), |size| Some(size / 2));
+        if fits(all)? || !fits(0)? {
             return Ok(None);
         }
         for size in sizes.take_while(|&size| size > 0) {
@@ -234,7 +235,7 @@ mod tests {
     use nibble_lora::TargetModules;
     use nibble_model::LoadOptions;
     use nibble_nf4::QuantConfig;
-    use nibble_tensor::{DType, cuda::CudaDevice};
+    use nibble_tensor::{Arena, DType, cuda::CudaDevice};
     use nibble_train::TrainConfig;
 
     use super::*;
@@ -296,7 +297,10 @@ mod tests {
         planned.setup.train.checkpointing = Checkpointing::Auto;
         let held = planned.check().unwrap();
         let full = held.device;
-        let out = |error| CliError::OutOfMemory { source: Box::new(CliError::Tensor(error)), owners: Vec::new(), nearest: None };
+        // An evaluation that is no larger than a step is not at fault.
+        planned.setup.evaluation = planned.setup.documents.clone();
+        let arena = Arena::new(Device::Cpu);
+        let out = |error| CliError::Tensor(error).with_owners(&arena);
         let limit = full + full / 100;
         let in_arena = TensorError::OutOfMemory { device: "cuda:0".into(), requested: limit / 20, live: limit, limit };
         for error in [in_arena, TensorError::DriverOutOfMemory { call: "cuGraphInstantiate" }] {

@@ -15,7 +15,7 @@ use serde_json::Value;
 pub use name::ModelName;
 
 use crate::config::ModelConfig;
-use crate::error::{Error, HubProblem, Result};
+use crate::error::{Error, GgufProblem, HubProblem, Result};
 use cache::Cache;
 use http::Client;
 
@@ -79,7 +79,7 @@ pub struct Fetched {
 /// of 128,000 takes 8 MB.
 const FIRST_HEAD: u64 = 8 << 20;
 /// See [`Hub::fetch_gguf_config`].
-pub const MOST_HEAD: u64 = FIRST_HEAD << 4;
+const MOST_HEAD: u64 = FIRST_HEAD << 4;
 
 /// A client of the Hub and of its cache.
 #[derive(Debug)]
@@ -153,7 +153,7 @@ impl Hub {
     /// many bytes were fetched for it.
     ///
     /// # Errors
-    /// As [`Hub::fetch`]; [`Error::Gguf`] for a header that is malformed or longer than [`MOST_HEAD`].
+    /// As [`Hub::fetch`]; [`Error::Gguf`] for a header that is malformed or longer than 128 MiB.
     pub fn fetch_gguf_config(&self, model: &ModelName) -> Result<(ModelConfig, u64)> {
         let cache = Cache::new(&self.cache_dir, model);
         let wrap = |problem| Error::Hub { model: model.to_string(), problem };
@@ -172,10 +172,13 @@ impl Hub {
         let mut count = FIRST_HEAD;
         loop {
             let head = self.client.head(&source, count).map_err(wrap)?;
-            // Once no more is asked for, what is missing is an error.
-            let known = if count < MOST_HEAD { length } else { head.len() };
-            if let Some(config) = super::gguf::config_of_head(&head, known, &model.to_string())? {
+            if let Some(config) = super::gguf::config_of_head(&head, length, &model.to_string())? {
                 return Ok((config, head.len() as u64));
+            }
+            if count >= MOST_HEAD {
+                let (what, needed) = ("the header".to_owned(), MOST_HEAD + 1);
+                let problem = GgufProblem::Cut { what, needed, available: head.len() as u64 };
+                return Err(Error::Gguf { path: model.to_string().into(), problem });
             }
             count *= 4;
         }
