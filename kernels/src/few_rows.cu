@@ -20,7 +20,7 @@
 //
 // Launches may overlap (early.cuh): all that a block reads before it waits are weights, the adapters' B among them.
 //
-// Launch: block 512, few_rows_any 384, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE
+// Launch: block 512, few_rows_any 256, grid any up to the number of tiles, one a multiprocessor is best. Dynamic shared memory: TABLE
 // bytes; but for few_rows_any x as [slice][row][word of a lane][lane % 4], 512 m bytes a unit; then 16 m floats for each warp of each
 // of the most tiles that a block has.
 //
@@ -186,13 +186,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_f16(
     few_rows<2, true, 16, 2>(Launch<f16> LAUNCH);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) few_rows_any_f16(
+extern "C" __global__ void __launch_bounds__(256, 1) few_rows_any_f16(
     f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
     const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
     float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
-    few_rows<2, false, 12, 2>(Launch<f16> LAUNCH);
+    few_rows<2, false, 8, 2>(Launch<f16> LAUNCH);
 }
 
 #if HAS_BF16
@@ -214,12 +214,12 @@ extern "C" __global__ void __launch_bounds__(512, 1) few_rows_held_bf16(
     few_rows<2, true, 16, 2>(Launch<bf16> LAUNCH);
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1) few_rows_any_bf16(
+extern "C" __global__ void __launch_bounds__(256, 1) few_rows_any_bf16(
     bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
     const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
     const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
     const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
     float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
-    few_rows<2, false, 12, 2>(Launch<bf16> LAUNCH);
+    few_rows<2, false, 8, 2>(Launch<bf16> LAUNCH);
 }
 #endif

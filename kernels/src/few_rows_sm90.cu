@@ -1,10 +1,11 @@
 // few_rows.cu (m <= 4) for Hopper, where a block's codes come as the copy engine brings them: whole rows, or 2 KiB of them.
 //
 // A stage is a tile's columns c .. c + 4096, 16 pieces of rows, each one copy to shared memory; rows lie 64 bytes further apart than
-// they are long, so that two of them have other banks. One warp asks for the stages, `stages` ahead of the others; each of the 16
+// they are long, so that two of them have other banks. One warp asks for the stages ahead of the others; each of the 16
 // other warps takes one unit of a stage. Scales are codes (double quantisation) of blocks of 64, and k is a multiple of 256.
 //
-// Launch: block 544, grid as few_rows. Dynamic shared memory: TABLE, then `stages` (2 to 4) times 33,792 bytes; then x and sums as there.
+// Launch: block 544, grid as few_rows. Dynamic shared memory: TABLE, then 33,792 bytes for each stage (few_rows_bulk3 has three,
+// few_rows_bulk2 two); then x and sums as there.
 //
 // Bytes: W once.
 
@@ -200,24 +201,6 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
     }
     __syncthreads();
     finish<WARPS, false>(sums, launch, first, tiles);
-}
-
-extern "C" __global__ void __launch_bounds__(544, 1) few_rows_bulk4_f16(
-    f16 *y0, f16 *y1, f16 *y2, const f16 *x, const f16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
-    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
-    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const f16 *bias0, const f16 *bias1,
-    const f16 *bias2, const f16 *b0, const f16 *b1, const f16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
-    few_rows<4>(Launch<f16> LAUNCH);
-}
-
-extern "C" __global__ void __launch_bounds__(544, 1) few_rows_bulk4_bf16(
-    bf16 *y0, bf16 *y1, bf16 *y2, const bf16 *x, const bf16 *h, const float *code, const u8 *packed0, const u8 *packed1, const u8 *packed2,
-    const void *absmax0, const void *absmax1, const void *absmax2, const float *absmax2_0, const float *absmax2_1,
-    const float *absmax2_2, const float *map0, const float *map1, const float *map2, const bf16 *bias0, const bf16 *bias1,
-    const bf16 *bias2, const bf16 *b0, const bf16 *b1, const bf16 *b2, float offset0, float offset1, float offset2, float scale0,
-    float scale1, float scale2, u32 n0, u32 n1, u32 n2, u32 rank0, u32 rank1, u32 rank2, u32 m, u32 k, u32 block_size) {
-    few_rows<4>(Launch<bf16> LAUNCH);
 }
 
 extern "C" __global__ void __launch_bounds__(544, 1) few_rows_bulk3_f16(

@@ -32,9 +32,8 @@ struct Kind {
 /// whose warps multiplies nothing.
 const FOUR: Kind = Kind { name: "few_rows", warps: 16, depth: 2, stages: 0 };
 const HELD: Kind = Kind { name: "few_rows_held", warps: 16, depth: 2, stages: 0 };
-const ANY: Kind = Kind { name: "few_rows_any", warps: 12, depth: 2, stages: 0 };
-const BULK: [Kind; 3] = [
-    Kind { name: "few_rows_bulk4", warps: 17, depth: 2, stages: 4 },
+const ANY: Kind = Kind { name: "few_rows_any", warps: 8, depth: 2, stages: 0 };
+const BULK: [Kind; 2] = [
     Kind { name: "few_rows_bulk3", warps: 17, depth: 2, stages: 3 },
     Kind { name: "few_rows_bulk2", warps: 17, depth: 2, stages: 2 },
 ];
@@ -126,9 +125,12 @@ impl Plan {
             (shared + kind.fixed() <= most_shared(info.capability)).then_some(Self { kind, blocks, shared })
         };
         let any_waves = |kind, more| (1..=tiles.div_ceil(info.multiprocessors)).find_map(|waves| plan(kind, more, waves));
-        let held = call.inputs.div_ceil(UNIT) * UNIT * 2 * call.tokens;
+        let units = call.inputs.div_ceil(UNIT);
+        let held = units * UNIT * 2 * call.tokens;
         let few = call.tokens <= 4;
-        let bulk = few && is_hopper(call) && weights.iter().all(|weight| regular(weight));
+        // A stage has a unit for each of its warps, but for the last of a tile: it pays where few have none.
+        let filled = 4 * units >= 3 * units.next_multiple_of(16) || tiles <= info.multiprocessors;
+        let bulk = few && filled && is_hopper(call) && weights.iter().all(|weight| regular(weight));
         let bulk = || BULK.into_iter().filter(|_| bulk).find_map(|kind| plan(kind, held, 1));
         bulk().or_else(|| any_waves(if few { FOUR } else { HELD }, held)).or_else(|| any_waves(ANY, 0))
     }
