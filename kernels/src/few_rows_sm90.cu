@@ -140,6 +140,7 @@ struct Multiplier {
                     for (u32 r = 0; r < 2; r++)
                         unit.codes[s][r] =
                             *reinterpret_cast<const uint4 *>(from + slot.index * STAGE_BYTES + r * 8 * PITCH + s * (SLICE / 2));
+                // One arrival for the warp's loads, which __syncwarp orders before it; racecheck does not follow that and reports them.
                 __syncwarp();
                 if (lane == 0) mbarrier_arrive(stages.empty + slot.index * 8);
                 if (reader.has(line)) add_unit(acc, unit, here, table, columns, launch, line.chunk * WARPS + warp, lane, place);
