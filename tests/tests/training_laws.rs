@@ -439,6 +439,10 @@ fn a_run_that_a_step_ends_leaves_the_values_before_that_step() {
         assert!(matches!(error, nibble_train::Error::NonFinite { step: 3, .. }), "{error}");
         let left = bits(&run);
         assert!(left == bits(&one_by_one), "{dtype}: a step behind the third has changed the values");
+        // A run that goes on does the third step again, and no other in its stead.
+        let folder = tempfile::tempdir().unwrap();
+        run.save_state(folder.path()).unwrap();
+        assert_eq!((spoilt_in_step_3(dtype).resume(folder.path()).unwrap(), run.steps_left()), (2, 4), "{dtype}");
         // The next one is an ordinary step again.
         assert!(!run.step().unwrap().skipped && bits(&run) != left);
     }
@@ -505,4 +509,21 @@ fn n_steps_an_end_and_m_steps_are_n_plus_m_steps_bit_for_bit() {
         assert!(bits(&rest) == bits(&whole), "{dtype} {optim}");
         assert_eq!(rest.loss_scale().unwrap(), whole.loss_scale().unwrap(), "{dtype} {optim}");
     }
+}
+
+#[test]
+fn a_state_takes_the_place_of_an_older_one_whole() {
+    let train = TrainConfig { max_steps: Some(8), ..TrainConfig::default() };
+    let mut trainer = trainer_in(DType::F32, &adapter(InitLoraWeights::Default, 0.0), 2, train);
+    let folder = tempfile::tempdir().unwrap();
+    let [place, older] = ["training_state.safetensors", "older"].map(|name| folder.path().join(name));
+    trainer.step().unwrap();
+    trainer.save_state(folder.path()).unwrap();
+    std::fs::hard_link(&place, &older).unwrap();
+    let before = std::fs::read(&older).unwrap();
+    trainer.step().unwrap();
+    trainer.save_state(folder.path()).unwrap();
+    assert!(std::fs::read(&older).unwrap() == before, "the older file was written over");
+    assert!(std::fs::read(&place).unwrap() != before);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside them");
 }

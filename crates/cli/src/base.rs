@@ -258,8 +258,12 @@ pub(crate) fn warn_of_other_base(adapter: &AdapterFile, base: &str) {
 
 /// The model an adapter names, unless its last part is that of `base`: folders are moved and copied.
 fn other_base<'a>(trained_on: Option<&'a str>, base: &str) -> Option<&'a str> {
-    let last = |name: &str| name.trim_end_matches('/').rsplit(['/', '\\']).next().unwrap_or_default().to_owned();
-    trained_on.filter(|name| !name.is_empty() && last(name) != last(base))
+    trained_on.filter(|name| !name.is_empty() && last_part(name) != last_part(base))
+}
+
+/// What stays of a model's name when it is moved or copied.
+pub(crate) fn last_part(name: &str) -> &str {
+    name.trim_end_matches('/').rsplit(['/', '\\']).next().unwrap_or_default()
 }
 
 /// The vocabulary of a GGUF file as the tokenizer takes it.

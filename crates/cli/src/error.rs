@@ -25,6 +25,10 @@ const MOST_OWNERS: usize = 8;
 const HOST_HINT: &str = "leave less on the host: `--gradient-checkpointing full` instead of `offload`, fewer blocks with `--offload-weights`, \
                          more `--optim-device-memory`; or raise the limits of locked memory (`ulimit -l`) and of the container";
 
+/// What a run that is gone on with may have otherwise.
+pub(crate) const MAY_CHANGE: &str = "only `--gradient-checkpointing`, `--offload-weights`, `--memory-limit`, evaluation and pages (`paged_` before the \
+                                     optimizer's name) may be others";
+
 /// What a command returns.
 pub(crate) type Result<T, E = CliError> = std::result::Result<T, E>;
 
@@ -84,7 +88,7 @@ pub(crate) enum CliError {
     NoPrompts { path: PathBuf },
     /// A run that broke; what it had learned until then is kept.
     #[error("{source}")]
-    Stopped { source: Box<CliError>, saved: PathBuf },
+    Stopped { source: Box<CliError>, saved: PathBuf, resumable: bool },
     /// A run that broke, and what it had learned until then could not be kept.
     #[error("{source}\nwhat was learned is lost: {also}")]
     Lost { source: Box<CliError>, also: Box<CliError> },
@@ -150,7 +154,7 @@ impl CliError {
             Self::UnknownGpu { .. } => Some("any GPU can be given by its memory: `--gpu 24GiB`".into()),
             Self::NotPaged { .. } => Some("`paged_adamw_8bit`, `paged_adamw_32bit` and `paged_lion_8bit` have pages".into()),
             Self::NoBf16 { .. } => Some("use `--compute-dtype f16`".into()),
-            Self::Stopped { source, saved } => Some(stopped_hint(source, saved)),
+            Self::Stopped { source, saved, resumable } => Some(stopped_hint(source, saved, *resumable)),
             Self::Command { hint, .. } => hint.clone(),
             Self::Model(error) => model_hint(error),
             Self::Data(error) => data_hint(error),
@@ -236,9 +240,14 @@ fn listed(flags: &[&str]) -> String {
 }
 
 /// Where the adapter of a run that broke is, and what to do about the rest.
-fn stopped_hint(source: &CliError, saved: &Path) -> String {
-    let kept = format!("the adapter as it was before that is in `{}`", saved.display());
-    source.hint().map_or_else(|| kept.clone(), |hint| format!("{kept}; {hint}"))
+fn stopped_hint(source: &CliError, saved: &Path, resumable: bool) -> String {
+    let saved = saved.display();
+    let kept = format!("the adapter as it was before that is in `{saved}`");
+    // The same steps would have no number again.
+    let again = matches!(source, CliError::Train(error) if matches!(**error, TrainError::NonFinite { .. } | TrainError::NonFiniteEval { .. }));
+    let goes_on = format!("the same settings and `--resume {saved}` go on from there; {MAY_CHANGE}");
+    let parts = [Some(kept), source.hint(), Some(goes_on).filter(|_| resumable && !again)];
+    parts.into_iter().flatten().collect::<Vec<_>>().join("; ")
 }
 
 fn train_hint(error: &TrainError) -> Option<String> {
@@ -400,7 +409,7 @@ mod tests {
                 TrainError::Tensor(oom()).into(),
                 TrainError::Optim(OptimError::Tensor(oom())).into(),
                 TrainError::Model(ModelError::Adapter(adapter())).into(),
-                CliError::Stopped { source: Box::new(CliError::Tensor(oom())), saved: "out".into() },
+                CliError::Stopped { source: Box::new(CliError::Tensor(oom())), saved: "out".into(), resumable: true },
                 CliError::Lost {
                     source: Box::new(CliError::Tensor(oom())),
                     also: Box::new(CliError::NoPrompts { path: "p".into() }),
@@ -409,7 +418,8 @@ mod tests {
                 assert_eq!(error.exit_code(), 3, "{error:?}");
             }
         }
-        let full = CliError::Stopped { source: Box::new(CliError::NoPrompts { path: "p".into() }), saved: "out".into() };
+        let source = Box::new(CliError::NoPrompts { path: "p".into() });
+        let full = CliError::Stopped { source, saved: "out".into(), resumable: true };
         assert_eq!(full.exit_code(), 2);
     }
 

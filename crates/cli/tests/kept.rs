@@ -24,6 +24,7 @@ fn a_step_without_a_number_keeps_the_steps_before_it() {
     let line = "train --model model --data rows.jsonl --output out --max-steps 9 --lr 1e30 --max-grad-norm 0 --compute-dtype f32 --device cpu";
     let ended = world.run(line);
     is_kept(&world, &ended, 2, "step 2: the loss is ");
+    assert!(!ended.stderr.contains("--resume"), "the same step would come again: {}", ended.stderr);
 }
 
 #[test]
@@ -32,6 +33,8 @@ fn an_evaluation_without_a_number_keeps_what_was_learned() {
     let line = "train --model model --data rows.jsonl --eval-data rows.jsonl --output out --max-steps 1 --lr 1e30 --compute-dtype f32 --device cpu";
     let ended = world.run(line);
     is_kept(&world, &ended, 2, "evaluate: the loss is ");
+    // No step is left to go on with.
+    assert!(!world.path("out/training_state.safetensors").exists() && !ended.stderr.contains("--resume"), "{}", ended.stderr);
 }
 
 #[test]

@@ -91,6 +91,19 @@ impl OptimizerName {
         )
     }
 
+    /// The first of the names that stand for the same arithmetic, whatever holds its states.
+    #[must_use]
+    pub const fn arithmetic(self) -> Self {
+        match self {
+            Self::AdamWTorch | Self::AdamWTorchFused => Self::AdamWTorch,
+            Self::AdamWBnb32bit | Self::PagedAdamW32bit | Self::PagedAdamW => Self::AdamWBnb32bit,
+            Self::AdamWBnb8bit | Self::AdamW8bit | Self::PagedAdamW8bit => Self::AdamWBnb8bit,
+            Self::Lion32bit | Self::Lion | Self::PagedLion32bit => Self::Lion32bit,
+            Self::Lion8bit | Self::PagedLion8bit => Self::Lion8bit,
+            Self::Adafactor | Self::Sgd => self,
+        }
+    }
+
     /// The optimizer's constants, the Trainer's defaults but for `weight_decay`.
     #[must_use]
     pub fn config(self, weight_decay: f64) -> OptimizerConfig {

@@ -14,7 +14,8 @@ use crate::{Error, EvalStats, LogEntry, Result};
 
 /// The log of a run, a JSON object a line: `step, epoch, loss, grad_norm, learning_rate, tokens, tokens_per_second` (with
 /// gradients in f16 also `loss_scale, skipped_steps`; a `grad_norm` that is not finite is `null`), or
-/// `step, eval_loss, eval_perplexity, eval_tokens`; the last line is `step, memory_peak, memory_by_owner`, in bytes. Each line is written whole, so that a run that ends early leaves a valid file.
+/// `step, eval_loss, eval_perplexity, eval_tokens`; the last line of a run, and of a part of one that was gone on with, is
+/// `step, memory_peak, memory_by_owner`, in bytes. Each line is written whole, so that a run that ends early leaves a valid file.
 #[derive(Debug)]
 pub struct MetricsFile {
     path: PathBuf,
@@ -44,6 +45,23 @@ impl MetricsFile {
     pub fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
         Ok(Self { path: path.to_path_buf(), file })
+    }
+
+    /// Begins `path` with the lines of `earlier`, the log of the part of a run that is gone on with; without such a file, anew.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn go_on(path: &Path, earlier: &Path) -> Result<Self> {
+        let fail = |path: &Path, source| Error::Io { path: path.to_path_buf(), source };
+        let lines = match std::fs::read(earlier) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+            lines => lines.map_err(|source| fail(earlier, source))?,
+        };
+        let mut log = Self::create(path)?;
+        // A full disk may have cut the last line.
+        let whole = lines.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+        log.file.write_all(&lines[..whole]).map_err(|source| fail(path, source))?;
+        Ok(log)
     }
 
     /// Adds a line for training steps.

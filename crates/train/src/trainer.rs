@@ -2,10 +2,10 @@
 
 mod resume;
 
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
 
 use nibble_autograd::{ParamGrads, ParamStore, Tape, ops::Loss};
-use nibble_data::{Batch, DataLoader, Dataset, Packer};
+use nibble_data::{Batch, DataLoader, Dataset, LoaderState, Packer};
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::{Layout, LrSchedule, Optimizer, clip_grad_norm};
 use nibble_tensor::{
@@ -50,8 +50,10 @@ pub struct Trainer {
     config: TrainConfig,
     max_steps: usize,
     step: usize,
-    /// After the last step that was enqueued whole: what broke in the one after it is not counted.
+    /// After the last step that counts: neither one that broke nor those that were enqueued behind it.
     done: Position,
+    /// What the steps depend on and only the caller knows, by name.
+    named: BTreeMap<String, String>,
     /// With gradients in f16.
     loss_scale: Option<LossScale>,
     /// Steps on a GPU; none on the CPU.
@@ -64,6 +66,8 @@ pub struct Trainer {
 #[derive(Debug)]
 struct Pending {
     stats: StepStats,
+    /// Of the data, behind it.
+    data: LoaderState,
     rows: Vec<usize>,
     begin: Instant,
     ticket: Option<Ticket>,
@@ -89,8 +93,23 @@ impl Trainer {
         let loss_scale = if model.compute_dtype() == DType::F16 { Some(LossScale::new(model.arena())?) } else { None };
         let device = DeviceSteps::new(model.arena(), config.gradient_accumulation_steps)?;
         let (step, finished) = (0, None);
-        let done = Position { step, data: data.state() };
-        Ok(Self { model, params, grads, optimizer, schedule, data, config, max_steps, step, done, loss_scale, device, finished })
+        let (done, named) = (Position { step, tokens: 0, data: data.state() }, BTreeMap::new());
+        Ok(Self {
+            model,
+            params,
+            grads,
+            optimizer,
+            schedule,
+            data,
+            config,
+            max_steps,
+            step,
+            done,
+            named,
+            loss_scale,
+            device,
+            finished,
+        })
     }
 
     /// What the run will do.
@@ -197,7 +216,7 @@ impl Trainer {
             let last = stats.step == self.max_steps;
             stopped_early |= observer.should_stop() && !last;
             if last || stopped_early || stats.step.is_multiple_of(self.config.logging_steps) {
-                observer.on_log(&window.entry(&stats, all.tokens));
+                observer.on_log(&window.entry(&stats, self.done.tokens));
                 window = Window::default();
             }
             if stopped_early {
@@ -248,7 +267,6 @@ impl Trainer {
             found = device.run(|| self.host_step(&batches, scale, learning_rate, dropout))?;
         }
         self.step += 1;
-        self.done = Position { step: self.step, data: self.data.state() };
         let state = self.data.state();
         let epoch = state.epoch as f64 + state.index as f64 / state.batches_per_epoch as f64;
         let seconds = begin.elapsed().as_secs_f64();
@@ -256,12 +274,12 @@ impl Trainer {
         let step = self.step;
         let stats =
             StepStats { step, epoch, loss, grad_norm, learning_rate, tokens, labels, seconds, loss_scale, skipped: false };
-        Ok(Pending { stats, rows, begin, ticket })
+        Ok(Pending { stats, data: state, rows, begin, ticket })
     }
 
     /// The results of an enqueued step.
     fn finish(&mut self, pending: Pending) -> Result<StepStats> {
-        let Pending { mut stats, rows, begin, ticket } = pending;
+        let Pending { mut stats, data, rows, begin, ticket } = pending;
         if let (Some(device), Some(ticket)) = (&self.device, ticket) {
             let Found { loss, grad_norm, loss_scale } = device.wait(ticket)?;
             (stats.loss, stats.grad_norm, stats.loss_scale) = (loss, grad_norm, loss_scale);
@@ -280,6 +298,7 @@ impl Trainer {
             self.optimizer.resume()?;
             return Err(Error::NonFinite { step: stats.step, quantity, value, rows });
         }
+        self.done = Position { step: stats.step, tokens: self.done.tokens + stats.tokens, data };
         Ok(stats)
     }
 

@@ -20,7 +20,12 @@ Data is JSONL or a JSON array. The columns tell the format: `messages`; `convers
 `prompt`, `completion`; `text`; or `input_ids` and `labels`. Answers are learned, prompts are only read.
 
 The output folder is what PEFT writes: adapter_config.json, adapter_model.safetensors, the tokenizer and a model card; and
-metrics.jsonl, a line a logged step. Ctrl-C saves what is learned so far, and so does an error.";
+metrics.jsonl, a line a logged step. Ctrl-C saves what is learned so far, and so does an error.
+
+--resume does the steps that are left, and goes on with the log. Settings that change no step may be others:
+--gradient-checkpointing, --offload-weights, --memory-limit, pages (`paged_` before the optimizer's name) and the evaluation's.
+On the CPU the result is that of one run, bit for bit; on a GPU each process times the algorithms of large products anew, and
+another choice rounds otherwise.";
 
 /// Train a LoRA adapter on a 4-bit model.
 ///
@@ -34,7 +39,7 @@ pub(crate) struct TrainArgs {
     /// Start from this adapter; its own config decides about r, alpha, targets and the like
     #[arg(long, value_name = "DIR", help_heading = "Model")]
     pub(crate) adapter: Option<PathBuf>,
-    /// Go on, bit for bit, with a run that Ctrl-C or an error ended: its output folder, with the same settings
+    /// Go on with a run that Ctrl-C or an error ended: its output folder, with the same settings (see below)
     #[arg(long, value_name = "DIR", conflicts_with = "adapter", help_heading = "Model")]
     pub(crate) resume: Option<PathBuf>,
     #[command(flatten)]

@@ -14,7 +14,7 @@ use nibble_train::{EvalStats, TrainConfig, Trainer, evaluate};
 
 use super::{
     generate::{Encoder, Speaker, end_ids},
-    train::{Interrupt, Tuning, fine_tune},
+    train::{Interrupt, Tuning, fine_tune, name_base},
 };
 use crate::{
     Ending,
@@ -77,6 +77,7 @@ fn learn(
     let options = LoaderOptions { packer: Packer::Documents { batch_size: BATCH }, seed: config.seed, shuffle: true };
     let loader = DataLoader::new(learner.train.clone().into(), options)?;
     let mut trainer = Trainer::new(learner.model.clone(), params, loader, config.clone())?;
+    name_base(&mut trainer, &source.name, &learner.precision);
     let plan = trainer.plan();
     ui::fact(
         "training",
@@ -97,6 +98,7 @@ fn learn(
         interrupt,
         model_flag: &learner.flag,
         output: &args.output,
+        resume: None,
     };
     let finished = fine_tune(&mut trainer, &tuning, staging)?;
     finished.report(&trainer);

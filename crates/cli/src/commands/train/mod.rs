@@ -16,7 +16,7 @@ use nibble_train::{Trainer, plan::Setup};
 
 pub(super) use interrupt::Interrupt;
 use memory::Planned;
-pub(super) use run::{Tuning, fine_tune};
+pub(super) use run::{Tuning, fine_tune, name_base};
 use settings::Settings;
 pub(super) use settings::modules;
 
@@ -25,7 +25,7 @@ use crate::{
     args::{OffloadWeights, TrainArgs},
     base::{Base, load_options, open_adapter, warn_of_other_base},
     dataset::Reader,
-    error::{CliError, Result},
+    error::{CliError, MAY_CHANGE, Result},
     machine::available_memory,
     output::Staging,
     ui,
@@ -72,11 +72,13 @@ pub(crate) fn run(args: &TrainArgs) -> Result<Ending> {
         interrupt: &interrupt,
         model_flag: &args.model.model,
         output: &args.output.output,
+        resume: args.resume.as_deref(),
     };
     let finished = fine_tune(&mut trainer, &tuning, staging).map_err(nearest)?;
     finished.report(&trainer);
-    if finished.ending == Ending::Interrupted {
-        ui::fact("resume", format_args!("the same settings and `--resume {}` go on from here", args.output.output.display()));
+    if finished.resumable {
+        let place = args.output.output.display();
+        ui::fact("resume", format_args!("the same settings and `--resume {place}` go on from here; {MAY_CHANGE}"));
     }
     tuning.usage().say();
     Ok(finished.ending)
@@ -129,11 +131,13 @@ fn prepare(settings: &Settings, planned: &Planned, base: Base, data: Dataset, ad
     }
     let init = adapter.map_or(Init::Random(settings.config.seed), Init::File);
     let arena = settings.precision.arena(settings.memory_limit)?;
+    let name = base.name().to_owned();
     let mut model = base.load(&arena, load).map_err(|error| error.with_owners(&arena))?;
     let params = model.attach(&planned.adapter, init).map_err(|error| CliError::from(error).with_owners(&arena))?;
     let loader = DataLoader::new(data.into(), planned.loader)?;
     let trainer = Trainer::new(model, params, loader, settings.config.clone());
     let mut trainer = trainer.map_err(|error| CliError::from(error).with_owners(&arena))?;
+    name_base(&mut trainer, &name, &settings.precision);
     let resume = settings.resume.as_deref();
     let done =
         resume.map(|folder| trainer.resume(folder)).transpose().map_err(|error| CliError::from(error).with_owners(&arena))?;

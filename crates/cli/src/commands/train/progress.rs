@@ -11,6 +11,9 @@ use crate::{
     ui::{self, Bar},
 };
 
+/// The log, in the output folder.
+const LOG: &str = "metrics.jsonl";
+
 /// The screen and the log of a run.
 #[derive(Debug)]
 pub(crate) struct Progress {
@@ -32,14 +35,18 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// For a run of `max_steps`; the log goes into `folder`.
+    /// For a run of `max_steps`; the log goes into `folder`, behind that of the run in `earlier` that is gone on with.
     ///
     /// # Errors
     /// When the log cannot be created.
-    pub(crate) fn new(folder: &Path, max_steps: usize, interrupt: &Interrupt) -> Result<Self> {
+    pub(crate) fn new(folder: &Path, earlier: Option<&Path>, max_steps: usize, interrupt: &Interrupt) -> Result<Self> {
+        let log = folder.join(LOG);
         Ok(Self {
             bar: Bar::new("training", max_steps),
-            metrics: MetricsFile::create(&folder.join("metrics.jsonl"))?,
+            metrics: match earlier {
+                Some(earlier) => MetricsFile::go_on(&log, &earlier.join(LOG))?,
+                None => MetricsFile::create(&log)?,
+            },
             failed: None,
             interrupt: interrupt.clone(),
             max_steps,

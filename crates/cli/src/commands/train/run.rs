@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Ending,
-    base::Precision,
+    base::{Precision, last_part},
     dataset::Reader,
     error::{CliError, Result, io_error},
     output::{Staging, copy_tokenizer},
@@ -44,6 +44,8 @@ pub(in crate::commands) struct Tuning<'a> {
     pub(in crate::commands) model_flag: &'a str,
     /// `--output`, as given.
     pub(in crate::commands) output: &'a Path,
+    /// The folder of the run that is gone on with.
+    pub(in crate::commands) resume: Option<&'a Path>,
 }
 
 /// A run that ended, its folder written.
@@ -58,6 +60,8 @@ pub(in crate::commands) struct Finished {
     pub(in crate::commands) evaluation: Option<EvalStats>,
     /// The folder.
     pub(in crate::commands) place: PathBuf,
+    /// Whether `--resume` goes on from there.
+    pub(in crate::commands) resumable: bool,
 }
 
 impl Finished {
@@ -153,12 +157,18 @@ fn quantisation(quant: Option<QuantConfig>) -> String {
     }
 }
 
+/// Has a run that is gone on with expect the same base.
+pub(in crate::commands) fn name_base(trainer: &mut Trainer, name: &str, precision: &Precision) {
+    trainer.depends_on("model", last_part(name));
+    trainer.depends_on("quant", quantisation(precision.quant));
+}
+
 /// Trains, and writes the folder, whatever ended the run.
 ///
 /// # Errors
 /// A run that broke: what it learned before is saved. A folder that cannot be written.
 pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging) -> Result<Finished> {
-    let mut progress = Progress::new(staging.path(), trainer.plan().max_steps, tuning.interrupt)?;
+    let mut progress = Progress::new(staging.path(), tuning.resume, trainer.plan().max_steps, tuning.interrupt)?;
     tuning.interrupt.begin_training();
     let ended = trainer.train(tuning.eval, &mut progress);
     let arena = trainer.model().arena();
@@ -169,19 +179,29 @@ pub(in crate::commands) fn fine_tune(trainer: &mut Trainer, tuning: &Tuning<'_>,
         Err(error) if progress.learned == 0 => return Err(error),
         ended => ended,
     };
-    let unfinished = ended.as_ref().map_or(true, |outcome| outcome.stopped_early);
-    let saved = save(trainer, tuning, staging, &progress, unfinished);
-    let (outcome, place) = match (ended, saved) {
+    let saved = save(trainer, tuning, staging, &progress).map(|place| (save_state(trainer, &place), place));
+    let (outcome, (resumable, place)) = match (ended, saved) {
         (Ok(outcome), saved) => (outcome, saved?),
-        (Err(source), Ok(saved)) => return Err(CliError::Stopped { source: Box::new(source), saved }),
+        (Err(source), Ok((resumable, saved))) => return Err(CliError::Stopped { source: Box::new(source), saved, resumable }),
         (Err(source), Err(also)) => return Err(CliError::Lost { source: Box::new(source), also: Box::new(also) }),
     };
     let ending = if outcome.stopped_early { Ending::Interrupted } else { Ending::Done };
-    Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place })
+    Ok(Finished { ending, outcome, spent: progress.spent, evaluation: progress.evaluation, place, resumable })
 }
 
-/// `unfinished`: with what `--resume` needs.
-fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress, unfinished: bool) -> Result<PathBuf> {
+/// What `--resume` needs, where steps are left; gives whether it is there. The adapter, which matters most, is in its place by then.
+fn save_state(trainer: &Trainer, place: &Path) -> bool {
+    if trainer.steps_left() == 0 {
+        return false;
+    }
+    let done = trainer.save_state(place);
+    if let Err(error) = &done {
+        ui::warn(format_args!("the run cannot be resumed: {error}"));
+    }
+    done.is_ok()
+}
+
+fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: &Progress) -> Result<PathBuf> {
     trainer.gather_params()?;
     let folder = staging.path();
     let config = saved_config(tuning.adapter, tuning.source, trainer.params());
@@ -197,10 +217,6 @@ fn save(trainer: &mut Trainer, tuning: &Tuning<'_>, staging: Staging, progress: 
     };
     let path = folder.join("README.md");
     std::fs::write(&path, card.to_string()).map_err(io_error("write", path))?;
-    if unfinished && let Err(error) = trainer.save_state(folder) {
-        // The adapter is what matters most.
-        ui::warn(format_args!("the run cannot be resumed: {error}"));
-    }
     staging.commit()
 }
 
