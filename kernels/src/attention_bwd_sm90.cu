@@ -19,7 +19,7 @@
 //
 // Few tiles (short sequences, few key/value heads): the query heads of a group are dealt to PARTS tiles, whose dk and dv (dk
 // scaled) go to kv_sums F32 [PARTS, 2, T, K, D], and attention_dkv adds them up in order. PARTS 1: dk and dv are written at
-// once, kv_sums unused.
+// once, kv_sums unused. Rows of dk and dv are ld >= K D elements apart, a multiple of 8, so that they may lie beside those of dq.
 //
 // `order` is the table `backward` of attention_order (attention_sm90.cu): longest walks first, keys of a document in their order.
 // Tensor maps as in attention_sm90.cu; q and d_o: box (64, 1, 64); k, v: box (64, 1, 128).
@@ -233,7 +233,7 @@ __device__ __forceinline__ float unpack_p(u32 x, u32 upper) {
 
 template <typename T, int D>
 __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const float *stats, T *dk, T *dv, float *kv_sums,
-                                        u32 parts, const Sizes &n) {
+                                        u32 parts, u32 ld, const Sizes &n) {
     const u32 half = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const float scale = n.scale * LOG2_E;
     const u32 k_rows = at.k() + half * (64 * 128), v_rows = at.v() + half * (64 * 128);
@@ -375,16 +375,16 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
             store_sums<D>(to + n.tokens * stride, stride, acc_v, 1.0f, key, w, n.head_size);
             continue;
         }
-        const u64 to = w.begin * stride + w.kv_head * n.head_size;
-        store_rows<T, D>(dv + to, stride, acc_v, 1.0f, 1.0f, key, w.len, n.head_size, 0);
-        store_rows<T, D>(dk + to, stride, acc_k, n.scale, n.scale, key, w.len, n.head_size, 0);
+        const u64 to = u64(w.begin) * ld + w.kv_head * n.head_size;
+        store_rows<T, D>(dv + to, ld, acc_v, 1.0f, 1.0f, key, w.len, n.head_size, 0);
+        store_rows<T, D>(dk + to, ld, acc_k, n.scale, n.scale, key, w.len, n.head_size, 0);
     }
 }
 
 template <typename T, int D>
 __device__ __forceinline__ void bwd(T *dk, T *dv, float *kv_sums, float *sums, u32 *turns, const TensorMap &q, const TensorMap &k,
                                     const TensorMap &v, const TensorMap &d_o, const float *lse, const float *delta,
-                                    const u32 *cu_seqlens, const u32 *order, u32 parts, const Sizes &n) {
+                                    const u32 *cu_seqlens, const u32 *order, u32 parts, u32 ld, const Sizes &n) {
     extern __shared__ __align__(1024) u8 shared[];
     const Shared<D> at = {shared_address(shared)};
     Work *work = reinterpret_cast<Work *>(shared + at.WORK);
@@ -417,7 +417,7 @@ __device__ __forceinline__ void bwd(T *dk, T *dv, float *kv_sums, float *sums, u
         }
     } else {
         registers_more<240>();
-        consume<T, D>(at, work, stats, dk, dv, kv_sums, parts, n);
+        consume<T, D>(at, work, stats, dk, dv, kv_sums, parts, ld, n);
     }
 }
 
@@ -425,8 +425,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_bf16_d64
     bf16 *dk, bf16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window) {
-    bwd<bf16, 64>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts,
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    bwd<bf16, 64>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
         {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
@@ -434,8 +434,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_bf16_d12
     bf16 *dk, bf16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window) {
-    bwd<bf16, 128>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts,
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    bwd<bf16, 128>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
         {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
@@ -443,8 +443,8 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_f16_d64(
     f16 *dk, f16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window) {
-    bwd<f16, 64>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts,
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    bwd<f16, 64>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
         {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
@@ -452,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_f16_d128
     f16 *dk, f16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window) {
-    bwd<f16, 128>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts,
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    bwd<f16, 128>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
         {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }

@@ -2,7 +2,8 @@
 //
 // attention_dq: dq [T, H, D] = scale * sums, sums F32 [H, T / 64 + docs, 64 D'] in the order of the warpgroups' registers: a
 // block has a tile of 64 queries, a thread the values that a thread of the backward kernel had. Bytes: sums once, dq once.
-// attention_dkv: dk, dv [T, K, D] = the sum of `parts` arrays of kv_sums F32 [parts, 2, T K D], in order; count = T K D.
+// attention_dkv: dk, dv [T, K, D] = the sum of `parts` arrays of kv_sums F32 [parts, 2, T K D], in order; count = T K D, cols = K D.
+// Rows of dq, dk and dv are ld elements apart, a multiple of 8.
 //
 // Launch: attention_dq: grid (T / 64 + docs, H), block 256. attention_dkv: grid ceil(count / 512) or less, block 256.
 
@@ -11,7 +12,7 @@
 constexpr u32 ROWS = 64;
 
 template <typename T, int D>
-__device__ __forceinline__ void write_dq(T *dq, const float *sums, const u32 *cu_seqlens, const Sizes &n) {
+__device__ __forceinline__ void write_dq(T *dq, const float *sums, const u32 *cu_seqlens, u32 ld, const Sizes &n) {
     const DocTile doc = find_tile<ROWS>(cu_seqlens, n.docs, blockIdx.x);
     if (doc.row >= doc.len) return;
     const u32 half = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32;
@@ -24,13 +25,12 @@ __device__ __forceinline__ void write_dq(T *dq, const float *sums, const u32 *cu
         const float4 x = from[e * 128];
         c[4 * e] = x.x, c[4 * e + 1] = x.y, c[4 * e + 2] = x.z, c[4 * e + 3] = x.w;
     }
-    const u64 stride = u64(n.heads) * n.head_size;
-    T *out = dq + doc.begin * stride + blockIdx.y * n.head_size;
-    store_rows<T, D / 2>(out, stride, c, n.scale, n.scale, row, doc.len, n.head_size, half * (D / 2));
+    T *out = dq + u64(doc.begin) * ld + blockIdx.y * n.head_size;
+    store_rows<T, D / 2>(out, ld, c, n.scale, n.scale, row, doc.len, n.head_size, half * (D / 2));
 }
 
 template <typename T>
-__device__ __forceinline__ void write_dkv(T *dk, T *dv, const float *kv_sums, u64 count, u32 parts) {
+__device__ __forceinline__ void write_dkv(T *dk, T *dv, const float *kv_sums, u64 count, u32 cols, u32 parts, u32 ld) {
     for (u64 i = u64(blockIdx.x) * 256 + threadIdx.x; i < count / 2; i += u64(gridDim.x) * 256) {
         const bool of_v = i >= count / 4;  // four values a thread: dk's, then dv's
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -38,37 +38,42 @@ __device__ __forceinline__ void write_dkv(T *dk, T *dv, const float *kv_sums, u6
             const float4 x = reinterpret_cast<const float4 *>(kv_sums)[p * (count / 2) + i];
             sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
         }
-        uint2 *to = reinterpret_cast<uint2 *>(of_v ? dv : dk) + (of_v ? i - count / 4 : i);
-        *to = make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w));
+        const u64 at = 4 * (of_v ? i - count / 4 : i), row = at / cols;
+        T *const to = (of_v ? dv : dk) + row * ld + (at - row * cols);
+        *reinterpret_cast<uint2 *>(to) = make_uint2(pack2<T>(sum.x, sum.y), pack2<T>(sum.z, sum.w));
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_dkv_bf16(bf16 *dk, bf16 *dv, const float *kv_sums,
-                                                                     u64 count, u32 parts) {
-    write_dkv(dk, dv, kv_sums, count, parts);
+                                                                     u64 count, u32 cols, u32 parts, u32 ld) {
+    write_dkv(dk, dv, kv_sums, count, cols, parts, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_dq_bf16_d64(
-    bf16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale) {
-    write_dq<bf16, 64>(dq, sums, cu_seqlens, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
+    bf16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale,
+    u32 ld) {
+    write_dq<bf16, 64>(dq, sums, cu_seqlens, ld, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_dq_bf16_d128(
-    bf16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale) {
-    write_dq<bf16, 128>(dq, sums, cu_seqlens, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
+    bf16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale,
+    u32 ld) {
+    write_dq<bf16, 128>(dq, sums, cu_seqlens, ld, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_dkv_f16(f16 *dk, f16 *dv, const float *kv_sums,
-                                                                     u64 count, u32 parts) {
-    write_dkv(dk, dv, kv_sums, count, parts);
+                                                                     u64 count, u32 cols, u32 parts, u32 ld) {
+    write_dkv(dk, dv, kv_sums, count, cols, parts, ld);
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_dq_f16_d64(
-    f16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale) {
-    write_dq<f16, 64>(dq, sums, cu_seqlens, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
+    f16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale,
+    u32 ld) {
+    write_dq<f16, 64>(dq, sums, cu_seqlens, ld, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(256) attention_dq_f16_d128(
-    f16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale) {
-    write_dq<f16, 128>(dq, sums, cu_seqlens, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
+    f16 *dq, const float *sums, const u32 *cu_seqlens, u32 docs, u32 tokens, u32 heads, u32 head_size, float scale,
+    u32 ld) {
+    write_dq<f16, 128>(dq, sums, cu_seqlens, ld, {docs, tokens, heads, heads, head_size, scale, 0, 0.0f});
 }

@@ -1,16 +1,17 @@
-// Rotary position embedding, half-split layout: of each head the first 2 · half dimensions are rotated in pairs (i, half + i).
+// Rotary position embedding, half-split layout: of each head the first 2 · half dimensions are rotated in pairs (i, half + i), in
+// place.
 //
 //   y[i] = x[i] cos − x[half + i] sin,  y[half + i] = x[half + i] cos + x[i] sin,  cos and sin at [position of the token, i]
 //
 // The other dimensions stay. `backward` turns the other way. cos and sin are F32 [positions, half] each; x [tokens, heads,
-// head_size]; y may be x. rope_qk turns the queries and keys of one layer, in place.
+// head_size], the tokens ld elements apart.
 //
 // Threads: a block a token. threadIdx.x is a pack of 16 bytes of the half (of each half one), threadIdx.y a head; a thread keeps
 // its cos and sin for the heads that it takes in turn, two at a time. With L = half / (16 / sizeof(T)), or half itself where half
-// or head_size is no multiple of a pack: block (min(L, 64), y), y = min(ceil(heads / 2), 64 / min(L, 64)), heads being those of
-// q and k together in rope_qk. Any block of up to 256 threads is right. No shared memory. Grid: tokens, or less.
+// or head_size is no multiple of a pack: block (min(L, 64), y), y = min(ceil(heads / 2), 64 / min(L, 64)). Any block of up to 256
+// threads is right. No shared memory. Grid: tokens, or less.
 //
-// Bytes: x and y once; the tables come from the caches.
+// Bytes: x twice; the tables come from the caches.
 //
 // rope_append turns the newest token's query and key of each of B texts, the query in place, and puts key and value into the
 // text's slot of a cache, [slots, capacity, K, D], at position lens[text] - 1. Grid (B, H + 2 K), block any up to 256.
@@ -19,16 +20,13 @@
 #include "common/vec.cuh"
 
 struct Heads {
-    u32 first;  // heads that lie in the first buffer; the others lie in the second
-    u32 all;
+    u32 count;
     u32 size;
     u32 half;
 };
 
-// Heads [0, first) of this token lie at y and x, the others at k, in place.
 template <int N, typename T>
-__device__ __forceinline__ void rotate_token(T *y, const T *x, T *k, const float *cos_row, const float *sin_row, Heads heads,
-                                             float direction) {
+__device__ __forceinline__ void rotate_token(T *x, const float *cos_row, const float *sin_row, Heads heads, float direction) {
     for (u32 i = threadIdx.x * N; i < heads.half; i += blockDim.x * N) {
         float cos[N], sin[N];
         load_f32(cos_row + i, cos);
@@ -36,24 +34,21 @@ __device__ __forceinline__ void rotate_token(T *y, const T *x, T *k, const float
 #pragma unroll
         for (int j = 0; j < N; ++j) sin[j] *= direction;
         // Two heads a turn, so that their loads overlap.
-        for (u32 h = threadIdx.y; h < heads.all; h += 2 * blockDim.y) {
+        for (u32 h = threadIdx.y; h < heads.count; h += 2 * blockDim.y) {
             Held<T, N> a[2], b[2];
-            T *out[2];
+            T *at[2];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 const u32 head = h + u * blockDim.y;
-                const bool second = head >= heads.first;
-                const u64 at = u64(second ? head - heads.first : head) * heads.size + i;
-                out[u] = (second ? k : y) + at;
-                if (head < heads.all) {
-                    const T *in = second ? k + at : x + at;
-                    a[u].load(in);
-                    b[u].load(in + heads.half);
+                at[u] = x + u64(head) * heads.size + i;
+                if (head < heads.count) {
+                    a[u].load(at[u]);
+                    b[u].load(at[u] + heads.half);
                 }
             }
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-                if (h + u * blockDim.y >= heads.all) break;
+                if (h + u * blockDim.y >= heads.count) break;
                 float v[N], w[N];
                 a[u].unpack(v);
                 b[u].unpack(w);
@@ -63,33 +58,25 @@ __device__ __forceinline__ void rotate_token(T *y, const T *x, T *k, const float
                     w[j] = w[j] * cos[j] + v[j] * sin[j];
                     v[j] = first;
                 }
-                store_f32(out[u], v);
-                store_f32(out[u] + heads.half, w);
+                store_f32(at[u], v);
+                store_f32(at[u] + heads.half, w);
             }
         }
     }
 }
 
 template <typename T>
-__device__ __forceinline__ void turn(T *y, const T *x, T *k, const u32 *positions, const float *cos, const float *sin,
-                                     u32 tokens, u32 first_heads, u32 second_heads, u32 head_size, u32 half, u32 backward) {
+__device__ __forceinline__ void turn(T *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
+                                     u32 head_size, u32 half, u32 ld, u32 backward) {
     constexpr int N = Pack<T>::N;
-    const Heads heads = {first_heads, first_heads + second_heads, head_size, half};
     const float direction = backward ? -1.0f : 1.0f;
-    const bool vector = half % N == 0 && head_size % N == 0 && aligned16(y) && aligned16(x) && aligned16(k) && aligned16(cos) &&
-                        aligned16(sin);
+    const bool vector =
+        half % N == 0 && head_size % N == 0 && ld % N == 0 && aligned16(x) && aligned16(cos) && aligned16(sin);
     for (u32 t = blockIdx.x; t < tokens; t += gridDim.x) {
-        const u64 first = u64(t) * first_heads * head_size, second = u64(t) * second_heads * head_size;
+        T *const token = x + u64(t) * ld;
         const u64 table = u64(positions[t]) * half;
-        if (vector)
-            rotate_token<N>(y + first, x + first, k + second, cos + table, sin + table, heads, direction);
-        else
-            rotate_token<1>(y + first, x + first, k + second, cos + table, sin + table, heads, direction);
-        if (y != x) {
-            for (u32 h = threadIdx.y; h < first_heads; h += blockDim.y)
-                for (u32 i = 2 * half + threadIdx.x; i < head_size; i += blockDim.x)
-                    y[first + h * head_size + i] = x[first + h * head_size + i];
-        }
+        if (vector) rotate_token<N>(token, cos + table, sin + table, {heads, head_size, half}, direction);
+        else rotate_token<1>(token, cos + table, sin + table, {heads, head_size, half}, direction);
     }
 }
 
@@ -117,27 +104,15 @@ __device__ __forceinline__ void append(T *q, T *keys, T *values, const T *k, con
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3)
-    rope_f32(float *y, const float *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
-             u32 head_size, u32 half, u32 backward) {
-    turn<float>(y, x, nullptr, positions, cos, sin, tokens, heads, 0, head_size, half, backward);
+    rope_f32(float *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads, u32 head_size,
+             u32 half, u32 ld, u32 backward) {
+    turn(x, positions, cos, sin, tokens, heads, head_size, half, ld, backward);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3)
-    rope_f16(f16 *y, const f16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
-             u32 head_size, u32 half, u32 backward) {
-    turn<f16>(y, x, nullptr, positions, cos, sin, tokens, heads, 0, head_size, half, backward);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-    rope_qk_f32(float *q, float *k, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 q_heads,
-                u32 k_heads, u32 head_size, u32 half, u32 backward) {
-    turn<float>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
-}
-
-extern "C" __global__ void __launch_bounds__(256, 3)
-    rope_qk_f16(f16 *q, f16 *k, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 q_heads, u32 k_heads,
-                u32 head_size, u32 half, u32 backward) {
-    turn<f16>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
+    rope_f16(f16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads, u32 head_size,
+             u32 half, u32 ld, u32 backward) {
+    turn(x, positions, cos, sin, tokens, heads, head_size, half, ld, backward);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -160,14 +135,9 @@ extern "C" __global__ void __launch_bounds__(256)
 }
 
 extern "C" __global__ void __launch_bounds__(256, 3)
-    rope_bf16(bf16 *y, const bf16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads,
-              u32 head_size, u32 half, u32 backward) {
-    turn<bf16>(y, x, nullptr, positions, cos, sin, tokens, heads, 0, head_size, half, backward);
+    rope_bf16(bf16 *x, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 heads, u32 head_size,
+              u32 half, u32 ld, u32 backward) {
+    turn(x, positions, cos, sin, tokens, heads, head_size, half, ld, backward);
 }
 
-extern "C" __global__ void __launch_bounds__(256, 3)
-    rope_qk_bf16(bf16 *q, bf16 *k, const u32 *positions, const float *cos, const float *sin, u32 tokens, u32 q_heads,
-                 u32 k_heads, u32 head_size, u32 half, u32 backward) {
-    turn<bf16>(q, q, k, positions, cos, sin, tokens, q_heads, k_heads, head_size, half, backward);
-}
 #endif

@@ -5,8 +5,10 @@ use nibble_nf4::{QuantConfig, quantize};
 use nibble_tensor::{
     Arena, DType, Device, Rng, Tensor, Weight,
     ops::{
+        Documents, attention, glu,
         linear::{self, Adapter, Part, PartGrads, Saved},
         rms_norm,
+        rope::{self, RopeTable},
     },
 };
 
@@ -64,9 +66,15 @@ fn parts(arena: &Arena, case: Case) -> Vec<Part> {
 
 /// dx, then the dA and the dB of all layers.
 fn backward(arena: &Arena, case: Case, room: bool, x: &Tensor, parts: &[Part], saved: &Saved) -> Vec<Vec<f32>> {
-    let Case { tokens, inputs, outputs, rank, dtype } = case;
+    let Case { tokens, outputs, dtype, .. } = case;
     let dys: Vec<Tensor> =
         outputs.iter().enumerate().map(|(i, &n)| normed(arena, 30 + i as u64, [tokens, n], dtype, room)).collect();
+    gradients(arena, case, &dys, x, parts, saved)
+}
+
+/// The same of given dys.
+fn gradients(arena: &Arena, case: Case, dys: &[Tensor], x: &Tensor, parts: &[Part], saved: &Saved) -> Vec<Vec<f32>> {
+    let Case { inputs, outputs, rank, .. } = case;
     let a_size = rank * inputs;
     let mut flat = Tensor::zeros(arena, DType::F32, [outputs.len() * a_size + rank * outputs.iter().sum::<usize>()]).unwrap();
     let (mut ranges, mut at) = (Vec::new(), outputs.len() * a_size);
@@ -77,7 +85,7 @@ fn backward(arena: &Arena, case: Case, room: bool, x: &Tensor, parts: &[Part], s
     let mut views = flat.views_mut(&ranges).unwrap().into_iter();
     let grads = std::iter::from_fn(|| Some(PartGrads { adapter: Some((views.next()?, views.next()?)), ..PartGrads::default() }));
     let grads = grads.collect();
-    let dx = linear::backward(&dys, x.clone(), saved, parts, grads, true).unwrap().unwrap();
+    let dx = linear::backward(dys, x.clone(), saved, parts, grads, true).unwrap().unwrap();
     let flat = flat.to_f32_vec().unwrap();
     let (da, db) = flat.split_at(outputs.len() * a_size);
     vec![dx.to_f32_vec().unwrap(), da.to_vec(), db.to_vec()]
@@ -104,14 +112,69 @@ fn layers_with_adapters_on_the_device_are_those_of_the_host() {
     for case in CASES {
         let expected = run(&Arena::new(Device::Cpu), case, false);
         for room in [false, true] {
-            for (i, (found, expected)) in run(&arena, case, room).iter().zip(&expected).enumerate() {
-                // Operands and results of 16 bits: a few units in the last place of the largest.
-                let most = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
-                let off = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0f32, f32::max);
-                assert!(most > 0.0 && off <= most / 64.0, "{case:?}, room {room}, result {i}: off by {off} of {most}");
-            }
+            assert_close(&run(&arena, case, room), &expected, &format!("{case:?}, room {room}"));
         }
     }
+}
+
+/// Operands and results of 16 bits: a few units in the last place of the largest.
+fn assert_close(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let most = expected.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+        let off = found.iter().zip(expected).map(|(x, y)| (x - y).abs()).fold(0.0f32, f32::max);
+        assert!(most > 0.0 && off <= most / 64.0, "{what}, result {i}: off by {off} of {most}");
+    }
+}
+
+/// Gradients of q, k and v behind attention and rope, side by side or each alone; then dx, dA and dB of their layers.
+fn behind_attention(arena: &Arena, side_by_side: bool) -> [Vec<Vec<f32>>; 2] {
+    let case = Case { tokens: 1100, inputs: 520, outputs: &[512, 256, 256], rank: 16, dtype: DType::Bf16 };
+    let (d, tokens, parts) = (64, case.tokens, parts(arena, case));
+    let x = normed(arena, 20, [tokens, case.inputs], case.dtype, true);
+    let (ys, saved) = linear::forward(&x, &parts).unwrap();
+    let qkv: Vec<Tensor> = ys.iter().map(|y| y.reshape([tokens, y.shape().last() / d, d]).unwrap()).collect();
+    let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]];
+    let documents = Documents::new(arena, &[0, 500, 1100]).unwrap();
+    let config = attention::Config { scale: 0.125, window: None, softcap: None };
+    let (o, lse) = attention::forward(q, k, v, &documents, config).unwrap();
+    let (dq, dk, dv) = if side_by_side {
+        attention::backward_side_by_side(&o, q, k, v, &o, &lse, &documents, config, linear::room(q)).unwrap()
+    } else {
+        attention::backward(&o, q, k, v, &o, &lse, &documents, config).unwrap()
+    };
+    let table = RopeTable::new(arena, &[1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 0.0003], 1.0, tokens).unwrap();
+    let turned = [dq, dk].map(|dy| rope::backward(dy, documents.positions(), &table).unwrap());
+    let dys: Vec<Tensor> = turned.into_iter().chain([dv]).zip(&ys).map(|(dy, y)| dy.reshape(y.shape()).unwrap()).collect();
+    let values = dys.iter().map(|dy| dy.to_f32_vec().unwrap()).collect();
+    [values, gradients(arena, case, &dys, &x, &parts, &saved)]
+}
+
+#[test]
+fn gradients_side_by_side_are_those_alone_and_one_product_makes_their_dx() {
+    let arena = nibble_tests::arena();
+    let ([alone, of_alone], [beside, of_beside]) = (behind_attention(&arena, false), behind_attention(&arena, true));
+    assert!(alone == beside, "dq, dk or dv differ");
+    assert!(of_alone[1..] == of_beside[1..], "dA or dB differ");
+    assert_close(&of_beside, &of_alone, "behind attention");
+    let of_host = behind_attention(&Arena::new(Device::Cpu), true);
+    assert_close(&of_beside, &of_host[1], "behind attention, beside the host's");
+}
+
+/// dx, dA and dB of a gated unit's layers.
+fn behind_gated_unit(arena: &Arena) -> Vec<Vec<f32>> {
+    let case = Case { tokens: 600, inputs: 264, outputs: &[1032, 1032], rank: 16, dtype: DType::Bf16 };
+    let (parts, x) = (parts(arena, case), normed(arena, 20, [case.tokens, case.inputs], case.dtype, true));
+    let (ys, saved) = linear::forward_with_room(&x, &parts, linear::room(&x)).unwrap();
+    let dy = normal(arena, 40, [case.tokens, 1032], 1.0, case.dtype);
+    let [gate, up] = <[Tensor; 2]>::try_from(ys).unwrap();
+    let (dgate, dup) = glu::backward(&dy, gate, up, glu::Activation::Silu).unwrap();
+    gradients(arena, case, &[dgate, dup], &x, &parts, &saved)
+}
+
+#[test]
+fn a_gated_units_layers_have_the_hosts_gradients() {
+    let arena = nibble_tests::arena();
+    assert_close(&behind_gated_unit(&arena), &behind_gated_unit(&Arena::new(Device::Cpu)), "behind a gated unit");
 }
 
 #[test]

@@ -142,11 +142,27 @@ pub fn rope<'m>(tape: &mut Tape<'m>, x: Var, documents: &Documents, table: &'m R
     Ok(y)
 }
 
+/// How an op leaves the gradients of its inputs in a GPU's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gradients {
+    /// Each alone, for any op.
+    Apart,
+    /// The rows of all side by side, for linear layers over one input, which then make the gradient of that by one product. Ops that
+    /// write their gradient over that of their output (rope) may lie between.
+    SideBySide,
+}
+
 /// Causal attention within the documents of a stream: q [T, H, D], k and v [T, K, D] to [T, H, D].
 ///
 /// # Errors
 /// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
-pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents, config: attention::Config) -> Result<Var> {
+pub fn attention(
+    tape: &mut Tape<'_>,
+    [q, k, v]: [Var; 3],
+    documents: &Documents,
+    config: attention::Config,
+    gradients: Gradients,
+) -> Result<Var> {
     let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
     let (o, lse) = attention::forward_with_room(&q, &k, &v, documents, config, linear::room(&q))?;
     let recorded = [q_id, k_id, v_id].iter().any(Option::is_some);
@@ -155,7 +171,12 @@ pub fn attention(tape: &mut Tape<'_>, [q, k, v]: [Var; 3], documents: &Documents
         [tape.keep(&q, recorded)?, tape.keep(&k, recorded)?, tape.keep(&v, recorded)?, tape.keep(&o, recorded)?];
     let [o] = tape.record([q_id, k_id, v_id], [o], false, move |[d_o], _| {
         let (o, v, k, q) = (saved.get()?, v.get()?, k.get()?, q.get()?);
-        let (dq, dk, dv) = attention::backward(&d_o, &q, &k, &v, &o, &lse, &documents, config)?;
+        let (dq, dk, dv) = match gradients {
+            Gradients::Apart => attention::backward(&d_o, &q, &k, &v, &o, &lse, &documents, config)?,
+            Gradients::SideBySide => {
+                attention::backward_side_by_side(&d_o, &q, &k, &v, &o, &lse, &documents, config, linear::room(&q))?
+            }
+        };
         Ok([Some(dq), Some(dk), Some(dv)])
     });
     Ok(o)

@@ -1,6 +1,9 @@
 //! The one block of every family.
 
-use nibble_autograd::{Leaf, Tape, Var, ops};
+use nibble_autograd::{
+    Leaf, Tape, Var,
+    ops::{self, Gradients},
+};
 use nibble_lora::{Linear, forward_fused, forward_gated};
 use nibble_tensor::{
     HostWeight, Result, Rng, Tensor,
@@ -136,7 +139,8 @@ impl Block {
             Keys::Stream(documents) => {
                 let q = ops::rope(tape, q, documents, &shared.rope)?;
                 let k = ops::rope(tape, k, documents, &shared.rope)?;
-                ops::attention(tape, [q, k, v], documents, self.attention)?
+                let gradients = if self.head_norms.is_some() { Gradients::Apart } else { Gradients::SideBySide };
+                ops::attention(tape, [q, k, v], documents, self.attention, gradients)?
             }
             Keys::Slot(documents, cache, slot) => {
                 let q = ops::rope(tape, q, documents, &shared.rope)?;

@@ -252,7 +252,12 @@ pub(crate) struct Block {
 #[derive(Debug)]
 enum Memory {
     Host(Vec<Line>),
-    Device { span: Span, address: u64 },
+    Device {
+        span: Span,
+        address: u64,
+    },
+    /// A share of another block's, which lives as long as one of its shares.
+    Share(Arc<Block>),
 }
 
 impl Memory {
@@ -261,6 +266,7 @@ impl Memory {
         match self {
             Self::Host(lines) => lines.len() * 64,
             Self::Device { span, .. } => span.len,
+            Self::Share(_) => 0,
         }
     }
 }
@@ -270,30 +276,41 @@ impl Block {
         &self.arena
     }
 
+    /// A block over the same memory of a device: whose elements are whose is up to those who share it.
+    pub(crate) fn share(whole: &Arc<Self>) -> Self {
+        Self { memory: Memory::Share(whole.clone()), owner: whole.owner, arena: whole.arena.clone() }
+    }
+
+    /// Whether both are shares of one block.
+    pub(crate) fn shares_with(&self, other: &Self) -> bool {
+        matches!((&self.memory, &other.memory), (Memory::Share(a), Memory::Share(b)) if Arc::ptr_eq(a, b))
+    }
+
     /// The bytes, on the CPU.
     pub(crate) fn bytes(&self, op: &'static str) -> Result<&[u8]> {
         match &self.memory {
             Memory::Host(lines) => Ok(bytemuck::cast_slice(lines)),
-            Memory::Device { .. } => Err(self.not_on_host(op)),
+            Memory::Device { .. } | Memory::Share(_) => Err(self.not_on_host(op)),
         }
     }
 
     /// The bytes for writing, on the CPU.
     pub(crate) fn bytes_mut(&mut self, op: &'static str) -> Result<&mut [u8]> {
-        if matches!(self.memory, Memory::Device { .. }) {
+        if !matches!(self.memory, Memory::Host(_)) {
             return Err(self.not_on_host(op));
         }
         match &mut self.memory {
             Memory::Host(lines) => Ok(bytemuck::cast_slice_mut(lines)),
-            Memory::Device { .. } => Ok(&mut []),
+            Memory::Device { .. } | Memory::Share(_) => Ok(&mut []),
         }
     }
 
     /// The address on the device; nothing on the CPU.
     pub(crate) fn address(&self) -> Option<u64> {
-        match self.memory {
+        match &self.memory {
             Memory::Host(_) => None,
-            Memory::Device { address, .. } => Some(address),
+            Memory::Device { address, .. } => Some(*address),
+            Memory::Share(whole) => whole.address(),
         }
     }
 
@@ -305,6 +322,10 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         let memory = std::mem::replace(&mut self.memory, Memory::Host(Vec::new()));
+        // The last share drops the whole, which locks the pool itself.
+        if matches!(memory, Memory::Share(_)) {
+            return;
+        }
         let mut pool = self.arena.pool();
         pool.stats.live -= memory.len();
         pool.owners.give(self.owner, memory.len());
@@ -313,6 +334,7 @@ impl Drop for Block {
                 pool.stats.free += lines.len() * 64;
                 pool.free.entry(lines.len()).or_default().push(lines);
             }
+            Memory::Share(_) => {}
             Memory::Device { span, .. } => {
                 if let Some(heap) = &self.arena.0.heap {
                     heap.give(span);

@@ -13,7 +13,8 @@ use crate::{
 /// A contiguous view of memory with a shape and an element type.
 ///
 /// On a GPU there may be room behind each row of the first size, for an op that reads the tensor beside values of its own
-/// (`room`); what does not know of it refuses such a tensor.
+/// (`room`), or the rows of other tensors, for an op that reads them as one matrix (`side_by_side`); what does not know of it
+/// refuses such a tensor.
 ///
 /// Cloning and [`Tensor::reshape`] share the memory; writing needs the only handle ([`Error::Shared`] otherwise), so what an
 /// op saved for its backward cannot change under it.
@@ -25,6 +26,8 @@ pub struct Tensor {
     /// In elements.
     offset: usize,
     /// Elements between one row of the first size and the next.
+    gap: usize,
+    /// Those of them right behind the row that are this tensor's to fill.
     room: usize,
 }
 
@@ -37,7 +40,7 @@ impl Tensor {
     pub fn empty(arena: &Arena, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         let block = Arc::new(arena.take(shape.numel() * dtype.size(), Location::caller())?);
-        Ok(Self { block, dtype, shape, offset: 0, room: 0 })
+        Ok(Self { block, dtype, shape, offset: 0, gap: 0, room: 0 })
     }
 
     /// Zeros.
@@ -178,13 +181,13 @@ impl Tensor {
         self.block.arena()
     }
 
-    /// The same memory under other sizes: with room behind the rows, under sizes with as many rows.
+    /// The same memory under other sizes: with gaps between the rows, under sizes with as many rows.
     ///
     /// # Errors
     /// [`Error::Shape`] when the number of elements differs.
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        if shape.numel() != self.numel() || (self.room > 0 && shape.dims().first() != self.dims().first()) {
+        if shape.numel() != self.numel() || (self.gap > 0 && shape.dims().first() != self.dims().first()) {
             return Err(Error::Shape { op: "reshape", operand: "self", expected: shape, found: self.shape });
         }
         Ok(Self { shape, ..self.clone() })
@@ -196,7 +199,7 @@ impl Tensor {
     /// [`Error::Shape`] when they reach beyond the end.
     pub fn view(&self, offset: usize, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        if offset + shape.numel() > self.numel() || self.room > 0 {
+        if offset + shape.numel() > self.numel() || self.gap > 0 {
             return Err(Error::Shape { op: "view", operand: "self", expected: shape, found: self.shape });
         }
         Ok(Self { shape, offset: self.offset + offset, ..self.clone() })
@@ -213,7 +216,7 @@ impl Tensor {
         if start + rows > self.dims()[0] {
             return Err(Error::Shape { op: "view", operand: "self", expected: dims, found: self.shape });
         }
-        Ok(Self { shape: dims, offset: self.offset + start * (row + self.room), ..self.clone() })
+        Ok(Self { shape: dims, offset: self.offset + start * (row + self.gap), ..self.clone() })
     }
 
     /// Whether the other tensor is the same elements in the same memory, in any shape.
@@ -411,8 +414,8 @@ impl Tensor {
 
     /// The address of the first element on the device.
     pub(crate) fn address(&self) -> Result<u64> {
-        if self.room > 0 {
-            return Err(Error::Cuda { call: "address", reason: "expected a tensor without room behind its rows".into() });
+        if self.gap > 0 {
+            return Err(Error::Cuda { call: "address", reason: "expected a tensor without gaps between its rows".into() });
         }
         self.first_address()
     }

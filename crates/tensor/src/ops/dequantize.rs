@@ -20,7 +20,7 @@ pub(crate) mod cuda {
     use nibble_nf4 as nf4;
 
     use crate::{
-        Absmax, Arena, BlockWeight, DType, Int8Weight, Result, Tensor, Weight,
+        Absmax, Arena, BlockWeight, DType, Error, Int8Weight, Result, Tensor, Weight,
         cuda::{Arg, CudaDevice, Grid, suffix},
         ops::typed::scratch,
     };
@@ -34,26 +34,32 @@ pub(crate) mod cuda {
     pub(crate) fn matrix(device: CudaDevice, weight: &Weight, dtype: DType, arena: &Arena) -> Result<Tensor> {
         match weight {
             Weight::Dense(dense) => dense.to_dtype(dtype),
-            _ => widened(device, weight, dtype, arena, [0, 0]),
+            _ => widened(device, &[weight], dtype, arena, [0, 0]),
         }
     }
 
-    /// The weight of a 4-bit or 8-bit format in the corner of a scratch matrix with more rows and columns, whose content is left to
-    /// the caller.
+    /// Weights [N, K] of a 4-bit or 8-bit format one below the other, in the corner of a scratch matrix with more rows and columns,
+    /// whose content is left to the caller.
     pub(crate) fn widened(
         device: CudaDevice,
-        weight: &Weight,
+        weights: &[&Weight],
         dtype: DType,
         arena: &Arena,
         [more_rows, more_cols]: [usize; 2],
     ) -> Result<Tensor> {
-        let (rows, cols) = (weight.shape().dims()[0], weight.shape().last());
-        let mut out = scratch(arena, dtype, [rows + more_rows, cols + more_cols])?;
-        let ld = cols + more_cols;
-        match weight {
-            Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, &mut out, ld)?,
-            Weight::Int8(int8) => int8_weight(device, int8, &mut out, ld)?,
-            Weight::Dense(dense) => dense.convert_into(&mut out)?,
+        let rows: usize = weights.iter().map(|weight| weight.shape().dims()[0]).sum();
+        let ld = weights.first().map_or(0, |weight| weight.shape().last()) + more_cols;
+        let mut out = scratch(arena, dtype, [rows + more_rows, ld])?;
+        let mut place = out.address_mut()?;
+        for weight in weights {
+            match weight {
+                Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld)?,
+                Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
+                Weight::Dense(_) => {
+                    return Err(Error::Argument { op: OP, argument: "weight", expected: "of a 4-bit or 8-bit format", found: 0 });
+                }
+            }
+            place += (weight.shape().dims()[0] * ld * dtype.size()) as u64;
         }
         Ok(out)
     }
@@ -98,12 +104,13 @@ pub(crate) mod cuda {
         Ok(true)
     }
 
-    fn block_weight(device: CudaDevice, weight: &BlockWeight, out: &mut Tensor, ld: usize) -> Result<()> {
-        let suffix = suffix(OP, out.dtype())?;
+    /// Into `out`, an address of elements of `dtype` with rows `ld` apart.
+    fn block_weight(device: CudaDevice, weight: &BlockWeight, dtype: DType, out: u64, ld: usize) -> Result<()> {
+        let suffix = suffix(OP, dtype)?;
         let (rows, cols) = (weight.shape.dims()[0], weight.shape.last());
         let sizes = [Arg::size(rows), Arg::size(cols), Arg::size(ld), Arg::size(weight.config.block_size)];
         let code = code(device, weight)?;
-        let (out, packed) = (Arg::write(out)?, Arg::read(&weight.packed)?);
+        let (out, packed) = (Arg::Pointer(out), Arg::read(&weight.packed)?);
         // A thread widens 32 codes: 16 bytes read.
         let grid = Grid::over(rows * cols, 256 * 32, 256);
         match &weight.absmax {
@@ -119,11 +126,11 @@ pub(crate) mod cuda {
         }
     }
 
-    fn int8_weight(device: CudaDevice, weight: &Int8Weight, out: &mut Tensor, ld: usize) -> Result<()> {
+    fn int8_weight(device: CudaDevice, weight: &Int8Weight, dtype: DType, out: u64, ld: usize) -> Result<()> {
         let (rows, cols) = (weight.codes.dims()[0], weight.codes.dims()[1]);
-        let name = format!("dequantize_int8_{}", suffix(OP, out.dtype())?);
+        let name = format!("dequantize_int8_{}", suffix(OP, dtype)?);
         let args = [
-            Arg::write(out)?,
+            Arg::Pointer(out),
             Arg::read(&weight.codes)?,
             Arg::read(&weight.scale)?,
             Arg::size(rows),

@@ -214,16 +214,19 @@ mod cuda {
         Grid::over(x.numel() * x.dtype().size(), 16 * 256, 256)
     }
 
+    fn pitch(x: &Tensor) -> Result<usize> {
+        Ok(x.rows_address()?.1)
+    }
+
     /// Rows and columns, and where an operand begins with the pitch of its rows.
     fn sizes(x: &Tensor) -> Result<([Arg; 2], Arg, Arg)> {
         let (address, pitch) = x.rows_address()?;
-        let cols = if x.room() == 0 { x.shape().last() } else { pitch - x.room() };
-        let ld = cols + x.room();
+        let (cols, ld) = if x.is_dense() { (x.shape().last(), x.shape().last()) } else { (x.numel() / x.dims()[0], pitch) };
         Ok(([x.numel() / cols.max(1), cols].map(Arg::size), Arg::Pointer(address), Arg::size(ld)))
     }
 
     pub(super) fn forward(device: CudaDevice, gate: &Tensor, up: &Tensor, activation: Activation, y: &mut Tensor) -> Result<()> {
-        if gate.room() != up.room() {
+        if pitch(gate)? != pitch(up)? {
             return forward(device, &gate.dense()?, &up.dense()?, activation, y);
         }
         let (rows_cols, gate_at, ld_in) = sizes(gate)?;
@@ -245,7 +248,7 @@ mod cuda {
         up: Tensor,
         activation: Activation,
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        if gate.room() != up.room() {
+        if pitch(&gate)? != pitch(&up)? {
             return backward(device, dy, again, gate.dense()?, up.dense()?, activation);
         }
         let (rows_cols, gate_at, ld) = sizes(&gate)?;
@@ -258,11 +261,14 @@ mod cuda {
         };
         let inputs = [Arg::read(&dy)?, gate_at, sizes(&up)?.1, number(activation)];
         let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate));
-        let place = |x: &Tensor| {
-            if x.is_unique() { Ok(None) } else { Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room()).map(Some) }
+        let like = |x: &Tensor| Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room());
+        let [mut dgate, mut dup] = if gate.is_unique() && up.is_unique() {
+            [gate, up]
+        } else if up.continues(&gate) {
+            Tensor::side_by_side(gate.arena(), gate.dtype(), [gate.shape(), up.shape()], up.room())?
+        } else {
+            [like(&gate)?, like(&up)?]
         };
-        let (new_gate, new_up) = (place(&gate)?, place(&up)?);
-        let (mut dgate, mut dup) = (new_gate.unwrap_or(gate), new_up.unwrap_or(up));
         let [dgate_at, dup_at] = [dgate.rows_address_mut()?.0, dup.rows_address_mut()?.0].map(Arg::Pointer);
         let outputs = [dgate_at, dup_at, y_at];
         device.launch(&name, grid, &[&outputs[..], &inputs, &rows_cols, &[ld]].concat())?;

@@ -389,9 +389,9 @@ mod cuda {
 
     /// Where y begins, and the pitch of its rows: of the last size, but where there is room behind those of the first.
     fn output(y: &mut Tensor) -> Result<(Arg, Arg)> {
-        let (last, room) = (y.shape().last(), y.room());
+        let (last, dense) = (y.shape().last(), y.is_dense());
         let (address, pitch) = y.rows_address_mut()?;
-        Ok((Arg::Pointer(address), Arg::size(if room == 0 { last } else { pitch })))
+        Ok((Arg::Pointer(address), Arg::size(if dense { last } else { pitch })))
     }
 
     /// As many blocks as the device holds at once, of `resident` threads a multiprocessor: a block keeps w for its rows.

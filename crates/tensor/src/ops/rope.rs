@@ -189,10 +189,9 @@ mod cuda {
         let pack = 16 / y.dtype().size();
         let lanes = if half.is_multiple_of(pack) && size.is_multiple_of(pack) { half / pack } else { half }.clamp(1, 64);
         let threads = [lanes as u32, (64 / lanes).min(heads.div_ceil(2)).max(1) as u32];
-        let x = Arg::read(y)?;
+        let (address, ld) = y.rows_address_mut()?;
         let args = [
-            Arg::write(y)?,
-            x,
+            Arg::Pointer(address),
             Arg::read(positions)?,
             Arg::read(&table.cos)?,
             Arg::read(&table.sin)?,
@@ -200,6 +199,7 @@ mod cuda {
             Arg::size(heads),
             Arg::size(size),
             Arg::size(half),
+            Arg::size(ld),
             Arg::U32(backward.into()),
         ];
         let grid = Grid { blocks: [tokens as u32, 1, 1], threads, shared: 0 };

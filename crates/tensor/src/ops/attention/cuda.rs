@@ -80,10 +80,11 @@ pub(super) fn backward(
     documents: &Documents,
     heads: Sizes,
     config: Config,
+    room: Option<usize>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
     if hopper::serves(device, q.dtype(), heads, config) {
-        return hopper::backward(device, saved, documents, heads, config);
+        return hopper::backward(device, saved, documents, heads, config, room);
     }
     let suffix = suffix(OP, q.dtype())?;
     let delta = delta(device, o, d_o, documents, heads)?;

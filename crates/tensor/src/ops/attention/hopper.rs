@@ -124,11 +124,19 @@ pub(super) fn backward(
     documents: &Documents,
     heads: Sizes,
     config: Config,
+    room: Option<usize>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
     let call = Call::new(device, documents, heads, config);
     let delta = delta(device, o, d_o, documents, heads)?;
-    let [mut dk, mut dv] = [Tensor::empty(q.arena(), q.dtype(), k.shape())?, Tensor::empty(q.arena(), q.dtype(), k.shape())?];
+    let shapes = [q, k, v].map(Tensor::shape);
+    let alone = |shape| Tensor::empty(q.arena(), q.dtype(), shape);
+    let [dq, mut dk, mut dv] = match room {
+        Some(room) => Tensor::side_by_side(q.arena(), q.dtype(), shapes, room)?,
+        None => [alone(shapes[0])?, alone(shapes[1])?, alone(shapes[2])?],
+    };
+    let ((dk_at, ld), (dv_at, _)) = (dk.rows_address_mut()?, dv.rows_address_mut()?);
+    let gradients = [Arg::Pointer(dk_at), Arg::Pointer(dv_at)];
     let parts = parts(call.slots_of(128) * heads.kv_heads, heads.group(), device.info().multiprocessors);
     let mut kv_sums = match parts {
         1 => None,
@@ -138,9 +146,7 @@ pub(super) fn backward(
     let mut sums = Tensor::empty(q.arena(), DType::F32, [heads.heads, tiles, 64 * call.d])?;
     let turns = device.zeros("attention_bwd", 4 * (2 + 2 * heads.heads * tiles))?;
     let [_, _, order] = call.order(q)?;
-    let args = [
-        Arg::write(&mut dk)?,
-        Arg::write(&mut dv)?,
+    let inputs = [
         kv_sums.as_mut().map_or(Ok(Arg::NONE), Arg::write)?,
         Arg::write(&mut sums)?,
         Arg::Pointer(turns),
@@ -160,24 +166,25 @@ pub(super) fn backward(
         Arg::size(parts),
         Arg::F32(config.scale),
         Arg::U32(call.window),
+        Arg::size(ld),
     ];
+    let args = [&gradients[..], &inputs].concat();
     let suffix = suffix(OP, q.dtype())?;
     let grid = call.persistent(call.slots_of(128) * heads.kv_heads * parts, 384, 1536 * call.d + 34816);
     device.launch(&format!("attention_bwd_sm90_{suffix}_d{}", call.d), grid, &args)?;
     if let Some(kv_sums) = kv_sums {
-        let count = Arg::U64(k.numel() as u64);
-        let args = [Arg::write(&mut dk)?, Arg::write(&mut dv)?, Arg::read(&kv_sums)?, count, Arg::size(parts)];
+        let sizes = [Arg::U64(k.numel() as u64), Arg::size(heads.kv_heads * heads.head_size), Arg::size(parts), Arg::size(ld)];
+        let args = [&gradients[..], &[Arg::read(&kv_sums)?], &sizes].concat();
         device.launch(&format!("attention_dkv_{suffix}"), Grid::over(k.numel(), 512, 256), &args)?;
     }
-    let dq = query_gradient(&call, q, &sums, tiles)?;
-    Ok((dq, dk, dv))
+    Ok((query_gradient(&call, dq, &sums, tiles)?, dk, dv))
 }
 
 /// dq from its f32 sums over the key tiles.
-fn query_gradient(call: &Call<'_>, q: &Tensor, sums: &Tensor, tiles: usize) -> Result<Tensor> {
-    let mut dq = Tensor::empty(q.arena(), q.dtype(), q.shape())?;
+fn query_gradient(call: &Call<'_>, mut dq: Tensor, sums: &Tensor, tiles: usize) -> Result<Tensor> {
+    let (address, ld) = dq.rows_address_mut()?;
     let args = [
-        Arg::write(&mut dq)?,
+        Arg::Pointer(address),
         Arg::read(sums)?,
         call.offsets()?,
         call.docs(),
@@ -185,9 +192,10 @@ fn query_gradient(call: &Call<'_>, q: &Tensor, sums: &Tensor, tiles: usize) -> R
         Arg::size(call.heads.heads),
         Arg::size(call.heads.head_size),
         Arg::F32(call.config.scale),
+        Arg::size(ld),
     ];
     let grid = Grid { blocks: [tiles as u32, call.heads.heads as u32, 1], threads: [256, 1], shared: 0 };
-    call.device.launch(&format!("attention_dq_{}_d{}", suffix(OP, q.dtype())?, call.d), grid, &args)?;
+    call.device.launch(&format!("attention_dq_{}_d{}", suffix(OP, dq.dtype())?, call.d), grid, &args)?;
     Ok(dq)
 }
 

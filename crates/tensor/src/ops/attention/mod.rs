@@ -95,7 +95,36 @@ pub fn backward(
     documents: &Documents,
     config: Config,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    run_backward(&backward::Saved { d_o, q, k, v, o, lse }, documents, config, None)
+}
+
+/// [`backward`]; where a GPU's kernel leaves them so, a token's dq, dk and dv lie side by side, with room for `room` elements behind
+/// them: linear layers read them as one matrix.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_side_by_side(
+    d_o: &Tensor,
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    o: &Tensor,
+    lse: &Tensor,
+    documents: &Documents,
+    config: Config,
+    room: usize,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    run_backward(&backward::Saved { d_o, q, k, v, o, lse }, documents, config, Some(room))
+}
+
+fn run_backward(
+    saved: &backward::Saved<'_>,
+    documents: &Documents,
+    config: Config,
+    room: Option<usize>,
+) -> Result<(Tensor, Tensor, Tensor)> {
     const OP: &str = "attention backward";
+    let backward::Saved { d_o, q, k, v, o, lse } = *saved;
     let sizes = check(OP, q, k, v, config)?;
     check_tokens(OP, q, k, documents)?;
     for (name, tensor) in [("d_o", d_o), ("o", o)] {
@@ -104,10 +133,9 @@ pub fn backward(
     }
     lse.expect_shape(OP, "lse", [sizes.heads, documents.tokens()])?;
     expect_dtype(OP, "lse", DType::F32, lse)?;
-    let saved = backward::Saved { d_o, q, k, v, o, lse };
     match q.device() {
-        Device::Cpu => with_float!(q.dtype(), OP, "q", E => backward::documents::<E>(&saved, documents, sizes, config)),
-        Device::Cuda(device) => cuda::backward(device, &saved, documents, sizes, config),
+        Device::Cpu => with_float!(q.dtype(), OP, "q", E => backward::documents::<E>(saved, documents, sizes, config)),
+        Device::Cuda(device) => cuda::backward(device, saved, documents, sizes, config, room),
     }
 }
 

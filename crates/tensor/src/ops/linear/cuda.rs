@@ -4,18 +4,21 @@
 //! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is
 //! one product over K + ΣR columns, for which h is written behind x where there is room and x is
 //! copied where not; elsewhere (short streams, odd ranks, dense bases) the two are summed in f32 and rounded once. Likewise
-//! dx = [dy | t] [W ; A] for the narrowest part, else dx += t A.
+//! dx = [dy | t] [W ; A] for the narrowest part, else dx += t A; where the dy of all parts lie side by side (q, k and v behind
+//! attention, gate and up behind the gated unit), dx = [dy dy' … | t] [W ; W' ; … ; A], one product for all.
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
 
 mod call;
 mod few;
 mod hopper;
 
+use std::ops::Range;
+
 use call::{Call, columns, rows, transposed};
 
 use super::{OP, Part, PartGrads, ROOM, Saved};
 use crate::{
-    DType, Device, Result, Shape, Tensor, TensorMut,
+    DType, Device, Result, Shape, Tensor, TensorMut, Weight,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
     ops::{
         dequantize::cuda::{matrix, product_of_few, widened},
@@ -44,8 +47,7 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         return Ok((ys, Saved(h.into_iter().map(Some).collect())));
     }
     let mut ys = Vec::with_capacity(parts.len());
-    for (i, part) in parts.iter().enumerate() {
-        let mut y = Tensor::with_room(x.arena(), x.dtype(), [call.tokens, part.outputs()], room)?;
+    for (i, mut y) in call.outputs(room)?.into_iter().enumerate() {
         if let Some(beside) = &beside {
             call.product_beside(rows(beside)?, i, &y)?;
         } else {
@@ -133,7 +135,8 @@ impl Call<'_, '_> {
     /// dbias and dB of each part, and t, which lies behind the rows of the dy that it rides with, where there is room.
     fn output_gradients(&self, dys: &[Tensor], saved: &Saved, grads: &mut [PartGrads<'_>], want_dx: bool) -> Result<Pending> {
         let h = saved.0.first().and_then(Option::as_ref);
-        let behind = self.rider(dys).filter(|&i| want_dx && dys[i].room() >= self.ranks);
+        let last = self.riders(dys).map(|riders| riders.end - 1);
+        let behind = last.filter(|&i| want_dx && dys[i].room() >= self.ranks);
         let pending = Pending(match behind {
             Some(i) => Some((dys[i].clone(), self.parts[i].outputs())),
             None => self.narrow()?.map(|t| (t, 0)),
@@ -147,6 +150,15 @@ impl Call<'_, '_> {
             }
         }
         Ok(pending)
+    }
+
+    /// Memory for y of each part, `room` behind its rows; those of a gated unit side by side, since their gradients will be.
+    fn outputs(&self, room: usize) -> Result<Vec<Tensor>> {
+        let shape = |part: &Part| Shape::from([self.tokens, part.outputs()]);
+        match self.parts {
+            [gate, up] if room > 0 => Ok(Tensor::side_by_side(&self.arena, self.dtype, [shape(gate), shape(up)], room)?.into()),
+            parts => parts.iter().map(|part| Tensor::with_room(&self.arena, self.dtype, shape(part), room)).collect(),
+        }
     }
 
     /// y = x Wᵀ + bias + s h Bᵀ of one part, rounded once. cuBLASLt rounds a product to 16 bits before it adds it to what is there:
@@ -163,7 +175,7 @@ impl Call<'_, '_> {
         self.biased_product(part, &sum, [rows(self.x()?)?, rows(&weight)?], self.inputs)?;
         drop(weight);
         self.add_adapter(i, h, &sum)?;
-        if y.room() == 0 {
+        if y.is_dense() {
             return sum.convert_into(y);
         }
         let rounded = sum.to_dtype(self.dtype)?;
@@ -232,7 +244,7 @@ impl Call<'_, '_> {
     fn product_beside(&self, beside: Matrix, i: usize, y: &Tensor) -> Result<()> {
         let part = &self.parts[i];
         // Rows begin with a line of memory, as those of x with room do.
-        let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
+        let weight = widened(self.device, &[&part.weight], self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
         let (n, width) = (part.outputs(), self.inputs + self.ranks);
         let b = self.pairs[i].as_ref().map(|(_, b)| b);
         let args = [
@@ -347,43 +359,56 @@ impl Call<'_, '_> {
         Ok(())
     }
 
-    /// The part beside whose dy the t of all ride: one with room behind its rows, else the narrowest if it is narrow enough.
-    fn rider(&self, dys: &[Tensor]) -> Option<usize> {
+    /// The parts beside whose dy the t of all ride: all, where one product of them pays; else one with room behind its rows, else
+    /// the narrowest if it is narrow enough.
+    fn riders(&self, dys: &[Tensor]) -> Option<Range<usize>> {
         let rides = |i: &usize| self.stacked && self.rides(&self.parts[*i]);
-        let roomy = (0..dys.len()).filter(rides).find(|&i| dys[i].room() >= self.ranks);
+        let roomy = |i: &usize| dys[*i].room() >= self.ranks;
+        let side_by_side = dys.windows(2).all(|pair| pair[1].continues(&pair[0]));
+        // The widened bases together take no more memory than the dy then.
+        if side_by_side && self.tokens >= self.inputs && (0..dys.len()).all(|i| rides(&i)) && roomy(&(dys.len() - 1)) {
+            return Some(0..dys.len());
+        }
         let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).filter(rides);
-        roomy.or_else(|| narrowest.filter(|&i| self.parts[i].outputs() <= self.inputs))
+        let one = (0..dys.len()).filter(rides).find(roomy);
+        one.or_else(|| narrowest.filter(|&i| self.parts[i].outputs() <= self.inputs)).map(|i| i..i + 1)
     }
 
     /// dx = Σ dy W + dropout'(t A).
     fn input_gradient(&self, dys: &[Tensor], t: Option<Matrix>) -> Result<Tensor> {
         let dx = Tensor::empty(&self.arena, self.dtype, self.shape)?;
-        let rider = self.rider(dys).filter(|_| t.is_some());
-        for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate() {
-            if let (Some(t), true) = (t, rider == Some(i)) {
-                self.gradient_beside(part, dy, t, &dx, i > 0)?;
-                continue;
-            }
+        let riders = self.riders(dys).filter(|_| t.is_some());
+        if let (Some(t), Some(riders)) = (t, riders.clone()) {
+            self.gradient_beside(riders, dys, t, &dx)?;
+        }
+        let others = riders.clone().unwrap_or(0..0);
+        for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate().filter(|(i, _)| !others.contains(i)) {
             let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
             let sizes = [self.tokens, self.inputs, part.outputs()];
-            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, i > 0)?;
+            self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, i > 0 || riders.is_some())?;
         }
         match t {
-            Some(t) if rider.is_none() => self.add_adapters(t, dx),
+            Some(t) if riders.is_none() => self.add_adapters(t, dx),
             _ => Ok(dx),
         }
     }
 
-    /// dx (+)= [dy | t] [W ; A] with the t and A of all parts: t behind dy's rows already, or both copied.
-    fn gradient_beside(&self, part: &Part, dy: &Tensor, t: Matrix, dx: &Tensor, accumulate: bool) -> Result<()> {
-        let (outputs, Some(a)) = (part.outputs(), self.all_a()?) else { return Ok(()) };
+    /// dx = [dy … | t] [W ; … ; A] with the dy and W of the `riders`, and the t and A of all: t behind the rows already, or both
+    /// copied.
+    fn gradient_beside(&self, riders: Range<usize>, dys: &[Tensor], t: Matrix, dx: &Tensor) -> Result<()> {
+        let (parts, dys, Some(a)) = (&self.parts[riders.clone()], &dys[riders], self.all_a()?) else { return Ok(()) };
+        let outputs: usize = parts.iter().map(Part::outputs).sum();
         let width = outputs + self.ranks;
-        let beside = if dy.room() >= self.ranks { dy.clone() } else { self.copied_beside(dy, t)? };
-        let weight = widened(self.device, &part.weight, self.dtype, &self.arena, [self.ranks, 0])?;
+        let beside = match dys {
+            [dy] if dy.room() < self.ranks => self.copied_beside(dy, t)?,
+            _ => dys[0].clone(),
+        };
+        let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
+        let weight = widened(self.device, &weights, self.dtype, &self.arena, [self.ranks, 0])?;
         let size = self.dtype.size();
         let below = weight.address()? + (outputs * self.inputs * size) as u64;
         self.device.copy(below, a.address, self.ranks * self.inputs * size)?;
-        self.gemm([self.tokens, self.inputs, width], rows(&beside)?, rows(&weight)?, rows(dx)?, 1.0, accumulate)
+        self.gemm([self.tokens, self.inputs, width], rows(&beside)?, rows(&weight)?, rows(dx)?, 1.0, false)
     }
 
     /// [dy | t] [T, N + ΣR].

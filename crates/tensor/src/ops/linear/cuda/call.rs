@@ -10,7 +10,7 @@ use crate::{
 /// Rows of a tensor as an operand.
 pub(super) fn rows(x: &Tensor) -> Result<Matrix> {
     let (address, pitch) = x.rows_address()?;
-    let ld = if x.room() == 0 { x.shape().last() } else { pitch };
+    let ld = if x.is_dense() { x.shape().last() } else { pitch };
     Ok(Matrix { address, ld, transposed: false })
 }
 
