@@ -14,7 +14,7 @@
 //
 // cross_entropy_whole_T (16-bit, no cap, vocab a multiple of 8, logits on 16 bytes): the same where a multiprocessor holds a row
 // whole, the first packs of a thread in registers and the others in shared memory. While a row's gradient is written, the next row
-// is on its way to where each pack lay, so that reading and writing go on side by side.
+// is on its way to where each pack lay, and summed as it comes: reading, writing and both passes' exponentials go on side by side.
 // Launch: block 1024, grid min(rows, multiprocessors), shared bytes 16384 ceil(max(vocab / 8 - 5120, 0) / 1024).
 //
 // sum_f32: out = (add ? out : 0) + scale · Σ x, in f64, in an order that depends on n alone. Launch: block 1024, grid 1.
@@ -258,7 +258,8 @@ __device__ __forceinline__ void cross_entropy(T *logits, float *losses, const i3
 // A row in registers and shared memory; each thread has packs of its own.
 template <typename T>
 struct WholeRow {
-    static constexpr u32 N = Pack<T>::N, THREADS = 1024, KEPT = 5;
+    // BEHIND: copies into slots that are under way while one before them is summed.
+    static constexpr u32 N = Pack<T>::N, THREADS = 1024, KEPT = 5, BEHIND = 4;
     Held<T, N> kept[KEPT];
     u8 *slots;
     u32 packs;
@@ -286,41 +287,45 @@ __device__ __forceinline__ void cross_entropy_whole(T *logits, float *losses, co
                                                     u32 vocab, u32 want_grad) {
     extern __shared__ __align__(16) u8 memory[];
     using Row = WholeRow<T>;
-    constexpr u32 N = Row::N, THREADS = Row::THREADS, KEPT = Row::KEPT;
+    constexpr u32 N = Row::N, THREADS = Row::THREADS, KEPT = Row::KEPT, BEHIND = Row::BEHIND;
     Row held;
     held.slots = memory + threadIdx.x * 16;
     held.packs = vocab / N;
     const u32 others = held.in_slots();
     const float scale = *scale_at;
-    const auto fetch = [&](const T *x) {
+    const auto add_kept = [&](SumExp &sum) {
+#pragma unroll
+        for (u32 i = 0; i < KEPT; ++i) {
+            if (i * THREADS + threadIdx.x >= held.packs) break;
+            float z[N];
+            held.kept[i].unpack(z);
+            sum.add(z);
+        }
+    };
+    const auto add_slot = [&](SumExp &sum, u32 i) {
+        float z[N];
+        held.slot(i)->unpack(z);
+        sum.add(z);
+    };
+    u32 row = blockIdx.x;
+    SumExp sum = {LOWEST, 0.0f};
+    if (row < rows) {
+        const T *x = logits + u64(row) * vocab;
         for (u32 i = 0; i < others; ++i) held.fetch_slot(i, x);
         copy_commit();
 #pragma unroll
         for (u32 i = 0; i < KEPT; ++i) held.fetch_kept(i, x);
-    };
-    u32 row = blockIdx.x;
-    if (row < rows) fetch(logits + u64(row) * vocab);
+        add_kept(sum);
+        copy_wait<0>();
+        for (u32 i = 0; i < others; ++i) add_slot(sum, i);
+    }
     for (; row < rows; row += gridDim.x) {
         T *x = logits + u64(row) * vocab;
         const i32 target = targets[row];
         const bool more = row + gridDim.x < rows;
         const T *next = x + u64(gridDim.x) * vocab;
         const float at_target = target < 0 ? 0.0f : to_f32(x[target]);
-        SumExp all = {LOWEST, 0.0f};
-#pragma unroll
-        for (u32 i = 0; i < KEPT; ++i) {
-            if (i * THREADS + threadIdx.x >= held.packs) break;
-            float z[N];
-            held.kept[i].unpack(z);
-            all.add(z);
-        }
-        copy_wait<0>();
-#pragma unroll 2
-        for (u32 i = 0; i < others; ++i) {
-            float z[N];
-            held.slot(i)->unpack(z);
-            all.add(z);
-        }
+        SumExp all = sum;
         all.join_all();
         if (threadIdx.x == 0) losses[row] = target < 0 ? 0.0f : (all.most - at_target) + logf(all.sum);
         const Gradient<T, false> gradient = {{}, all.most, scale / all.sum, scale, u32(target)};
@@ -332,12 +337,17 @@ __device__ __forceinline__ void cross_entropy_whole(T *logits, float *losses, co
             if (target >= 0) to.pack(z);
             to.store(x + u64(at) * N);
         };
-#pragma unroll 2
+        sum = {LOWEST, 0.0f};
+#pragma unroll 1
         for (u32 i = 0; i < others; ++i) {
             if (want_grad) write(*held.slot(i), (KEPT + i) * THREADS + threadIdx.x);
             if (more) held.fetch_slot(i, next);
+            copy_commit();
+            if (more && i >= BEHIND) {
+                copy_wait<BEHIND>();
+                add_slot(sum, i - BEHIND);
+            }
         }
-        copy_commit();
 #pragma unroll
         for (u32 i = 0; i < KEPT; ++i) {
             const u32 at = i * THREADS + threadIdx.x;
@@ -345,6 +355,10 @@ __device__ __forceinline__ void cross_entropy_whole(T *logits, float *losses, co
             if (want_grad) write(held.kept[i], at);
             if (more) held.fetch_kept(i, next);
         }
+        if (!more) break;
+        copy_wait<0>();
+        for (u32 i = others > BEHIND ? others - BEHIND : 0; i < others; ++i) add_slot(sum, i);
+        add_kept(sum);
     }
 }
 

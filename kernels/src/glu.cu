@@ -7,8 +7,11 @@
 // dense. dgate may be dy or gate, dup may be up (or dy), of one pitch, y (dense, or null) may be dy: a thread reads all its values before it
 // writes one.
 //
-// Threads: two packs of 16 bytes of each operand a thread, blockDim.x packs apart. Blocks of 256; grid: with n = rows · cols and P = n / (16 / sizeof(T)), ceil(P / 512) blocks in x, at least 1; a smaller grid takes them in turn. No shared
-// memory. Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
+// Threads: a pack of 16 bytes of each operand a thread (backward two, blockDim.x packs apart). Blocks of 256; grid: with n = rows · cols
+// and P = n / (16 / sizeof(T)), ceil(P / 256) blocks in x (backward ceil(P / 512)), at least 1; a smaller grid takes them in turn. No
+// shared memory. Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
+//
+// Forward may be launched early, and must be told: waiting costs each block of a large launch a tenth of its time.
 //
 // Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup, and y.
 
@@ -77,35 +80,24 @@ __device__ __forceinline__ u64 place_of(u64 n, u64 count, u32 per_row, u32 ld) {
     return row * ld + (n - row * per_row) * N;
 }
 
-// PACKS groups of N values a thread.
+// Groups of N values, one a thread at a time.
 template <u32 ACTIVATION, int N, typename T>
 __device__ __forceinline__ void forward_packs(T *y, const T *gate, const T *up, u64 count, u32 per_row, u32 ld, u32 ld_in) {
-    constexpr int PACKS = 2;
-    for (u64 first = u64(blockIdx.x) * blockDim.x * PACKS; first < count; first += u64(gridDim.x) * blockDim.x * PACKS) {
-        Held<T, N> g[PACKS], u[PACKS];
+    for (u64 n = u64(blockIdx.x) * blockDim.x + threadIdx.x; n < count; n += u64(gridDim.x) * blockDim.x) {
+        const u64 at = place_of<N>(n, count, per_row, ld_in);
+        Held<T, N> g, u;
+        g.load(gate + at);
+        u.load(up + at);
+        float vg[N], vu[N];
+        g.unpack(vg);
+        u.unpack(vu);
 #pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const u64 n = first + threadIdx.x + i * blockDim.x;
-            if (n < count) {
-                const u64 at = place_of<N>(n, count, per_row, ld_in);
-                g[i].load(gate + at);
-                u[i].load(up + at);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < PACKS; ++i) {
-            const u64 n = first + threadIdx.x + i * blockDim.x;
-            if (n >= count) break;
-            float vg[N], vu[N];
-            g[i].unpack(vg);
-            u[i].unpack(vu);
-#pragma unroll
-            for (int j = 0; j < N; ++j) vu[j] *= activate<ACTIVATION>(vg[j]).value;
-            store_f32(y + place_of<N>(n, count, per_row, ld), vu);
-        }
+        for (int j = 0; j < N; ++j) vu[j] *= activate<ACTIVATION>(vg[j]).value;
+        store_f32(y + place_of<N>(n, count, per_row, ld), vu);
     }
 }
 
+// Two groups a thread at a time.
 template <u32 ACTIVATION, int N, typename T>
 __device__ __forceinline__ void backward_packs(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up, u64 count,
                                                u32 per_row, u32 ld) {
@@ -167,8 +159,9 @@ __device__ __forceinline__ void backward_of(T *dgate, T *dup, T *y, const T *dy,
 }
 
 template <typename T>
-__device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 activation, u32 rows, u32 cols, u32 ld, u32 ld_in) {
-    begin_early();
+__device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 activation, u32 rows, u32 cols, u32 ld, u32 ld_in,
+                                        u32 early) {
+    if (early) begin_early();
     if (activation == SILU)
         forward_of<SILU>(y, gate, up, rows, cols, ld, ld_in);
     else if (activation == GELU_TANH)
@@ -190,14 +183,14 @@ __device__ __forceinline__ void backward(T *dgate, T *dup, T *y, const T *dy, co
 
 extern "C" __global__ void __launch_bounds__(256)
     glu_fwd_f32(float *y, const float *gate, const float *up, u32 activation, u32 rows, u32 cols, u32 ld,
-                u32 ld_in) {
-    forward(y, gate, up, activation, rows, cols, ld, ld_in);
+                u32 ld_in, u32 early) {
+    forward(y, gate, up, activation, rows, cols, ld, ld_in, early);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
     glu_fwd_f16(f16 *y, const f16 *gate, const f16 *up, u32 activation, u32 rows, u32 cols, u32 ld,
-                u32 ld_in) {
-    forward(y, gate, up, activation, rows, cols, ld, ld_in);
+                u32 ld_in, u32 early) {
+    forward(y, gate, up, activation, rows, cols, ld, ld_in, early);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -215,8 +208,8 @@ extern "C" __global__ void __launch_bounds__(256)
 #if HAS_BF16
 extern "C" __global__ void __launch_bounds__(256)
     glu_fwd_bf16(bf16 *y, const bf16 *gate, const bf16 *up, u32 activation, u32 rows, u32 cols, u32 ld,
-                u32 ld_in) {
-    forward(y, gate, up, activation, rows, cols, ld, ld_in);
+                u32 ld_in, u32 early) {
+    forward(y, gate, up, activation, rows, cols, ld, ld_in, early);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -15,11 +15,11 @@
 // Double quantisation: offset = the mean of the absmax, then codes of absmax - offset in blocks of 256 by the 8-bit `map` (256
 // ascending levels): the nearest level to v (1 / absmax2), midway the even code; 0 in a block of zeros.
 //   blocks <= 130560: quantize_absmax_mean, block 512, grid 1: the CPU's order of summation, bit for bit.
-//   else:             quantize_absmax_sums into partials [gridDim.x], block 256, grid min(ceil(blocks / 2048), 1024); then
-//                     quantize_absmax_mean_of, block 512, grid 1. Sums are in f64 here as on the CPU, in another order: the mean,
-//                     rounded to f32, has the same bits unless the exact one lies within about 1e-13 of a tie.
-//   quantize_absmax: block 256, a warp a nested block: grid ceil(blocks / 2048), or fewer.
-// quantize_absmax_mean takes any number of blocks, with f64 sums beyond 130560; one multiprocessor reads slowly.
+//   else:             quantize_T leaves the sum of the absmax of each block of threads in partials [gridDim.x] (null before), and
+//                     quantize_absmax adds them up. Sums are in f64 here as on the CPU, in another order: the mean, rounded to f32,
+//                     has the same bits unless the exact one lies within about 1e-13 of a tie.
+//   quantize_absmax: block 256, a warp a nested block: grid ceil(blocks / 2048), or fewer. offset is read, or, with `count` partials,
+//   written.
 //
 // spills: _Z10rare_codesILi1E3f16EjjPyPKT0_yyf 40 a function that is called for rare blocks alone keeps its caller's registers
 // spills: _Z10rare_codesILi1E4bf16EjjPyPKT0_yyf 40 as above
@@ -205,7 +205,7 @@ __device__ __noinline__ u32 rare_codes(u32 table, u64 *bad, const T *x, u64 at, 
 // The tile's elements from `start` on, of which this thread has two runs. WHOLE: none lies beyond n, and all is aligned.
 template <int FORMAT, bool WHOLE, typename T>
 __device__ __forceinline__ void quantize_tile(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u64 start, u32 block_size,
-                                              u32 table, const Run<T> (&runs)[RUNS], Tops<T> *tops) {
+                                              u32 table, const Run<T> (&runs)[RUNS], Tops<T> *tops, double &sum) {
     const u32 lanes = block_size / RUN;
     const u64 first = start + threadIdx.x * RUN;
     Tops<T> top;
@@ -226,7 +226,10 @@ __device__ __forceinline__ void quantize_tile(u8 *packed, float *absmax, u64 *ba
         const u64 at = first + i * THREADS * RUN;
         const float most = top.get(i);
         if (!WHOLE && at >= n) break;
-        if ((u32(at) & (block_size - 1)) == 0) absmax[at >> log2_of(block_size)] = most;
+        if ((u32(at) & (block_size - 1)) == 0) {
+            absmax[at >> log2_of(block_size)] = most;
+            sum += double(most);
+        }
         u32 codes = 0;
         if (__float_as_uint(most) - LEAST < LARGEST - LEAST) {
             // 1 / most, correctly rounded.
@@ -248,8 +251,10 @@ __device__ __forceinline__ void quantize_tile(u8 *packed, float *absmax, u64 *ba
 }
 
 template <int FORMAT, typename T>
-__device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u32 block_size) {
+__device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *bad, double *partials, const T *x, u64 n,
+                                               u32 block_size) {
     __shared__ Entry entries[32];
+    __shared__ double slots[THREADS / 32];
     __shared__ Tops<T> tops[2][THREADS / 32];
     const u64 tiles = (n + TILE - 1) / TILE, whole = aligned16(x) && aligned16(packed) ? n / TILE : 0;
     const u32 table = u32(__cvta_generic_to_shared(entries)) - 8 * MAGIC;
@@ -264,43 +269,46 @@ __device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *b
     if (threadIdx.x < 32) entries[threadIdx.x] = entry<FORMAT>(threadIdx.x);
     __syncthreads();
     u32 turn = 0;
+    double sum = 0;
     for (; tile < whole; tile += gridDim.x) {
 #pragma unroll
         for (u32 i = 0; i < RUNS; ++i) runs[i] = next[i];
         load(next, tile + gridDim.x);
-        quantize_tile<FORMAT, true>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1]);
+        quantize_tile<FORMAT, true>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1], sum);
     }
     for (; tile < tiles; tile += gridDim.x) {
 #pragma unroll
         for (u32 i = 0; i < RUNS; ++i) runs[i].load(x, tile * TILE + (i * THREADS + threadIdx.x) * RUN, n);
-        quantize_tile<FORMAT, false>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1]);
+        quantize_tile<FORMAT, false>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1], sum);
     }
+    if (!partials) return;
+    sum = block_sum(sum, slots);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
 template <typename T>
-__device__ __forceinline__ void quantize(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u32 block_size, u32 format) {
-    if (format == 0) quantize_tiles<0>(packed, absmax, bad, x, n, block_size);
-    else quantize_tiles<1>(packed, absmax, bad, x, n, block_size);
+__device__ __forceinline__ void quantize(u8 *packed, float *absmax, u64 *bad, double *partials, const T *x, u64 n, u32 block_size,
+                                         u32 format) {
+    if (format == 0) quantize_tiles<0>(packed, absmax, bad, partials, x, n, block_size);
+    else quantize_tiles<1>(packed, absmax, bad, partials, x, n, block_size);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    quantize_f32(u8 *packed, float *absmax, u64 *bad, const float *x, u64 n, u32 block_size, u32 format) {
-    quantize(packed, absmax, bad, x, n, block_size, format);
+    quantize_f32(u8 *packed, float *absmax, u64 *bad, double *partials, const float *x, u64 n, u32 block_size, u32 format) {
+    quantize(packed, absmax, bad, partials, x, n, block_size, format);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    quantize_f16(u8 *packed, float *absmax, u64 *bad, const f16 *x, u64 n, u32 block_size, u32 format) {
-    quantize(packed, absmax, bad, x, n, block_size, format);
+    quantize_f16(u8 *packed, float *absmax, u64 *bad, double *partials, const f16 *x, u64 n, u32 block_size, u32 format) {
+    quantize(packed, absmax, bad, partials, x, n, block_size, format);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    quantize_bf16(u8 *packed, float *absmax, u64 *bad, const bf16 *x, u64 n, u32 block_size, u32 format) {
-    quantize(packed, absmax, bad, x, n, block_size, format);
+    quantize_bf16(u8 *packed, float *absmax, u64 *bad, double *partials, const bf16 *x, u64 n, u32 block_size, u32 format) {
+    quantize(packed, absmax, bad, partials, x, n, block_size, format);
 }
 
-// The mean's threads and its largest length in f32.
 constexpr u32 MEAN_THREADS = 512;
-constexpr u64 IN_ORDER = 512 * 255;
 
 // What thread t of `threads` sums: four sums over strided elements (from 128 elements on, of four neighbours), then these.
 __device__ __forceinline__ float thread_sum(const float *x, u32 n, u32 t, u32 threads) {
@@ -324,22 +332,6 @@ __device__ __forceinline__ float thread_sum(const float *x, u32 n, u32 t, u32 th
 
 extern "C" __global__ void __launch_bounds__(512) quantize_absmax_mean(float *offset, const float *absmax, u64 blocks) {
     __shared__ float sums[MEAN_THREADS];
-    __shared__ double slots[MEAN_THREADS / 32];
-    if (blocks > IN_ORDER) {
-        double sum = 0;
-        u64 first = 0;
-        for (; first + 8 * MEAN_THREADS <= blocks; first += 8 * MEAN_THREADS) {
-            float v[8];
-#pragma unroll
-            for (u32 j = 0; j < 8; ++j) v[j] = absmax[first + j * MEAN_THREADS + threadIdx.x];
-#pragma unroll
-            for (u32 j = 0; j < 8; ++j) sum += double(v[j]);
-        }
-        for (u64 i = first + threadIdx.x; i < blocks; i += MEAN_THREADS) sum += double(absmax[i]);
-        sum = block_sum(sum, slots);
-        if (threadIdx.x == 0) *offset = float(sum / double(blocks));
-        return;
-    }
     const u32 n = u32(blocks), items = n >= 128 ? n / 4 : n;
     if (n == 0) {
         if (threadIdx.x == 0) *offset = 0.0f;
@@ -364,29 +356,6 @@ extern "C" __global__ void __launch_bounds__(512) quantize_absmax_mean(float *of
     if (threadIdx.x == 0) *offset = __fmul_rn(sums[0], __fdiv_rn(1.0f, float(n)));
 }
 
-extern "C" __global__ void __launch_bounds__(256) quantize_absmax_sums(double *partials, const float *absmax, u64 blocks) {
-    __shared__ double slots[THREADS / 32];
-    double sum = 0;
-    const u64 fours = aligned16(absmax) ? blocks / 4 : 0;
-    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < fours; i += u64(gridDim.x) * THREADS) {
-        const Pack<float> four = load16(absmax + i * 4);
-        sum += (double(four.v[0]) + double(four.v[1])) + (double(four.v[2]) + double(four.v[3]));
-    }
-    for (u64 i = fours * 4 + u64(blockIdx.x) * THREADS + threadIdx.x; i < blocks; i += u64(gridDim.x) * THREADS)
-        sum += double(absmax[i]);
-    sum = block_sum(sum, slots);
-    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
-}
-
-extern "C" __global__ void __launch_bounds__(512)
-    quantize_absmax_mean_of(float *offset, const double *partials, u32 count, u64 blocks) {
-    __shared__ double slots[MEAN_THREADS / 32];
-    double sum = 0;
-    for (u32 i = threadIdx.x; i < count; i += MEAN_THREADS) sum += partials[i];
-    sum = block_sum(sum, slots);
-    if (threadIdx.x == 0) *offset = float(sum / double(blocks));
-}
-
 // The largest value below x, which is finite.
 __device__ __forceinline__ float next_down(float x) {
     const i32 bits = __float_as_int(x);
@@ -395,7 +364,8 @@ __device__ __forceinline__ float next_down(float x) {
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-    quantize_absmax(u8 *codes, float *absmax2, const float *absmax, const float *offset, const float *map, u64 blocks) {
+    quantize_absmax(u8 *codes, float *absmax2, float *offset, const float *absmax, const double *partials, const float *map,
+                    u64 blocks, u32 count) {
     // The code of a value is the number of thresholds below it: midpoints, which themselves go to the even code.
     __shared__ float thresholds[256];
     const u32 t = threadIdx.x;
@@ -406,7 +376,16 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     thresholds[t] = middle;
     __syncthreads();
-    const float mean = *offset;
+    float mean = 0.0f;
+    if (count == 0) {
+        mean = *offset;
+    } else {
+        __shared__ double slots[THREADS / 32];
+        double sum = 0;
+        for (u32 i = t; i < count; i += THREADS) sum += partials[i];
+        mean = float(block_sum(sum, slots) / double(blocks));
+        if (blockIdx.x == 0 && t == 0) *offset = mean;
+    }
     const u64 nested = (blocks + 255) / 256;
     for (u64 b = u64(blockIdx.x) * 8 + t / 32; b < nested; b += u64(gridDim.x) * 8) {
         const u64 first = b * 256 + t % 32;

@@ -210,8 +210,9 @@ mod cuda {
         })
     }
 
-    fn grid(x: &Tensor) -> Grid {
-        Grid::over(x.numel() * x.dtype().size(), 16 * 256, 256)
+    /// Blocks of 256 threads with `packs` times 16 bytes each.
+    fn grid(x: &Tensor, packs: usize) -> Grid {
+        Grid::over(x.numel() * x.dtype().size(), 16 * 256 * packs, 256)
     }
 
     fn pitch(x: &Tensor) -> Result<usize> {
@@ -232,11 +233,11 @@ mod cuda {
         let (rows_cols, gate_at, ld_in) = sizes(gate)?;
         let (_, y_at, ld) = sizes(y)?;
         let front = [y_at, gate_at, sizes(up)?.1, number(activation)];
-        device.launch_early(
-            &format!("glu_fwd_{}", suffix(OP, gate.dtype())?),
-            grid(gate),
-            &[&front[..], &rows_cols, &[ld, ld_in]].concat(),
-        )
+        let (name, grid) = (format!("glu_fwd_{}", suffix(OP, gate.dtype())?), grid(gate, 1));
+        // Where all blocks begin at once, as in generation, it pays that they begin early.
+        let early = grid.blocks[0] as usize <= 8 * device.info().multiprocessors;
+        let args = [&front[..], &rows_cols, &[ld, ld_in, Arg::U32(early.into())]].concat();
+        if early { device.launch_early(&name, grid, &args) } else { device.launch(&name, grid, &args) }
     }
 
     /// A thread reads all its values before it writes one, so that the results may lie over the operands.
@@ -260,7 +261,7 @@ mod cuda {
             None => Arg::NONE,
         };
         let inputs = [Arg::read(&dy)?, gate_at, sizes(&up)?.1, number(activation)];
-        let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate));
+        let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate, 2));
         let like = |x: &Tensor| Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room());
         let [mut dgate, mut dup] = if gate.is_unique() && up.is_unique() {
             [gate, up]

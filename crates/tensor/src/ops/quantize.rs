@@ -48,19 +48,23 @@ mod cuda {
             nf4::Format::Nf4 => 0,
             nf4::Format::Fp4 => 1,
         };
+        let grid = Grid::new(n.div_ceil(4096).min(8 * device.info().multiprocessors), 256);
+        // f64 sums: two words each.
+        let sums = config.double_quant && blocks > IN_ORDER;
+        let mut partials = sums.then(|| Tensor::empty(arena, DType::U32, [grid.blocks[0] as usize, 2])).transpose()?;
         let args = [
             Arg::write(&mut packed)?,
             Arg::write(&mut absmax)?,
             Arg::write(&mut bad)?,
+            partials.as_mut().map_or(Ok(Arg::NONE), Arg::write)?,
             Arg::read(x)?,
             Arg::U64(n as u64),
             Arg::size(config.block_size),
             Arg::U32(format),
         ];
-        let grid = Grid::new(n.div_ceil(4096).min(8 * device.info().multiprocessors), 256);
         device.launch(&format!("quantize_{}", suffix(OP, x.dtype())?), grid, &args)?;
         expect_finite(x, &bad)?;
-        let absmax = if config.double_quant { nested(device, &absmax)? } else { Absmax::Plain(absmax) };
+        let absmax = if config.double_quant { nested(device, &absmax, partials.as_ref())? } else { Absmax::Plain(absmax) };
         let weight = BlockWeight { shape: x.shape(), config: *config, packed, absmax };
         Ok(match config.format {
             nf4::Format::Nf4 => Weight::Nf4(weight),
@@ -79,22 +83,14 @@ mod cuda {
         Err(nf4::Error::NonFinite { op: OP, index: index as usize, value }.into())
     }
 
-    /// The scales' own quantisation.
-    fn nested(device: CudaDevice, absmax: &Tensor) -> Result<Absmax> {
+    /// The scales' own quantisation, about their mean: of the sums that there are, or made here.
+    fn nested(device: CudaDevice, absmax: &Tensor, partials: Option<&Tensor>) -> Result<Absmax> {
         let (blocks, arena) = (absmax.numel(), absmax.arena());
         let count = Arg::U64(blocks as u64);
         let mut offset = Tensor::empty(arena, DType::F32, [1])?;
-        if blocks <= IN_ORDER {
+        if partials.is_none() {
             let args = [Arg::write(&mut offset)?, Arg::read(absmax)?, count];
             device.launch("quantize_absmax_mean", Grid::new(1, 512), &args)?;
-        } else {
-            let parts = blocks.div_ceil(2048).min(1024);
-            // f64 sums: two words each.
-            let mut partials = Tensor::empty(arena, DType::U32, [2 * parts])?;
-            let args = [Arg::write(&mut partials)?, Arg::read(absmax)?, count];
-            device.launch("quantize_absmax_sums", Grid::new(parts, 256), &args)?;
-            let args = [Arg::write(&mut offset)?, Arg::read(&partials)?, Arg::size(parts), count];
-            device.launch("quantize_absmax_mean_of", Grid::new(1, 512), &args)?;
         }
         let map = Tensor::from_slice(arena, nf4::dynamic_map_signed(), [256])?;
         let mut codes = Tensor::empty(arena, DType::U8, [blocks])?;
@@ -102,10 +98,12 @@ mod cuda {
         let args = [
             Arg::write(&mut codes)?,
             Arg::write(&mut absmax2)?,
+            Arg::write(&mut offset)?,
             Arg::read(absmax)?,
-            Arg::read(&offset)?,
+            Arg::read_or_none(partials)?,
             Arg::read(&map)?,
             count,
+            Arg::size(partials.map_or(0, |partials| partials.dims()[0])),
         ];
         device.launch("quantize_absmax", Grid::over(blocks, 2048, 256), &args)?;
         let offset = offset.to_f32_vec()?[0];

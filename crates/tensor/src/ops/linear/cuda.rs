@@ -46,14 +46,19 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
     if let Some(ys) = few::products(&call, h.as_ref())? {
         return Ok((ys, Saved(h.into_iter().map(Some).collect())));
     }
-    let mut ys = Vec::with_capacity(parts.len());
-    for (i, mut y) in call.outputs(room)?.into_iter().enumerate() {
-        if let Some(beside) = &beside {
-            call.product_beside(rows(beside)?, i, &y)?;
-        } else {
-            call.product_and_adapter(i, h.as_ref(), &mut y)?;
+    let mut ys = call.outputs(room)?;
+    match &beside {
+        Some(beside) if call.is_one_product(&ys) => call.product_beside(rows(beside)?, 0..ys.len(), &ys[0])?,
+        Some(beside) => {
+            for (i, y) in ys.iter().enumerate() {
+                call.product_beside(rows(beside)?, i..i + 1, y)?;
+            }
         }
-        ys.push(y);
+        None => {
+            for (i, y) in ys.iter_mut().enumerate() {
+                call.product_and_adapter(i, h.as_ref(), y)?;
+            }
+        }
     }
     Ok((ys, Saved(h.into_iter().map(Some).collect())))
 }
@@ -172,7 +177,7 @@ impl Call<'_, '_> {
         }
         let sum = scratch(&self.arena, DType::F32, [self.tokens, part.outputs()])?;
         let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
-        self.biased_product(part, &sum, [rows(self.x()?)?, rows(&weight)?], self.inputs)?;
+        self.biased_product(part.bias.as_ref(), part.outputs(), &sum, [rows(self.x()?)?, rows(&weight)?], self.inputs)?;
         drop(weight);
         self.add_adapter(i, h, &sum)?;
         if y.is_dense() {
@@ -209,16 +214,16 @@ impl Call<'_, '_> {
             return Ok(());
         }
         let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
-        self.biased_product(part, y, [rows(self.x()?)?, rows(&weight)?], self.inputs)
+        self.biased_product(part.bias.as_ref(), part.outputs(), y, [rows(self.x()?)?, rows(&weight)?], self.inputs)
     }
 
-    /// y = a bᵀ + bias of the part, over `k` columns, in the type of y.
-    fn biased_product(&self, part: &Part, y: &Tensor, [a, b]: [Matrix; 2], k: usize) -> Result<()> {
-        let bias = part.bias.as_ref().map(|bias| bias.to_dtype(y.dtype())).transpose()?;
+    /// y = a bᵀ + bias of n columns, over k of a and b, in the type of y.
+    fn biased_product(&self, bias: Option<&Tensor>, n: usize, y: &Tensor, [a, b]: [Matrix; 2], k: usize) -> Result<()> {
+        let bias = bias.map(|bias| bias.to_dtype(y.dtype())).transpose()?;
         let result = rows(y)?;
         self.device.gemm(&Gemm {
             m: self.tokens,
-            n: part.outputs(),
+            n,
             k,
             a,
             b: transposed(b),
@@ -240,26 +245,42 @@ impl Call<'_, '_> {
         Ok(beside)
     }
 
-    /// y = [x | h] [W | 0 s B 0]ᵀ + bias for one part.
-    fn product_beside(&self, beside: Matrix, i: usize, y: &Tensor) -> Result<()> {
-        let part = &self.parts[i];
+    /// Whether one product pays for the y of all: where they lie side by side, and the widened bases together take no more memory
+    /// than they.
+    fn is_one_product(&self, ys: &[Tensor]) -> bool {
+        side_by_side(ys) && self.tokens >= self.inputs && self.parts.iter().all(|part| part.bias.is_none())
+    }
+
+    /// y = [x | h] [W | 0 s B 0]ᵀ + bias of a part, or of several without bias whose y lie side by side from `y` on.
+    fn product_beside(&self, beside: Matrix, parts: Range<usize>, y: &Tensor) -> Result<()> {
+        let weights: Vec<&Weight> = self.parts[parts.clone()].iter().map(|part| &part.weight).collect();
         // Rows begin with a line of memory, as those of x with room do.
-        let weight = widened(self.device, &[&part.weight], self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
-        let (n, width) = (part.outputs(), self.inputs + self.ranks);
-        let b = self.pairs[i].as_ref().map(|(_, b)| b);
+        let weight = widened(self.device, &weights, self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
+        let (ld, mut outputs) = (weight.shape().last(), 0);
+        for i in parts.clone() {
+            let place = columns(rows(&weight)?, outputs * ld + self.inputs, self.dtype);
+            self.place_adapter(i, place)?;
+            outputs += self.parts[i].outputs();
+        }
+        let bias = self.parts[parts.start].bias.as_ref();
+        self.biased_product(bias, outputs, y, [beside, rows(&weight)?], self.inputs + self.ranks)
+    }
+
+    /// The columns 0 s B 0 of one part.
+    fn place_adapter(&self, i: usize, place: Matrix) -> Result<()> {
+        let (part, b) = (&self.parts[i], self.pairs[i].as_ref().map(|(_, b)| b));
         let args = [
-            Arg::Pointer(columns(rows(&weight)?, self.inputs, self.dtype).address),
+            Arg::Pointer(place.address),
             Arg::read_or_none(b)?,
             Arg::F32(part.adapter.as_ref().map_or(0.0, |adapter| adapter.scale)),
-            Arg::size(n),
+            Arg::size(part.outputs()),
             Arg::size(b.map_or(0, |b| b.shape().last())),
             Arg::size(self.offsets[i]),
             Arg::size(self.ranks),
-            Arg::size(weight.shape().last()),
+            Arg::size(place.ld),
         ];
-        let grid = Grid::over(n * self.ranks, 2048, 256);
-        self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)?;
-        self.biased_product(part, y, [beside, rows(&weight)?], width)
+        let grid = Grid::over(part.outputs() * self.ranks, 2048, 256);
+        self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)
     }
 
     /// h = dropout(x) Aᵀ of all parts, side by side, and the same `beside` x where it rides.
@@ -364,9 +385,8 @@ impl Call<'_, '_> {
     fn riders(&self, dys: &[Tensor]) -> Option<Range<usize>> {
         let rides = |i: &usize| self.stacked && self.rides(&self.parts[*i]);
         let roomy = |i: &usize| dys[*i].room() >= self.ranks;
-        let side_by_side = dys.windows(2).all(|pair| pair[1].continues(&pair[0]));
         // The widened bases together take no more memory than the dy then.
-        if side_by_side && self.tokens >= self.inputs && (0..dys.len()).all(|i| rides(&i)) && roomy(&(dys.len() - 1)) {
+        if side_by_side(dys) && self.tokens >= self.inputs && (0..dys.len()).all(|i| rides(&i)) && roomy(&(dys.len() - 1)) {
             return Some(0..dys.len());
         }
         let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).filter(rides);
@@ -441,6 +461,11 @@ impl Call<'_, '_> {
         }
         Ok(dx)
     }
+}
+
+/// Whether the rows of all tensors are rows of one matrix.
+fn side_by_side(tensors: &[Tensor]) -> bool {
+    tensors.windows(2).all(|pair| pair[1].continues(&pair[0]))
 }
 
 /// dbias += Σ over rows of dy, in two passes where there are many rows.
