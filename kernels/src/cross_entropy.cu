@@ -259,7 +259,7 @@ __device__ __forceinline__ void cross_entropy(T *logits, float *losses, const i3
 template <typename T>
 struct WholeRow {
     // BEHIND: copies into slots that are under way while one before them is summed.
-    static constexpr u32 N = Pack<T>::N, THREADS = 1024, KEPT = 5, BEHIND = 4;
+    static constexpr u32 N = Pack<T>::N, THREADS = 1024, KEPT = 5, BEHIND = 2;
     Held<T, N> kept[KEPT];
     u8 *slots;
     u32 packs;
