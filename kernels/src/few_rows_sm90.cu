@@ -54,7 +54,7 @@ struct Stages {
 
     __device__ __forceinline__ void begin() const {
 #pragma unroll
-        for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, WARPS);
+        for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, WARPS * 32);
         mbarrier_init_fence();
     }
     // Asks for a stage; a lane has a row.
@@ -140,9 +140,8 @@ struct Multiplier {
                     for (u32 r = 0; r < 2; r++)
                         unit.codes[s][r] =
                             *reinterpret_cast<const uint4 *>(from + slot.index * STAGE_BYTES + r * 8 * PITCH + s * (SLICE / 2));
-                // One arrival for the warp's loads, which __syncwarp orders before it; racecheck does not follow that and reports them.
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(stages.empty + slot.index * 8);
+                mbarrier_arrive(stages.empty + slot.index * 8);
+                __syncwarp();  // the scales are there
                 if (reader.has(line)) add_unit(acc, unit, here, table, columns, launch, line.chunk * WARPS + warp, lane, place);
                 if (done + i + DEPTH < count) reader.next(launch, warp, lane), reader.fetch(pairs[i]);
                 slot.template next<COUNT>();
