@@ -2,7 +2,8 @@
 //
 // A stage is a tile's columns c .. c + 4096, 16 pieces of rows, each one copy to shared memory; rows lie 64 bytes further apart than
 // they are long, so that two of them have other banks. One warp asks for the stages ahead of the others; each of the 16
-// other warps takes one unit of a stage. Scales are codes (double quantisation) of blocks of 64, and k is a multiple of 256.
+// other warps takes one unit of a stage. Codes, read once, are the first to leave the second-level cache. Scales are codes (double
+// quantisation) of blocks of 64, and k is a multiple of 256.
 //
 // Launch: block 544, grid as few_rows. Dynamic shared memory: TABLE, then 33,792 bytes for each stage (few_rows_bulk3 has three,
 // few_rows_bulk2 two); then x and sums as there.
@@ -17,9 +18,16 @@ constexpr u32 PIECE = WARPS * UNIT / 2;        // bytes of a row in a stage
 constexpr u32 PITCH = PIECE + 64;
 constexpr u32 STAGE_BYTES = TILE * PITCH;
 
-__device__ __forceinline__ void bulk_load(u32 dst, const void *src, u32 bytes, u32 barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src),
-                 "r"(bytes), "r"(barrier)
+// The policy of what is the first to leave the second-level cache.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void bulk_load(u32 dst, const void *src, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
                  : "memory");
 }
 
@@ -54,19 +62,21 @@ struct Stages {
 
     __device__ __forceinline__ void begin() const {
 #pragma unroll
-        for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, WARPS);
+        for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1), mbarrier_init(empty + i * 8, WARPS * 32);
         mbarrier_init_fence();
     }
-    // Asks for a stage; a lane has a row.
+    // Asks for a stage. One lane does, with addresses in uniform registers: lanes that ask for a row each would take turns.
     template <typename T>
-    __device__ __forceinline__ void ask(const Launch<T> &launch, const Line &at, u32 slot, u32 lane) const {
+    __device__ __forceinline__ void ask(const Launch<T> &launch, const Line &at, u32 slot) const {
         const Found<T> found = launch.find(at.tile);
-        const u32 row = min((at.tile - found.tile) * TILE + lane % TILE, found.part.n - 1);
-        const u32 bytes = min(PIECE, launch.k / 2 - at.chunk * PIECE), barrier = full + slot * 8;
-        if (lane == 0) mbarrier_expect(barrier, TILE * bytes);
-        __syncwarp();
-        const u8 *const from = found.part.packed + u64(row) * (launch.k / 2) + at.chunk * PIECE;
-        if (lane < TILE) bulk_load(ring + slot * STAGE_BYTES + lane * PITCH, from, bytes, barrier);
+        const u32 pitch = launch.k / 2, row = (at.tile - found.tile) * TILE, last = min(TILE, found.part.n - row) - 1;
+        const u32 bytes = min(PIECE, pitch - at.chunk * PIECE), barrier = full + slot * 8, to = ring + slot * STAGE_BYTES;
+        const u8 *const from = found.part.packed + u64(row) * pitch + at.chunk * PIECE;
+        if (!elect_one()) return;
+        const u64 policy = read_once();
+        mbarrier_expect(barrier, TILE * bytes);
+#pragma unroll
+        for (u32 i = 0; i < TILE; i++) bulk_load(to + i * PITCH, from + min(i, last) * pitch, bytes, barrier, policy);
     }
 };
 
@@ -140,9 +150,8 @@ struct Multiplier {
                     for (u32 r = 0; r < 2; r++)
                         unit.codes[s][r] =
                             *reinterpret_cast<const uint4 *>(from + slot.index * STAGE_BYTES + r * 8 * PITCH + s * (SLICE / 2));
-                // One arrival for the warp's loads, which __syncwarp orders before it; racecheck does not follow that and reports them.
-                __syncwarp();
-                if (lane == 0) mbarrier_arrive(stages.empty + slot.index * 8);
+                mbarrier_arrive(stages.empty + slot.index * 8);
+                __syncwarp();  // the scales are there
                 if (reader.has(line)) add_unit(acc, unit, here, table, columns, launch, line.chunk * WARPS + warp, lane, place);
                 if (done + i + DEPTH < count) reader.next(launch, warp, lane), reader.fetch(pairs[i]);
                 slot.template next<COUNT>();
@@ -177,7 +186,7 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
         if (lane == 0) stages.begin();
         __syncwarp();
 #pragma unroll 1
-        for (u32 i = 0; i < min(COUNT, steps); i++) stages.ask(launch, to_come, i, lane), to_come.next();
+        for (u32 i = 0; i < min(COUNT, steps); i++) stages.ask(launch, to_come, i), to_come.next();
     }
     Multiplier<T> multiplier(launch, line, units, asks ? 0 : steps, warp, lane);
     const Tables<(WARPS + 1) * 32> loaded(launch);
@@ -193,7 +202,7 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
 #pragma unroll 1
         for (u32 i = COUNT; i < steps; i++) {
             mbarrier_wait(stages.empty + slot.index * 8, slot.parity);
-            stages.ask(launch, to_come, slot.index, lane);
+            stages.ask(launch, to_come, slot.index);
             to_come.next(), slot.template next<COUNT>();
         }
     } else {

@@ -1,7 +1,7 @@
 //! One to eight rows times NF4 matrices (double quantisation) on a GPU, as in generation: microseconds of a launch, GB/s of the bytes
 //! that W takes, and their share of the rate of a plain copy in the same run (read + write).
 //!
-//! `cargo run --release -p nibble-tensor --example bench_gemv`
+//! `cargo run --release -p nibble-tensor --example bench_gemv`; an argument picks the shapes whose line contains it (`"1 x [4096]"`).
 //!
 //! Each shape is a graph of launches over matrices in turn, several times the second-level cache together, replayed; the result of
 //! the last is compared with the CPU's product of the same codes (`error`: largest difference over the largest value).
@@ -21,8 +21,10 @@ use nibble_tensor::{
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Rows of x; (outputs of each part); inputs; rank of the adapters.
-const CASES: [(usize, &[usize], usize, usize); 16] = [
+/// Rows of x; outputs of each part; inputs; rank of the adapters.
+type Case = (usize, &'static [usize], usize, usize);
+
+const CASES: [Case; 16] = [
     (1, &[14336], 4096, 0),
     (1, &[28672], 8192, 0),
     (1, &[4096], 4096, 0),
@@ -51,8 +53,11 @@ fn main() -> Result<()> {
     let arena = Arena::on(Device::Cuda(device), usize::MAX)?;
     let copy = copy_rate(device, &arena)?;
     println!("copy: {copy:.0} GB/s on {}", device.info().name);
+    let picked = std::env::args().nth(1).unwrap_or_default();
     for case in CASES {
-        run(device, &arena, copy, case)?;
+        if name(case).contains(&picked) {
+            run(device, &arena, copy, case)?;
+        }
     }
     Ok(())
 }
@@ -96,19 +101,19 @@ fn parts(arena: &Arena, seed: u64, outputs: &[usize], inputs: usize, rank: usize
     outputs.iter().enumerate().map(make).collect()
 }
 
-fn run(
-    device: CudaDevice,
-    arena: &Arena,
-    copy: f64,
-    (rows, outputs, inputs, rank): (usize, &[usize], usize, usize),
-) -> Result<()> {
+fn name((rows, outputs, inputs, rank): Case) -> String {
+    format!("{rows} x {outputs:?} x {inputs} rank {rank}")
+}
+
+fn run(device: CudaDevice, arena: &Arena, copy: f64, case: Case) -> Result<()> {
+    let (rows, outputs, inputs, rank) = case;
     let first = parts(arena, 1, outputs, inputs, rank)?;
     let bytes: usize = first.iter().map(|part| part.weight.bytes() - 1024).sum();
     let count = (BYTES / bytes).clamp(2, 200);
     let all = (0..count as u64).map(|i| parts(arena, 1 + i, outputs, inputs, rank)).collect::<Result<Vec<_>>>()?;
     let x = normal(3, arena, [rows, inputs])?;
     let ys = linear::forward(&x, &first)?.0;
-    let error = error(&x, &first, &ys, (outputs, inputs, rank))?;
+    let error = error(&x, &first, &ys)?;
     let body = || -> nibble_tensor::Result<()> {
         for parts in &all {
             linear::forward(&x, parts)?;
@@ -130,7 +135,8 @@ fn run(
     }
     let rate = bytes as f64 / best / 1e9;
     println!(
-        "{rows} x {outputs:?} x {inputs} rank {rank}: {:.2} us, {rate:.0} GB/s, {:.1} % of the copy rate, error {error:.1e}",
+        "{}: {:.2} us, {rate:.0} GB/s, {:.1} % of the copy rate, error {error:.1e}",
+        name(case),
         best * 1e6,
         100.0 * rate / copy
     );
@@ -138,7 +144,7 @@ fn run(
 }
 
 /// Against the same product on the CPU.
-fn error(x: &Tensor, parts: &[Part], ys: &[Tensor], _: (&[usize], usize, usize)) -> Result<f32> {
+fn error(x: &Tensor, parts: &[Part], ys: &[Tensor]) -> Result<f32> {
     let host = Arena::new(Device::Cpu);
     let x = x.to_arena(&host)?;
     let mut worst = 0.0f32;

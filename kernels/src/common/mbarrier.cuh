@@ -6,7 +6,7 @@
 //
 // An arrival orders the accesses of its own thread, and those of others only through another barrier before it (__syncwarp, say),
 // which race detectors do not follow: who has loaded from a buffer or stored to it arrives by itself. One lane arrives for its
-// warp's products (wgmma) and, after __syncwarp, for stores that the copy engine reads and for the loads of few_rows_sm90.cu.
+// warp's products (wgmma) and, after __syncwarp, for stores that the copy engine reads.
 #pragma once
 
 #include "common/types.cuh"

@@ -108,6 +108,13 @@ __device__ __forceinline__ void store_release(u32 *p, u32 x) {
 }
 
 #if __CUDA_ARCH__ >= 900
+// Whether this is the one lane of its warp that does what one lane does. The compiler knows that it is one.
+__device__ __forceinline__ bool elect_one() {
+    u32 chosen;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+    return chosen;
+}
+
 // The inverse of load_matrices.
 __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)

@@ -203,3 +203,42 @@ impl Described {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nibble_nf4::QuantConfig;
+
+    use super::*;
+    use crate::{
+        Arena, Device, Rng,
+        cuda::{CudaDevice, DeviceInfo},
+        ops::linear,
+    };
+
+    fn gpu(capability: ComputeCapability, multiprocessors: usize) -> Arena {
+        let (name, driver) = ("a GPU".to_owned(), 13_000);
+        let info = DeviceInfo { ordinal: 0, name, capability, memory: 80 << 30, multiprocessors, driver };
+        Arena::on(Device::Cuda(CudaDevice::dry(&info)), usize::MAX).unwrap()
+    }
+
+    /// A device that only counts checks each launch's arguments against the kernel's.
+    #[test]
+    fn launches_of_few_rows_are_as_their_kernels_have_it() {
+        for (capability, multiprocessors) in [(ComputeCapability::HOPPER, 132), (ComputeCapability::new(8, 6), 84)] {
+            let arena = gpu(capability, multiprocessors);
+            let shapes: [(&[usize], usize); 5] =
+                [(&[14_336], 4096), (&[4096, 1024, 1024], 4096), (&[1000], 192), (&[64], 28_672), (&[151_936], 1536)];
+            for ((outputs, inputs), rows) in shapes.into_iter().flat_map(|shape| [1, 2, 4, 8].map(|rows| (shape, rows))) {
+                let part = |&n: &usize| Part {
+                    weight: Weight::random(&arena, [n, inputs], &QuantConfig::default(), 0.02, Rng::new(1)).unwrap(),
+                    bias: None,
+                    adapter: None,
+                };
+                let parts: Vec<Part> = outputs.iter().map(part).collect();
+                let x = Tensor::zeros(&arena, DType::Bf16, [rows, inputs]).unwrap();
+                let ys = linear::forward(&x, &parts).unwrap().0;
+                assert_eq!(ys[0].dims(), [rows, outputs[0]]);
+            }
+        }
+    }
+}
