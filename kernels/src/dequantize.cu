@@ -9,11 +9,13 @@
 // reads and writes whole lines; all its loads come before the first store, those of the levels after those of the codes. Where cols or ld is no multiple of such a run, or a
 // pointer is not aligned to one, elements go one by one.
 //
-// Launch: block 256, grid ceil(rows · cols / 8192) in x (a smaller one takes the rest in turn), no dynamic shared memory.
+// Launch: block 256, grid ceil(rows · cols / 8192) in x (a smaller one takes the rest in turn), no dynamic shared memory. It may be
+// launched early: codes, scales and levels are read before the wait.
 //
 // Bytes: half a byte read and sizeof(T) written an element, 4 / block_size (nested: 1 / block_size) for the scales.
 
 #include "common/blocks.cuh"
+#include "common/early.cuh"
 #include "common/vec.cuh"
 
 constexpr u32 THREADS = 256;
@@ -93,10 +95,12 @@ __device__ __forceinline__ void dequantize(T *out, const u8 *packed, const S &gi
     const u64 step = u64(gridDim.x) * TILE;
     u64 start = u64(blockIdx.x) * TILE;
     Runs<T, S> runs;
+    launch_dependents();
     if (aligned && start < count) runs.load(packed, given, start, count, shift);
     if (threadIdx.x < 16) table[threadIdx.x] = code[threadIdx.x];
     const S scales = staged(given);
     __syncthreads();
+    wait_for_launches();
     for (; start < count; start += step) {
         if (aligned) {
             runs.store(out, scales, table, start, count, cols, ld);

@@ -12,7 +12,7 @@
 // With C = ceil(n / 512), P = ceil(r / 16) and S shares of the rows: lora_t_db_T: block 128, grid S · C · P, dynamic shared
 // memory 58880 bytes; partials F32: [C, rows, 16 P] for t, then [S, n, 16 P] for dB. lora_t_db_sum_T (blocks = C, shares = S):
 // block 256, grid ceil((rows + n) · P / 16). Take S = the greatest at most ceil(rows / 16) with S · C · P <= 2 blocks a
-// multiprocessor, at least 1. On Hopper lora_t_db_sm90.cu makes the partial sums.
+// multiprocessor, at least 1. On Hopper lora_t_db_sm90.cu serves ranks of 8 and 16.
 //
 // Bytes: dy, and the partial sums twice.
 
@@ -24,9 +24,9 @@ __device__ __forceinline__ void t_db(float *partials, const T *dy, const T *b, c
     const Operands<T> of = {dy, b, h, rows, n, r, ld_dy, ld_h, r % 8 == 0 && ld_h % 8 == 0 && aligned16(h)};
     float *db_partials = partials + u64((n + 511) / 512) * rows * ((r + 15) / 16 * 16);
     if (n % 8 == 0 && ld_dy % 8 == 0 && aligned16(dy))
-        products<true, 4, 3, 1>(partials, db_partials, of);
+        products<true, 4, 3>(partials, db_partials, of);
     else
-        products<false, 4, 3, 1>(partials, db_partials, of);
+        products<false, 4, 3>(partials, db_partials, of);
 }
 
 // Σ of `count` partial sums, `stride` apart, in their order.

@@ -2,12 +2,14 @@
 //
 // place_columns writes scale x, x [n, cols], into columns first .. first + cols of y [n, total] with a pitch of ld, and zeros into its other
 // columns: an adapter's matrix beside the base, among the columns of all adapters of that input. Threads: 256 a block, 16 bytes of
-// y a thread where total, ld and y allow it. Grid: ceil(n * total / 2048) in x; any is right.
+// y a thread where total, ld and y allow it. Grid: ceil(n * total / 2048) in x; any is right. It may be
+// launched early.
 //
 // scatter_rows leaves out rows whose target is negative (padding), and needs the other indices to differ. Gathering is the
 // embedding's kernel. Threads: a block of 128 a row; 16 bytes a thread where the row's length and both pointers allow it.
 // Grid: n rows in x. Bytes: x once, y once.
 
+#include "common/early.cuh"
 #include "common/types.cuh"
 
 template <typename T>
@@ -31,6 +33,7 @@ __device__ __forceinline__ T placed(const T *x, float scale, u32 row, u32 column
 
 template <typename T>
 __device__ __forceinline__ void place(T *y, const T *x, float scale, u32 n, u32 cols, u32 first, u32 total, u32 ld) {
+    begin_early();
     constexpr u32 N = Pack<T>::N;
     const bool packed = total % N == 0 && ld % N == 0 && u64(y) % 16 == 0;
     const u32 each = packed ? N : 1, per_row = total / each, i = blockIdx.x * blockDim.x + threadIdx.x;

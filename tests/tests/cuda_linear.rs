@@ -22,11 +22,13 @@ struct Case {
     dtype: DType,
 }
 
-/// q, k and v; gate and up with one pass for t and dB; down; ranks that need the wider kernel, and none of them.
-const CASES: [Case; 7] = [
+/// q, k and v; gate and up with one pass for t and dB; down; parts whose units share blocks, more of them than a launch takes; ranks that need the wider kernel, and none of them.
+const CASES: [Case; 9] = [
     Case { tokens: 1100, inputs: 520, outputs: &[640, 136, 136], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 1027, inputs: 264, outputs: &[4104, 4104], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 4100, inputs: 136, outputs: &[1032], rank: 16, dtype: DType::Bf16 },
+    Case { tokens: 2701, inputs: 136, outputs: &[1160, 264, 136], rank: 16, dtype: DType::Bf16 },
+    Case { tokens: 4100, inputs: 136, outputs: &[640, 1000, 8, 1032], rank: 8, dtype: DType::F16 },
     Case { tokens: 1200, inputs: 1544, outputs: &[520], rank: 8, dtype: DType::F16 },
     Case { tokens: 2049, inputs: 328, outputs: &[200, 520], rank: 32, dtype: DType::Bf16 },
     Case { tokens: 1100, inputs: 192, outputs: &[320], rank: 80, dtype: DType::Bf16 },

@@ -7,19 +7,15 @@
 //! the last is compared with the CPU's product of the same codes (`error`: largest difference over the largest value).
 #![allow(clippy::print_stdout)]
 
-use std::time::Instant;
+mod shared;
 
 use nibble_nf4::QuantConfig;
 use nibble_tensor::{
-    Arena, DType, Device, Rng, Tensor, Weight,
-    cuda::{
-        CudaDevice, Graph, OpenOptions,
-        libraries::{self, SearchPaths},
-    },
+    Arena, Device, Rng, Tensor, Weight,
+    cuda::CudaDevice,
     ops::linear::{self, Adapter, Part},
 };
-
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+use shared::{Result, normal};
 
 /// Rows of x; outputs of each part; inputs; rank of the adapters.
 type Case = (usize, &'static [usize], usize, usize);
@@ -44,15 +40,9 @@ const CASES: [Case; 16] = [
 ];
 /// Bytes of matrices that a graph goes through.
 const BYTES: usize = 600 << 20;
-const REPLAYS: u32 = 10;
 
 fn main() -> Result<()> {
-    let folders = std::env::var_os("LD_LIBRARY_PATH").map(|list| std::env::split_paths(&list).collect()).unwrap_or_default();
-    let libraries = libraries::find(&SearchPaths { folders, ..SearchPaths::of_system() });
-    let device = CudaDevice::open(0, &OpenOptions { libraries, cache: None })?;
-    let arena = Arena::on(Device::Cuda(device), usize::MAX)?;
-    let copy = copy_rate(device, &arena)?;
-    println!("copy: {copy:.0} GB/s on {}", device.info().name);
+    let (device, arena, copy) = shared::open()?;
     let picked = std::env::args().nth(1).unwrap_or_default();
     for case in CASES {
         if name(case).contains(&picked) {
@@ -60,30 +50,6 @@ fn main() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// GB/s of a copy of 1 GiB, read and written.
-fn copy_rate(device: CudaDevice, arena: &Arena) -> Result<f64> {
-    let from = Tensor::zeros(arena, DType::F32, [1 << 28])?;
-    let mut to = Tensor::zeros(arena, DType::F32, [1 << 28])?;
-    let mut best = f64::INFINITY;
-    for _ in 0..5 {
-        device.synchronize()?;
-        let begin = Instant::now();
-        for _ in 0..4 {
-            to.copy_rows(0, &from)?;
-        }
-        device.synchronize()?;
-        best = best.min(begin.elapsed().as_secs_f64() / 4.0);
-    }
-    Ok((8u64 << 28) as f64 / best / 1e9)
-}
-
-fn normal(seed: u64, arena: &Arena, shape: [usize; 2]) -> Result<Tensor> {
-    let rng = Rng::new(seed);
-    let values: Vec<f32> = (0..(shape[0] * shape[1]) as u64).map(|n| rng.normal(n)).collect();
-    let on_host = Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape)?.to_dtype(DType::Bf16)?;
-    Ok(on_host.to_arena(arena)?)
 }
 
 fn parts(arena: &Arena, seed: u64, outputs: &[usize], inputs: usize, rank: usize) -> Result<Vec<Part>> {
@@ -120,19 +86,7 @@ fn run(device: CudaDevice, arena: &Arena, copy: f64, case: Case) -> Result<()> {
         }
         Ok(())
     };
-    body()?;
-    let (graph, ()) = Graph::capture(arena, body)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..3 {
-        graph.launch()?;
-        device.synchronize()?;
-        let begin = Instant::now();
-        for _ in 0..REPLAYS {
-            graph.launch()?;
-        }
-        device.synchronize()?;
-        best = best.min(begin.elapsed().as_secs_f64() / f64::from(REPLAYS) / count as f64);
-    }
+    let best = shared::seconds(device, arena, body)? / count as f64;
     let rate = bytes as f64 / best / 1e9;
     println!(
         "{}: {:.2} us, {rate:.0} GB/s, {:.1} % of the copy rate, error {error:.1e}",

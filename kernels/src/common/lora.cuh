@@ -1,12 +1,10 @@
-// t and dB of a low-rank adapter in one pass over dy: what lora.cu and lora_t_db_sm90.cu share.
+// t and dB of a low-rank adapter in one pass over dy: what lora.cu is made of.
 //
 // A block of WARPS warps takes 128 WARPS columns of dy, 16 of r, and a share of the rows, 16 at a time through STAGES buffers in
 // shared memory. Each warp holds its 128 columns' rows of B and sums of dB in registers, all products being mma of 16 x 8 x 16
-// with f32 sums; the sums of t are added up over the warps in shared memory. With CLUSTER > 1 the blocks of a cluster have
-// neighbouring shares of the rows, and add up their dB before they write it.
+// with f32 sums; the sums of t are added up over the warps in shared memory.
 #pragma once
 
-#include "common/cluster.cuh"
 #include "common/mma.cuh"
 #include "common/vec.cuh"
 
@@ -65,16 +63,16 @@ struct __align__(8) Two {
     float v[2];
 };
 
-// Partials: t [blocks of columns, rows, pitch], dB [shares / CLUSTER, n, pitch], pitch = r rounded up to 16.
-template <bool WHOLE, u32 WARPS, u32 STAGES, u32 CLUSTER, typename T>
+// Partials: t [blocks of columns, rows, pitch], dB [shares, n, pitch], pitch = r rounded up to 16.
+template <bool WHOLE, u32 WARPS, u32 STAGES, typename T>
 __device__ __forceinline__ void products(float *t_partials, float *db_partials, const Operands<T> &of) {
     constexpr u32 WIDTH = WARPS * 128, STAGE_BYTES = WARPS * WARP_BYTES + H_BYTES;
     extern __shared__ __align__(16) u8 memory[];
     float(*t_slots)[8][32] = reinterpret_cast<float(*)[8][32]>(memory + STAGES * STAGE_BYTES);
     const u32 base = shared_address(memory), warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const u32 passes = (of.r + 15) / 16, blocks = (of.n + WIDTH - 1) / WIDTH, pitch = passes * 16;
-    const u32 place = blockIdx.x / CLUSTER, rank = place % passes * 16, block = place / passes % blocks;
-    const u32 share = place / (passes * blocks) * CLUSTER + blockIdx.x % CLUSTER, shares = gridDim.x / (passes * blocks);
+    const u32 rank = blockIdx.x % passes * 16, block = blockIdx.x / passes % blocks;
+    const u32 share = blockIdx.x / (passes * blocks), shares = gridDim.x / (passes * blocks);
     const u32 column = block * WIDTH + warp * 128;
     const u32 steps = (of.rows + DEPTH - 1) / DEPTH, each = (steps + shares - 1) / shares;
     const u32 begin = min(share * each, steps), end = min(begin + each, steps);
@@ -147,33 +145,10 @@ __device__ __forceinline__ void products(float *t_partials, float *db_partials, 
     }
     __syncthreads();
     if (begin < end) add_up(end - 1);
-    if constexpr (CLUSTER == 1) {
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const u32 n = column + i / 4 * 16 + i % 2 * 8 + g, q = rank + i / 2 % 2 * 8 + t * 2;
-            float *to = db_partials + (u64(share) * of.n + n) * pitch + q;
-            if (n < of.n) *reinterpret_cast<Two *>(to) = {c[i / 4][i / 2 % 2][i % 2 * 2], c[i / 4][i / 2 % 2][i % 2 * 2 + 1]};
-        }
-    } else {
-        // Over the buffers, in rows of 20 values.
-        constexpr u32 PITCH = 20, EACH = WIDTH / CLUSTER;
-        float *sums = reinterpret_cast<float *>(memory);
-        copy_wait<0>();
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const u32 n = warp * 128 + i / 4 * 16 + i % 2 * 8 + g, q = i / 2 % 2 * 8 + t * 2;
-            *reinterpret_cast<Two *>(sums + n * PITCH + q) = {c[i / 4][i / 2 % 2][i % 2 * 2], c[i / 4][i / 2 % 2][i % 2 * 2 + 1]};
-        }
-        cluster_sync();
-        for (u32 i = threadIdx.x; i < EACH * 4; i += WARPS * 32) {
-            const u32 n = blockIdx.x % CLUSTER * EACH + i / 4, q = i % 4 * 4;
-            if (block * WIDTH + n >= of.n) continue;
-            const float4 sum = cluster_sum<CLUSTER>(base + (n * PITCH + q) * 4);
-            float *to = db_partials + (u64(share / CLUSTER) * of.n + block * WIDTH + n) * pitch + rank + q;
-            *reinterpret_cast<float4 *>(to) = sum;
-        }
-        __syncwarp();
-        cluster_sync();
+    for (int i = 0; i < 32; ++i) {
+        const u32 n = column + i / 4 * 16 + i % 2 * 8 + g, q = rank + i / 2 % 2 * 8 + t * 2;
+        float *to = db_partials + (u64(share) * of.n + n) * pitch + q;
+        if (n < of.n) *reinterpret_cast<Two *>(to) = {c[i / 4][i / 2 % 2][i % 2 * 2], c[i / 4][i / 2 % 2][i % 2 * 2 + 1]};
     }
 }

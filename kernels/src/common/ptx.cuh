@@ -29,6 +29,10 @@ __device__ __forceinline__ void copy4(u32 dst, const void *src, bool valid) {
 #endif
 }
 
+__device__ __forceinline__ void store4(u32 dst, u32 word) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(word) : "memory");
+}
+
 __device__ __forceinline__ void store16_zero(u32 dst) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
 }

@@ -21,6 +21,11 @@ __device__ __forceinline__ u64 mn_major(u32 address, u32 pitch) {
     return u64((address & 0x3ffff) >> 4) | u64(pitch >> 4) << 16 | u64(1024 >> 4) << 32 | u64(1) << 62;
 }
 
+// The same of a tile of 32 columns, 64-byte rows as the 64-byte swizzle leaves them: a step of 16 in K adds 1024 bytes.
+__device__ __forceinline__ u64 mn_major_32(u32 address) {
+    return u64((address & 0x3ffff) >> 4) | u64(512 >> 4) << 32 | u64(2) << 62;
+}
+
 // Before the first product after registers that it reads or adds to were written.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -74,6 +79,9 @@ __device__ __forceinline__ void registers_fewer() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
 }
 
+#define WGMMA_LIST8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define WGMMA_OUT8 \
+    "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7])
 #define WGMMA_LIST16 \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_OUT16 \
@@ -106,6 +114,18 @@ __device__ __forceinline__ void registers_fewer() {
 template <typename T, int TA, int TB, int C>
 struct Wgmma;
 
+// A and B in shared memory alone.
+#define WGMMA_16(T, NAME) \
+    template <int TA, int TB> \
+    struct Wgmma<T, TA, TB, 8> { \
+        static __device__ __forceinline__ void run(float (&c)[8], u64 a, u64 b, u32 add) { \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n" \
+                         "wgmma.mma_async.sync.aligned.m64n16k16.f32." NAME "." NAME " {" WGMMA_LIST8 "}, " \
+                         "%8, %9, p, 1, 1, %11, %12;\n}\n" \
+                         : WGMMA_OUT8 \
+                         : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB)); \
+        } \
+    };
 #define WGMMA_32(T, NAME) \
     template <int TA, int TB> \
     struct Wgmma<T, TA, TB, 16> { \
@@ -160,6 +180,8 @@ struct Wgmma;
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(TB)); \
         } \
     };
+WGMMA_16(bf16, "bf16")
+WGMMA_16(f16, "f16")
 WGMMA_32(bf16, "bf16")
 WGMMA_32(f16, "f16")
 WGMMA_64(bf16, "bf16")

@@ -132,24 +132,39 @@ impl TensorMap {
         let dims = [size as u64, heads as u64, tokens as u64];
         let strides = [2 * size as u64, 2 * (heads * size) as u64];
         let dry = matches!(x.device(), Device::Cuda(device) if device.is_dry());
-        Self::encode(x.address()?, x.dtype(), dims, strides, rows, dry)
+        Self::encode(x.address()?, x.dtype(), dims, strides, [64, rows], dry)
     }
 
     /// Boxes of `deep` rows, 64 columns wide with a swizzle of 128 bytes, of a 16-bit matrix; what lies outside comes as zeros.
     /// Address and pitch are multiples of 16 bytes.
     pub(crate) fn rows(device: CudaDevice, matrix: Matrix, [rows, cols]: [usize; 2], dtype: DType, deep: u32) -> Result<Self> {
-        let pitch = 2 * matrix.ld as u64;
-        Self::encode(matrix.address, dtype, [cols as u64, 1, rows as u64], [pitch, pitch], deep, device.is_dry())
+        Self::boxes(device, matrix, [rows, cols], dtype, [64, deep])
     }
 
-    /// Boxes of 64 x 1 x `deep` elements; nothing of a dry device.
-    fn encode(address: u64, dtype: DType, dims: [u64; 3], strides: [u64; 2], deep: u32, dry: bool) -> Result<Self> {
+    /// As [`Self::rows`], with boxes of `wide` columns, 32 (a swizzle of 64 bytes) or 64.
+    pub(crate) fn boxes(
+        device: CudaDevice,
+        matrix: Matrix,
+        [rows, cols]: [usize; 2],
+        dtype: DType,
+        [wide, deep]: [u32; 2],
+    ) -> Result<Self> {
+        let pitch = 2 * matrix.ld as u64;
+        Self::encode(matrix.address, dtype, [cols as u64, 1, rows as u64], [pitch, pitch], [wide, deep], device.is_dry())
+    }
+
+    /// Boxes of `wide` x 1 x `deep` elements, their rows swizzled; nothing of a dry device.
+    fn encode(address: u64, dtype: DType, dims: [u64; 3], strides: [u64; 2], [wide, deep]: [u32; 2], dry: bool) -> Result<Self> {
         let kind = match dtype {
             DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             found => return Err(Error::DType { op: "tensor map", operand: "x", expected: "bfloat16 or float16", found }),
         };
-        let (boxes, steps) = ([64, 1, deep], [1u32; 3]);
+        let (boxes, steps) = ([wide, 1, deep], [1u32; 3]);
+        let swizzle = match wide {
+            32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            _ => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
         // SAFETY: an all-zero map is a value to be written over.
         let mut map = Self(unsafe { std::mem::zeroed() });
         if dry {
@@ -167,7 +182,7 @@ impl TensorMap {
                 boxes.as_ptr(),
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                swizzle,
                 sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )

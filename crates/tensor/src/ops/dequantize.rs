@@ -116,12 +116,12 @@ pub(crate) mod cuda {
         match &weight.absmax {
             Absmax::Plain(absmax) => {
                 let args = [&[out, packed, Arg::read(absmax)?, code][..], &sizes].concat();
-                device.launch(&format!("dequantize_plain_{suffix}"), grid, &args)
+                device.launch_early(&format!("dequantize_plain_{suffix}"), grid, &args)
             }
             Absmax::Nested { codes, absmax, offset, map } => {
                 let scales = [Arg::read(codes)?, Arg::read(absmax)?, Arg::read(map)?, code, Arg::F32(*offset)];
                 let args = [&[out, packed][..], &scales, &sizes].concat();
-                device.launch(&format!("dequantize_nested_{suffix}"), grid, &args)
+                device.launch_early(&format!("dequantize_nested_{suffix}"), grid, &args)
             }
         }
     }

@@ -6,8 +6,9 @@
 //! copied where not; elsewhere (short streams, odd ranks, dense bases) the two are summed in f32 and rounded once. Likewise
 //! dx = [dy | t] [W ; A] for the narrowest part, else dx += t A; where the dy of all parts lie side by side (q, k and v behind
 //! attention, gate and up behind the gated unit), dx = [dy dy' … | t] [W ; W' ; … ; A], one product for all.
-//! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`).
+//! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`), and t and dB of all parts one (`adapters`).
 
+mod adapters;
 mod call;
 mod few;
 mod hopper;
@@ -146,11 +147,14 @@ impl Call<'_, '_> {
             Some(i) => Some((dys[i].clone(), self.parts[i].outputs())),
             None => self.narrow()?.map(|t| (t, 0)),
         });
-        for (i, dy) in dys.iter().enumerate() {
-            if let Some(dbias) = &mut grads[i].bias {
+        for (dy, grads) in dys.iter().zip(&mut *grads) {
+            if let Some(dbias) = &mut grads.bias {
                 bias_gradient(self.device, dbias, dy)?;
             }
-            if let (Some(t), Some(h)) = (pending.t()?, h) {
+        }
+        if let (Some(t), Some(h)) = (pending.t()?, h) {
+            let done = adapters::one_pass(self, dys, [rows(h)?, t], grads)?;
+            for (i, dy) in dys.iter().enumerate().filter(|(i, _)| !done[*i]) {
                 self.adapter_gradients(i, dy, h, t, grads[i].adapter.as_mut().map(|(_, db)| db))?;
             }
         }
@@ -280,7 +284,7 @@ impl Call<'_, '_> {
             Arg::size(place.ld),
         ];
         let grid = Grid::over(part.outputs() * self.ranks, 2048, 256);
-        self.device.launch(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)
+        self.device.launch_early(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)
     }
 
     /// h = dropout(x) Aᵀ of all parts, side by side, and the same `beside` x where it rides.
@@ -318,20 +322,14 @@ impl Call<'_, '_> {
 
     /// Whether one pass over dy, with its partial sums, takes less time than two products.
     fn worth_one_pass(&self, outputs: usize) -> bool {
-        let (least, tokens) =
-            if hopper::is_hopper(self) { (1024, 1024 * 4096 / outputs.clamp(1024, 4096)) } else { (4096, 1024) };
-        self.dtype != DType::F32 && outputs >= least && self.tokens >= tokens
+        self.dtype != DType::F32 && outputs >= 4096 && self.tokens >= 1024
     }
 
     /// t and dB from one reading of dy, in shares of the rows that are added up in order.
     fn one_pass(&self, dy: &Tensor, b: &Tensor, [h, t]: [Matrix; 2], scale: f32, db: &mut TensorMut<'_>) -> Result<()> {
         let (outputs, rank) = (b.dims()[0], b.shape().last());
         let left = rows(dy)?;
-        let (name, plan) = match hopper::one_pass(self, left, outputs, rank) {
-            Some(plan) => ("lora_t_db_sm90", plan),
-            None => ("lora_t_db", self.plan_of_one_pass(outputs, rank)),
-        };
-        let OnePass { wide, shares, grid } = plan;
+        let OnePass { wide, shares, grid } = self.plan_of_one_pass(outputs, rank);
         let deep = rank.div_ceil(16);
         let sums = 16 * deep * (wide * self.tokens + shares * outputs);
         let mut partials = scratch(dy.arena(), DType::F32, [sums])?;
@@ -340,7 +338,7 @@ impl Call<'_, '_> {
         let inputs = [Arg::Pointer(left.address), Arg::read(b)?, Arg::Pointer(h.address)];
         let pitches = [Arg::size(left.ld), Arg::size(h.ld)];
         let args = [&[Arg::write(&mut partials)?][..], &inputs, &sizes, &pitches].concat();
-        self.device.launch(&format!("{name}_{suffix}"), grid, &args)?;
+        self.device.launch(&format!("lora_t_db_{suffix}"), grid, &args)?;
         let outputs_of = [Arg::Pointer(t.address), Arg::write_view(db)?, Arg::read(&partials)?, Arg::F32(scale)];
         let args = [&outputs_of[..], &sizes, &[Arg::size(t.ld), Arg::size(wide), Arg::size(shares)]].concat();
         let grid = Grid::over((self.tokens + outputs) * deep, 16, 256);

@@ -1,9 +1,8 @@
 //! The products of adapters that read x, each by a kernel of our own that reads it once (`lora_sm90.cu`): x Aᵀ and tᵀ x for 16-bit
-//! types and few ranks; and the plan of the pass over dy for t and dB (`lora_t_db_sm90.cu`).
+//! types and few ranks.
 
 use super::{
     super::OP,
-    OnePass,
     call::{Call, rows},
 };
 use crate::{
@@ -11,11 +10,11 @@ use crate::{
     cuda::{Arg, Grid, Matrix, TensorMap, suffix},
 };
 
-/// Blocks that share a reduction.
-const SPLIT: usize = 4;
-/// Rows (for dA: columns) of x a cluster, and threads of a block: as `lora_sm90.cu` says.
-const WIDE: usize = 128;
-const THREADS: u32 = 288;
+/// Blocks that share a reduction, for h.
+const H_SPLIT: usize = 2;
+/// Rows of x (for dA: columns) a cluster: as `lora_sm90.cu` says.
+const H_ROWS: usize = 64;
+const DA_COLUMNS: usize = 128;
 /// Tokens from which these kernels fill the device.
 const MANY_TOKENS: usize = 1024;
 
@@ -23,18 +22,6 @@ const MANY_TOKENS: usize = 1024;
 pub(super) fn is_hopper(call: &Call<'_, '_>) -> bool {
     let capability = call.device.info().capability;
     (capability.major, capability.minor) == (9, 0) && matches!(call.dtype, DType::Bf16 | DType::F16)
-}
-
-/// The pass over dy as `lora_t_db_sm90.cu` says; nothing where it is not served.
-pub(super) fn one_pass(call: &Call<'_, '_>, dy: Matrix, outputs: usize, rank: usize) -> Option<OnePass> {
-    let (wide, deep) = (outputs.div_ceil(1024), rank.div_ceil(16));
-    let serves = is_hopper(call) && outputs.is_multiple_of(8) && dy.ld.is_multiple_of(8) && dy.address.is_multiple_of(16);
-    let clusters = call.device.info().multiprocessors * 7 / 8 / (wide * deep * SPLIT);
-    serves.then(|| {
-        // A block takes eight steps at least.
-        let clusters = clusters.min(call.tokens.div_ceil(8 * 16 * SPLIT)).max(1);
-        OnePass { wide, shares: clusters, grid: Grid { shared: 149_504, ..Grid::new(clusters * SPLIT * wide * deep, 256) } }
-    })
 }
 
 /// Whether these kernels serve a call, with its x and `others` as they lie.
@@ -49,17 +36,22 @@ fn serves(call: &Call<'_, '_>, others: &[Matrix]) -> Result<bool> {
         && [x].iter().chain(others).all(aligned))
 }
 
+/// Columns of h and t that an instance has.
+fn wide(call: &Call<'_, '_>) -> u32 {
+    if call.ranks <= 32 { 32 } else { 64 }
+}
+
 /// h = x Aᵀ with the A of all parts, written to `beside` as well; false where it is not served.
 pub(super) fn adapter_inputs(call: &Call<'_, '_>, a: Matrix, h: Matrix, beside: Option<Matrix>) -> Result<bool> {
     let place = beside.unwrap_or(h);
     if !serves(call, &[a, h, place])? {
         return Ok(false);
     }
-    let n = if call.ranks <= 32 { 32 } else { 64 };
+    let n = wide(call);
     let args = [
         Arg::Pointer(h.address),
         Arg::Pointer(beside.map_or(0, |beside| beside.address)),
-        Arg::Map(TensorMap::rows(call.device, rows(call.x()?)?, [call.tokens, call.inputs], call.dtype, WIDE as u32)?),
+        Arg::Map(TensorMap::rows(call.device, rows(call.x()?)?, [call.tokens, call.inputs], call.dtype, H_ROWS as u32)?),
         Arg::Map(TensorMap::rows(call.device, a, [call.ranks, call.inputs], call.dtype, n)?),
         Arg::size(call.tokens),
         Arg::size(call.inputs),
@@ -67,8 +59,8 @@ pub(super) fn adapter_inputs(call: &Call<'_, '_>, a: Matrix, h: Matrix, beside: 
         Arg::size(h.ld),
         Arg::size(place.ld),
     ];
-    let grid = Grid { shared: 4 * (16_384 + 128 * n) + 64, ..Grid::new(SPLIT * call.tokens.div_ceil(WIDE), THREADS) };
-    call.device.launch(&format!("lora_h_sm90_{}_r{n}", suffix(OP, call.dtype)?), grid, &args)?;
+    let grid = Grid { shared: 98_432, ..Grid::new(H_SPLIT * call.tokens.div_ceil(H_ROWS), 160) };
+    call.device.launch_early(&format!("lora_h_sm90_{}_r{n}", suffix(OP, call.dtype)?), grid, &args)?;
     Ok(true)
 }
 
@@ -77,15 +69,24 @@ pub(super) fn add_a_gradient(call: &Call<'_, '_>, t: Matrix, da: u64) -> Result<
     if !serves(call, &[t])? {
         return Ok(false);
     }
+    let n = wide(call);
     let args = [
         Arg::Pointer(da),
         Arg::Map(TensorMap::rows(call.device, rows(call.x()?)?, [call.tokens, call.inputs], call.dtype, 64)?),
-        Arg::Map(TensorMap::rows(call.device, t, [call.tokens, call.ranks], call.dtype, 64)?),
+        Arg::Map(TensorMap::boxes(call.device, t, [call.tokens, call.ranks], call.dtype, [n, 64])?),
         Arg::size(call.tokens),
         Arg::size(call.inputs),
         Arg::size(call.ranks),
     ];
-    let grid = Grid { shared: 98_368, ..Grid::new(SPLIT * call.inputs.div_ceil(WIDE), THREADS) };
-    call.device.launch(&format!("lora_da_sm90_{}", suffix(OP, call.dtype)?), grid, &args)?;
+    // As many blocks of a cluster as leave the device with all of them at once, three a multiprocessor; eight only for few columns.
+    let (tiles, multiprocessors) = (call.inputs.div_ceil(DA_COLUMNS), call.device.info().multiprocessors);
+    let split = match tiles {
+        few if 8 * few <= multiprocessors => 8,
+        some if 4 * some < 3 * multiprocessors => 4,
+        _ => 2,
+    };
+    let grid = Grid { shared: 3 * (16_384 + 128 * n) + 48, ..Grid::new(split * tiles, 288) };
+    // Not early: beside the launch before it its clusters would lie unevenly over the device.
+    call.device.launch(&format!("lora_da_sm90_{}_r{n}_split{split}", suffix(OP, call.dtype)?), grid, &args)?;
     Ok(true)
 }
