@@ -315,9 +315,9 @@ __device__ __forceinline__ void cross_entropy_whole(T *logits, float *losses, co
         copy_commit();
 #pragma unroll
         for (u32 i = 0; i < KEPT; ++i) held.fetch_kept(i, x);
-        add_kept(sum);
         copy_wait<0>();
         for (u32 i = 0; i < others; ++i) add_slot(sum, i);
+        add_kept(sum);
     }
     for (; row < rows; row += gridDim.x) {
         T *x = logits + u64(row) * vocab;

@@ -37,7 +37,7 @@ struct Buffers {
     __device__ u32 full(u32 stage) const { return base + STAGES * BYTES + stage * 8; }
     __device__ u32 empty(u32 stage) const { return full(STAGES + stage); }
 
-    // Also lets the next launch begin, and waits for those before.
+    // Also lets the next launch begin, and waits for those before, where the kernel is launched early (h).
     __device__ __forceinline__ void init(const TensorMap &x, const TensorMap &other) const {
         if (threadIdx.x == 0) {
             tma_prefetch(x);

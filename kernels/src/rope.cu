@@ -139,5 +139,4 @@ extern "C" __global__ void __launch_bounds__(256, 3)
               u32 half, u32 ld, u32 backward) {
     turn(x, positions, cos, sin, tokens, heads, head_size, half, ld, backward);
 }
-
 #endif

@@ -2,8 +2,7 @@
 //
 // place_columns writes scale x, x [n, cols], into columns first .. first + cols of y [n, total] with a pitch of ld, and zeros into its other
 // columns: an adapter's matrix beside the base, among the columns of all adapters of that input. Threads: 256 a block, 16 bytes of
-// y a thread where total, ld and y allow it. Grid: ceil(n * total / 2048) in x; any is right. It may be
-// launched early.
+// y a thread where total, ld and y allow it. Grid: ceil(n * total / 2048) in x; any is right. It may be launched early.
 //
 // scatter_rows leaves out rows whose target is negative (padding), and needs the other indices to differ. Gathering is the
 // embedding's kernel. Threads: a block of 128 a row; 16 bytes a thread where the row's length and both pointers allow it.

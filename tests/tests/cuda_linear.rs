@@ -22,14 +22,17 @@ struct Case {
     dtype: DType,
 }
 
-/// q, k and v; gate and up with one pass for t and dB; down; parts whose units share blocks, more of them than a launch takes; ranks that need the wider kernel, and none of them.
-const CASES: [Case; 9] = [
+/// q, k and v; gate and up with one pass for t and dB; down; parts whose units share blocks, more of them than a launch takes; inputs
+/// whose dA takes clusters of four and of two; ranks that need the wider kernel, and none of them.
+const CASES: [Case; 11] = [
     Case { tokens: 1100, inputs: 520, outputs: &[640, 136, 136], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 1027, inputs: 264, outputs: &[4104, 4104], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 4100, inputs: 136, outputs: &[1032], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 2701, inputs: 136, outputs: &[1160, 264, 136], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 4100, inputs: 136, outputs: &[640, 1000, 8, 1032], rank: 8, dtype: DType::F16 },
     Case { tokens: 1200, inputs: 1544, outputs: &[520], rank: 8, dtype: DType::F16 },
+    Case { tokens: 1027, inputs: 2184, outputs: &[136], rank: 16, dtype: DType::Bf16 },
+    Case { tokens: 1027, inputs: 12_808, outputs: &[136], rank: 16, dtype: DType::Bf16 },
     Case { tokens: 2049, inputs: 328, outputs: &[200, 520], rank: 32, dtype: DType::Bf16 },
     Case { tokens: 1100, inputs: 192, outputs: &[320], rank: 80, dtype: DType::Bf16 },
     Case { tokens: 300, inputs: 192, outputs: &[320, 64], rank: 8, dtype: DType::Bf16 },
@@ -130,13 +133,14 @@ fn assert_close(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
 
 /// Gradients of q, k and v behind attention and rope, side by side or each alone; then dx, dA and dB of their layers.
 fn behind_attention(arena: &Arena, side_by_side: bool) -> [Vec<Vec<f32>>; 2] {
-    let case = Case { tokens: 1100, inputs: 520, outputs: &[512, 256, 256], rank: 16, dtype: DType::Bf16 };
+    // As many that t, dB and dA are made by kernels whose sums have one order.
+    let case = Case { tokens: 4200, inputs: 520, outputs: &[512, 256, 256], rank: 16, dtype: DType::Bf16 };
     let (d, tokens, parts) = (64, case.tokens, parts(arena, case));
     let x = normed(arena, 20, [tokens, case.inputs], case.dtype, true);
     let (ys, saved) = linear::forward(&x, &parts).unwrap();
     let qkv: Vec<Tensor> = ys.iter().map(|y| y.reshape([tokens, y.shape().last() / d, d]).unwrap()).collect();
     let [q, k, v] = [&qkv[0], &qkv[1], &qkv[2]];
-    let documents = Documents::new(arena, &[0, 500, 1100]).unwrap();
+    let documents = Documents::new(arena, &[0, 500, 1600, 4200]).unwrap();
     let config = attention::Config { scale: 0.125, window: None, softcap: None };
     let (o, lse) = attention::forward(q, k, v, &documents, config).unwrap();
     let (dq, dk, dv) = if side_by_side {
@@ -162,12 +166,13 @@ fn gradients_side_by_side_are_those_alone_and_one_product_makes_their_dx() {
     assert_close(&of_beside, &of_host[1], "behind attention, beside the host's");
 }
 
-/// dx, dA and dB of a gated unit's layers.
-fn behind_gated_unit(arena: &Arena) -> Vec<Vec<f32>> {
-    let case = Case { tokens: 600, inputs: 264, outputs: &[1032, 1032], rank: 16, dtype: DType::Bf16 };
+/// dx, dA and dB of a gated unit's layers, whose gradients lie over its operands unless these are `held`.
+fn behind_gated_unit(arena: &Arena, held: bool) -> Vec<Vec<f32>> {
+    let case = Case { tokens: 2100, inputs: 264, outputs: &[1032, 1032], rank: 16, dtype: DType::Bf16 };
     let (parts, x) = (parts(arena, case), normed(arena, 20, [case.tokens, case.inputs], case.dtype, true));
     let (ys, saved) = linear::forward_with_room(&x, &parts, linear::room(&x)).unwrap();
     let dy = normal(arena, 40, [case.tokens, 1032], 1.0, case.dtype);
+    let _others = held.then(|| ys.clone());
     let [gate, up] = <[Tensor; 2]>::try_from(ys).unwrap();
     let (dgate, dup) = glu::backward(&dy, gate, up, glu::Activation::Silu).unwrap();
     gradients(arena, case, &[dgate, dup], &x, &parts, &saved)
@@ -176,7 +181,9 @@ fn behind_gated_unit(arena: &Arena) -> Vec<Vec<f32>> {
 #[test]
 fn a_gated_units_layers_have_the_hosts_gradients() {
     let arena = nibble_tests::arena();
-    assert_close(&behind_gated_unit(&arena), &behind_gated_unit(&Arena::new(Device::Cpu)), "behind a gated unit");
+    let found = behind_gated_unit(&arena, false);
+    assert_close(&found, &behind_gated_unit(&Arena::new(Device::Cpu), false), "behind a gated unit");
+    assert_close(&behind_gated_unit(&arena, true), &found, "with gradients apart from the operands");
 }
 
 #[test]

@@ -195,7 +195,8 @@ pub fn forward_fused<'m, const N: usize>(
     fused(tape, layers, x, dropout, linear::forward)
 }
 
-/// [`forward_fused`] for an op that writes gradients over the outputs and knows of room behind their rows (the gated unit).
+/// [`forward_fused`] for an op that writes gradients over the outputs, which lie side by side with room behind them on a GPU (the gated
+/// unit).
 ///
 /// # Errors
 /// As [`linear::forward`].

@@ -79,17 +79,17 @@ impl Bench {
         self.limits[0] = (2usize << 30) as f64 / copy;
         self.rows.push(format!("| plain copy of 1 GiB | {:.1} | {:.0} GB/s | |", 1e6 * copy, self.limits[0] / 1e9));
         drop((source, target));
-        self.find_product_limit()
+        self.find_product_limit("at first")
     }
 
     /// The rate of a plain product, for those that are measured next: it falls as the device warms up to its power limit.
-    fn find_product_limit(&mut self) -> Result<()> {
+    fn find_product_limit(&mut self, when: &str) -> Result<()> {
         let (m, n, k) = LINEAR;
         let (x, part) = (self.normal(1, [m, k])?, dense(self.normal(2, [n, k])?));
         let matmul = self.seconds(|| linear::forward(&x, std::slice::from_ref(&part)).map(drop))?;
         self.limits[1] = flops_of(LINEAR) / matmul;
         let rate = self.limits[1] / 1e12;
-        self.rows.push(format!("| plain bf16 product {m} x {n} x {k} | {:.1} | {rate:.1} TFLOP/s | |", 1e6 * matmul));
+        self.rows.push(format!("| plain bf16 product {m} x {n} x {k}, {when} | {:.1} | {rate:.1} TFLOP/s | |", 1e6 * matmul));
         Ok(())
     }
 
@@ -258,10 +258,10 @@ fn products(bench: &mut Bench) -> Result<()> {
     let (x, dy, part) = (bench.normal(1, [m, k])?, [bench.normal(2, [m, n])?], nf4(&bench.arena, [n, k])?);
     let flops = Work::Flops(flops_of(LINEAR));
     let parts = std::slice::from_ref(&part);
-    bench.find_product_limit()?;
+    bench.find_product_limit("for the next")?;
     bench.run(&format!("linear {m} x {n} x {k}, NF4 base, forward"), flops, || linear::forward(&x, parts).map(drop));
     let (_, saved) = linear::forward(&x, parts)?;
-    bench.find_product_limit()?;
+    bench.find_product_limit("for the next")?;
     bench.run(&format!("linear {m} x {n} x {k}, NF4 base, input gradient"), flops, || {
         linear::backward(&dy, x.clone(), &saved, parts, vec![PartGrads::default()], true).map(drop)
     });

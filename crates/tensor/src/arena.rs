@@ -371,12 +371,38 @@ mod tests {
         assert_eq!(before.live, 0);
     }
 
-    #[test]
-    fn a_gpu_is_asked_for_memory_once_a_granule_and_not_for_what_came_back() {
+    /// An arena of a GPU that is not there.
+    fn dry() -> Arena {
         let capability = crate::cuda::ComputeCapability::new(9, 0);
         let name = "a GPU of the arena's tests".to_owned();
         let info = crate::cuda::DeviceInfo { ordinal: 0, name, capability, memory: 1 << 30, multiprocessors: 1, driver: 12_090 };
-        let arena = Arena::on(Device::Cuda(crate::cuda::CudaDevice::dry(&info)), usize::MAX).unwrap();
+        Arena::on(Device::Cuda(crate::cuda::CudaDevice::dry(&info)), usize::MAX).unwrap()
+    }
+
+    #[test]
+    fn tensors_side_by_side_are_written_alone_and_free_their_memory_together() {
+        let arena = dry();
+        let shapes = [[4, 24].into(), [4, 8].into()];
+        let [mut a, mut b] = crate::Tensor::side_by_side(&arena, crate::DType::Bf16, shapes, 8).unwrap();
+        assert!(b.continues(&a) && !a.continues(&b));
+        assert_eq!((arena.stats().live, a.room(), b.room()), (512, 0, 8));
+        let (a_at, b_at) = (a.rows_address_mut().unwrap(), b.rows_address_mut().unwrap());
+        assert_eq!((a_at.1, b_at), (40, (a_at.0 + 48, 40)));
+        assert_eq!(a.rows(2, 2).unwrap().rows_address().unwrap(), (a_at.0 + 160, 40));
+        // Another handle to the same rows shares them, another's rows are no one's business.
+        let again = a.clone();
+        assert!(a.rows_address_mut().is_err() && b.rows_address_mut().is_ok());
+        assert!(again.is_same_memory(&a) && a.reshape([8, 12]).is_err() && a.view(0, [2]).is_err() && a.address().is_err());
+        assert!(a.reshape([4, 3, 8]).unwrap().expect_alone("store").is_err());
+        drop((a, again));
+        assert_eq!(arena.stats().live, 512);
+        drop(b);
+        assert_eq!(arena.stats().live, 0);
+    }
+
+    #[test]
+    fn a_gpu_is_asked_for_memory_once_a_granule_and_not_for_what_came_back() {
+        let arena = dry();
         let asked = |bytes: usize| {
             drop(arena.take(bytes, Location::caller()).unwrap());
             arena.stats().system_allocations

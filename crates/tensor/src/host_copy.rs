@@ -91,7 +91,7 @@ impl HostPool {
     /// # Errors
     /// [`Error::OutOfHostMemory`] when the host has no more memory to lock.
     pub fn store(&self, tensor: Tensor) -> Result<HostCopy> {
-        let tensor = tensor.alone()?;
+        tensor.expect_alone("store")?;
         let bytes = tensor.span();
         let mut buffer = self.take(bytes)?;
         match &mut buffer {

@@ -310,7 +310,7 @@ impl CudaDevice {
             set(MOST, shared as i32)?;
         }
         // Blocks of two launches fit beside each other where a multiprocessor's memory is divided alike for both.
-        let divide = order == Order::Early && !function.early;
+        let divide = order == Order::Early && !function.early && self.overlaps();
         if divide {
             set(CARVEOUT, 100)?;
         }

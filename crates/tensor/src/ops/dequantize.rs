@@ -55,8 +55,13 @@ pub(crate) mod cuda {
             match weight {
                 Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld)?,
                 Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
-                Weight::Dense(_) => {
-                    return Err(Error::Argument { op: OP, argument: "weight", expected: "of a 4-bit or 8-bit format", found: 0 });
+                Weight::Dense(dense) => {
+                    return Err(Error::DType {
+                        op: OP,
+                        operand: "weight",
+                        expected: "4-bit or 8-bit blocks",
+                        found: dense.dtype(),
+                    });
                 }
             }
             place += (weight.shape().dims()[0] * ld * dtype.size()) as u64;

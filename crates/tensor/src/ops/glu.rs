@@ -249,7 +249,8 @@ mod cuda {
         up: Tensor,
         activation: Activation,
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        if pitch(&gate)? != pitch(&up)? {
+        let apart = gate.expect_alone(OP).is_ok() && up.expect_alone(OP).is_ok();
+        if pitch(&gate)? != pitch(&up)? || !(apart || up.continues(&gate)) {
             return backward(device, dy, again, gate.dense()?, up.dense()?, activation);
         }
         let (rows_cols, gate_at, ld) = sizes(&gate)?;

@@ -91,8 +91,8 @@ pub fn forward(x: &Tensor, parts: &[Part]) -> Result<(Vec<Tensor>, Saved)> {
     forward_with_room(x, parts, 0)
 }
 
-/// [`forward`], each y with room for `room` elements behind its rows on a GPU: where y is written over with its gradient, t may lie
-/// there.
+/// [`forward`], on a GPU with room for `room` elements behind the rows of each y, or of two that lie side by side behind those of the
+/// last: where they are written over with their gradients, t may lie there.
 ///
 /// # Errors
 /// As [`forward`].

@@ -54,7 +54,7 @@ impl Tensor {
         Ok(std::array::from_fn(|_| tensors.next().expect("one tensor a shape")))
     }
 
-    /// Whether each row of this tensor lies right behind that of `before`.
+    /// Whether both were made side by side, and each row of this tensor lies right behind that of `before`.
     pub(crate) fn continues(&self, before: &Self) -> bool {
         let cols = before.numel() / before.dims().first().copied().unwrap_or(1).max(1);
         self.block.shares_with(&before.block) && self.dtype == before.dtype && self.offset == before.offset + cols
@@ -72,7 +72,7 @@ impl Tensor {
         self.room
     }
 
-    /// Bytes from the first element to the end of the last row's room.
+    /// Bytes from the first element to the end of the last row's room, of a tensor without rows of others between its own.
     pub(crate) fn span(&self) -> usize {
         self.bytes() + self.room * self.dims().first().copied().unwrap_or(0) * self.dtype.size()
     }
@@ -88,9 +88,9 @@ impl Tensor {
         if self.is_unique() { self.rows_address() } else { Err(Error::Shared { op: "write" }) }
     }
 
-    /// The tensor itself, or a dense copy where rows of others lie between its own.
-    pub(crate) fn alone(self) -> Result<Self> {
-        if self.gap == self.room { Ok(self) } else { self.dense() }
+    /// Refuses a tensor with rows of others between its own.
+    pub(crate) fn expect_alone(&self, op: &'static str) -> Result<()> {
+        if self.gap == self.room { Ok(()) } else { Err(Error::Shared { op }) }
     }
 
     /// A tensor without gaps between its rows: itself, or a copy.

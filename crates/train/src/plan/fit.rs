@@ -32,7 +32,8 @@ pub fn longest(model: &ModelConfig, gpu: &Gpu, setup: &Setup, room: usize) -> Re
     model.max_position_embeddings = MOST_TOKENS;
     let unit = 64;
     let bytes = |n| Ok(needed(&model, gpu, &setup.with_documents(1, n * unit))?.device);
-    Ok(largest(room, MOST_TOKENS / unit, bytes)?.map(|n| n * unit))
+    // Gaps between blocks make the bytes nearly a line only: a few may fit where the shortest just does not.
+    Ok(largest(room, MOST_TOKENS / unit, &[1, 8], bytes)?.map(|n| n * unit))
 }
 
 /// The most documents of `length` tokens that fit into `room` bytes as a micro-batch; nothing when not one does.
@@ -40,23 +41,25 @@ pub fn longest(model: &ModelConfig, gpu: &Gpu, setup: &Setup, room: usize) -> Re
 /// # Errors
 /// As [`needed`].
 pub fn largest_batch(model: &ModelConfig, gpu: &Gpu, setup: &Setup, length: usize, room: usize) -> Result<Option<usize>> {
-    largest(room, MOST_TOKENS / length.max(1), |n| Ok(needed(model, gpu, &setup.with_documents(n, length))?.device))
+    largest(room, MOST_TOKENS / length.max(1), &[1], |n| Ok(needed(model, gpu, &setup.with_documents(n, length))?.device))
 }
 
-/// What is tried where one does not fit.
-const FEW: usize = 8;
-
-/// The largest n from 1 to `most` with `bytes(n)` within `room`, to one part in 256. `bytes` is nearly a line, so that a few
-/// points of it are enough.
-fn largest(room: usize, most: usize, bytes: impl Fn(usize) -> Result<usize>) -> Result<Option<usize>> {
-    let mut good = (1, bytes(1)?);
-    // Gaps between blocks make it nearly a line only: a few may fit where one just does not.
-    if good.1 > room && good.1 - room < room / 50 && most >= FEW {
-        good = (FEW, bytes(FEW)?);
+/// The largest n up to `most` with `bytes(n)` within `room`, to one part in 256, from the first of `starts` that fits on; nothing
+/// when none does. `bytes` is nearly a line, so that a few points of it are enough.
+fn largest(room: usize, most: usize, starts: &[usize], bytes: impl Fn(usize) -> Result<usize>) -> Result<Option<usize>> {
+    let mut good = None;
+    for &start in starts.iter().filter(|&&start| start <= most) {
+        let taken = bytes(start)?;
+        if taken <= room {
+            good = Some((start, taken));
+            break;
+        }
+        // Far from fitting: more will not.
+        if taken - room > room / 50 {
+            break;
+        }
     }
-    if good.1 > room || most == 0 {
-        return Ok(None);
-    }
+    let Some(good) = good else { return Ok(None) };
     let mut known = Known { good, bad: None, room, most };
     let mut next = 16.min(most);
     for round in 0.. {
@@ -123,20 +126,21 @@ mod tests {
             for bytes in
                 [|n: usize| 1000 + 10 * n, |n: usize| 1000 + 10 * (n / 100) * 100 + 10 * n, |n: usize| 990 + n + n * n / 1000]
             {
-                let found = largest(room, 1 << 20, |n| Ok(bytes(n))).unwrap().unwrap_or(0);
+                let found = largest(room, 1 << 20, &[1], |n| Ok(bytes(n))).unwrap().unwrap_or(0);
                 assert!(found == 0 || bytes(found) <= room, "{found} in {room}");
                 let more = found + 1 + found / 128;
                 assert!(bytes(more) > room || more > 1 << 20, "{more} fits into {room}, found {found}");
             }
         }
-        assert_eq!(largest(100, 10, |_| Ok(1)).unwrap(), Some(10));
-        assert_eq!(largest(100, 0, |_| Ok(1)).unwrap(), None);
+        assert_eq!(largest(100, 10, &[1], |_| Ok(1)).unwrap(), Some(10));
+        assert_eq!(largest(100, 0, &[1], |_| Ok(1)).unwrap(), None);
     }
 
     #[test]
     fn a_few_that_fit_are_found_where_one_is_in_the_way_of_its_gaps() {
         let bytes = |n: usize| if n < 4 { 1010 } else { 900 + 10 * n };
-        assert_eq!(largest(1001, 100, |n| Ok(bytes(n))).unwrap(), Some(10));
-        assert_eq!(largest(970, 100, |n| Ok(bytes(n))).unwrap(), None);
+        assert_eq!(largest(1001, 100, &[1, 8], |n| Ok(bytes(n))).unwrap(), Some(10));
+        assert_eq!(largest(1001, 100, &[1], |n| Ok(bytes(n))).unwrap(), None);
+        assert_eq!(largest(970, 100, &[1, 8], |n| Ok(bytes(n))).unwrap(), None);
     }
 }

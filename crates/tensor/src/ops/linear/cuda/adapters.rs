@@ -22,6 +22,8 @@ const CLUSTER: usize = 2;
 /// Outputs and tokens from which one pass, with its partial sums, takes less time than two products for each part.
 const OUTPUTS: usize = 1024;
 const TOKENS: usize = 1024;
+/// Tokens from which parts are launched one by one: their partial sums of t would take memory, and a launch no time.
+const LONG: usize = 1 << 15;
 
 /// A part's operands.
 struct Served<'a> {
@@ -92,7 +94,7 @@ pub(super) fn one_pass(
             served.push(Served { index, dy, b, db, outputs, rank, scale: adapter.scale });
         }
     }
-    for parts in served.chunks(PARTS) {
+    for parts in served.chunks(if call.tokens < LONG { PARTS } else { 1 }) {
         let outputs: usize = parts.iter().map(|part| part.outputs).sum();
         if outputs >= OUTPUTS && call.tokens * outputs >= TOKENS * 4 * OUTPUTS {
             launch(call, parts, [h, t])?;
