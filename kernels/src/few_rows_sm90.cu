@@ -69,14 +69,14 @@ struct Stages {
     template <typename T>
     __device__ __forceinline__ void ask(const Launch<T> &launch, const Line &at, u32 slot) const {
         const Found<T> found = launch.find(at.tile);
-        const u32 pitch = launch.k / 2, row = (at.tile - found.tile) * TILE, last = min(TILE, found.part.n - row) - 1;
-        const u32 bytes = min(PIECE, pitch - at.chunk * PIECE), barrier = full + slot * 8, to = ring + slot * STAGE_BYTES;
-        const u8 *const from = found.part.packed + u64(row) * pitch + at.chunk * PIECE;
+        const u32 row_bytes = launch.k / 2, row = (at.tile - found.tile) * TILE, last = min(TILE, found.part.n - row) - 1;
+        const u32 bytes = min(PIECE, row_bytes - at.chunk * PIECE), barrier = full + slot * 8, to = ring + slot * STAGE_BYTES;
+        const u8 *const from = found.part.packed + u64(row) * row_bytes + at.chunk * PIECE;
         if (!elect_one()) return;
         const u64 policy = read_once();
         mbarrier_expect(barrier, TILE * bytes);
 #pragma unroll
-        for (u32 i = 0; i < TILE; i++) bulk_load(to + i * PITCH, from + min(i, last) * pitch, bytes, barrier, policy);
+        for (u32 i = 0; i < TILE; i++) bulk_load(to + i * PITCH, from + min(i, last) * row_bytes, bytes, barrier, policy);
     }
 };
 

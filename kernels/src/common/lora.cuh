@@ -59,10 +59,6 @@ __device__ __forceinline__ void fetch(u32 stage, const Operands<T> &of, u64 row,
     }
 }
 
-struct __align__(8) Two {
-    float v[2];
-};
-
 // Partials: t [blocks of columns, rows, pitch], dB [shares, n, pitch], pitch = r rounded up to 16.
 template <bool WHOLE, u32 WARPS, u32 STAGES, typename T>
 __device__ __forceinline__ void products(float *t_partials, float *db_partials, const Operands<T> &of) {
@@ -88,7 +84,7 @@ __device__ __forceinline__ void products(float *t_partials, float *db_partials, 
         const u64 row = u64(step) * DEPTH + warp % 2 * 8 + g;
         if (row < of.rows) {
             float *to = t_partials + (u64(block) * of.rows + row) * pitch + rank + warp / 2 * 8 + t * 2;
-            *reinterpret_cast<Two *>(to) = {sum[0], sum[1]};
+            *reinterpret_cast<float2 *>(to) = make_float2(sum[0], sum[1]);
         }
     };
 #pragma unroll
@@ -149,6 +145,6 @@ __device__ __forceinline__ void products(float *t_partials, float *db_partials, 
     for (int i = 0; i < 32; ++i) {
         const u32 n = column + i / 4 * 16 + i % 2 * 8 + g, q = rank + i / 2 % 2 * 8 + t * 2;
         float *to = db_partials + (u64(share) * of.n + n) * pitch + q;
-        if (n < of.n) *reinterpret_cast<Two *>(to) = {c[i / 4][i / 2 % 2][i % 2 * 2], c[i / 4][i / 2 % 2][i % 2 * 2 + 1]};
+        if (n < of.n) *reinterpret_cast<float2 *>(to) = make_float2(c[i / 4][i / 2 % 2][i % 2 * 2], c[i / 4][i / 2 % 2][i % 2 * 2 + 1]);
     }
 }

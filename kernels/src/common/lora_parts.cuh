@@ -14,8 +14,8 @@
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
 
-// Units of a block at most; rows of a step; bytes of 64 x 64 values, of a unit's Bᵀ [16, 64] for each warpgroup, of a t [64, 16]; steps
-// whose h is under way or there.
+// Layers of a launch at most; columns of a unit; units of a block at most; rows of a step; bytes of 64 x 64 values, of a unit's
+// Bᵀ [16, 64] for each warpgroup, of a t [64, 16]; steps whose h is under way or there.
 constexpr u32 PARTS = 3, UNIT = 128, UNITS = 8, DEPTH = 64, TILE_BYTES = 8192, B_BYTES = 2048, T_BYTES = 4096, H_STAGES = 4;
 
 // A layer: dy [rows, n] in boxes of 64 x 64, B [n, r]; its h and t begin with column `first`. n = 0: there is none.
@@ -42,10 +42,6 @@ struct Places {
     }
     __device__ __forceinline__ u32 blocks() const { return (unit[PARTS] + units - 1) / units; }
     __device__ __forceinline__ bool has(u32 p, u32 which) const { return which >= unit[p] && which < unit[p + 1]; }
-};
-
-struct __align__(8) Two {
-    float v[2];
 };
 
 // Rows `row` and the next of B [n, r] as columns `column` and the next of a swizzled Bᵀ, zeros beyond n and r.
@@ -147,8 +143,8 @@ struct Worker {
 #pragma unroll
         for (u32 j = 0; j < 2; ++j) {
             const float4 x = other[j * 128];
-            if (row < rows) *reinterpret_cast<Two *>(to + j * 8) = {t[4 * j] + x.x, t[4 * j + 1] + x.y};
-            if (row + 8 < rows) *reinterpret_cast<Two *>(to + 128 + j * 8) = {t[4 * j + 2] + x.z, t[4 * j + 3] + x.w};
+            if (row < rows) *reinterpret_cast<float2 *>(to + j * 8) = make_float2(t[4 * j] + x.x, t[4 * j + 1] + x.y);
+            if (row + 8 < rows) *reinterpret_cast<float2 *>(to + 128 + j * 8) = make_float2(t[4 * j + 2] + x.z, t[4 * j + 3] + x.w);
         }
     }
 
@@ -207,8 +203,8 @@ struct Worker {
             for (u32 u = 0; u < UNITS; ++u)
 #pragma unroll
                 for (u32 j = 0; j < 2; ++j) {
-                    *reinterpret_cast<Two *>(to + u * UNIT * PITCH + j * 8) = {c[u][4 * j], c[u][4 * j + 1]};
-                    *reinterpret_cast<Two *>(to + (u * UNIT + 8) * PITCH + j * 8) = {c[u][4 * j + 2], c[u][4 * j + 3]};
+                    *reinterpret_cast<float2 *>(to + u * UNIT * PITCH + j * 8) = make_float2(c[u][4 * j], c[u][4 * j + 1]);
+                    *reinterpret_cast<float2 *>(to + (u * UNIT + 8) * PITCH + j * 8) = make_float2(c[u][4 * j + 2], c[u][4 * j + 3]);
                 }
         }
         cluster_sync();
