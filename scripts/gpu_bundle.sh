@@ -12,7 +12,8 @@ cd "$(dirname "$0")/.."
 out=${1:-bundle/gpu} profile=${PROFILE:-release} limit_mib=64
 target=${CARGO_TARGET_DIR:-target}/$([[ $profile == dev ]] && echo debug || echo "$profile")
 
-cargo build --profile "$profile" --locked -p nibble-cli -p nibble-train -p nibble-model --bin nibble --example train_shape --example plan_measured --example bench_load
+examples=(train_shape plan_measured bench_load bench_gemv bench_lora bench_optim)
+cargo build --profile "$profile" --locked -p nibble-cli -p nibble-train -p nibble-model -p nibble-tensor -p nibble-optim --bin nibble "${examples[@]/#/--example=}"
 # Cargo says in JSON which executables it made: their names and paths, of the tests and benches.
 made() {
   python3 -c '
@@ -28,7 +29,7 @@ benches=$(cargo bench --no-run --profile "$profile" --locked $messages -p nibble
 
 rm -rf "$out"
 mkdir -p "$out/bin" "$out/tests"
-cp "$target/nibble" "$target/examples/train_shape" "$target/examples/plan_measured" "$target/examples/bench_load" "$out/bin/"
+cp "$target/nibble" "${examples[@]/#/$target/examples/}" "$out/bin/"
 while read -r name path; do
   # The architecture is the source tree's.
   [[ $name == architecture || $name == nibble_tests ]] || cp "$path" "$out/tests/$name"

@@ -73,17 +73,28 @@ fi
   grep '^|' "$results/kernels.log"
 } | tee "$results/kernels.md"
 
+# Products of a few rows, adapters, optimizers: each beside a plain copy in the same run.
+for bench in bench_gemv bench_lora bench_optim; do
+  printf '\n%s\n\n```\n' "$bench"
+  timeout "$limit" bin/"$bench" >"$results/$bench.log" 2>&1 || echo "FAILED: $(tail -1 "$results/$bench.log")"
+  cat "$results/$bench.log"
+  printf '```\n'
+done | tee -a "$results/kernels.md"
+
 if [[ -n ${LOAD:-} ]]; then
   timeout "$limit" bin/bench_load "$LOAD" --make llama3-8b >"$results/load.log" 2>&1 || echo "RESULT FAILED" >>"$results/load.log"
   grep RESULT "$results/load.log"
 fi
 
-shapes=${SHAPES:-"smollm2-135m --batch 8 --length 512 --checkpointing none
-qwen2.5-1.5b --batch 4 --length 1024 --checkpointing selective
-llama3-8b --batch 1 --length 2048 --checkpointing selective
-llama3-8b --batch 4 --length 2048 --checkpointing selective
-llama3-8b --batch 4 --length 2048 --checkpointing full
-mistral-7b --batch 4 --length 2048 --checkpointing selective"}
+shapes=${SHAPES:-"llama3-8b --batch 4 --length 2048 --checkpointing none --optim adamw_8bit
+llama3-8b --batch 4 --length 2048 --checkpointing auto --memory 38 --optim adamw_8bit
+llama3-8b --batch 4 --length 2048 --checkpointing auto --memory 8.3 --optim adamw_8bit
+llama3-8b --batch 1 --length 16384 --checkpointing auto --memory 10.5 --optim adamw_8bit
+llama3-8b --batch 2 --length 512 --checkpointing offload --blocks-on-host 4 --optim adamw_8bit
+qwen2.5-1.5b --batch 8 --length 1024 --checkpointing auto --memory 15 --optim adamw_8bit
+qwen2.5-1.5b --batch 2 --length 1024 --checkpointing auto --memory 1.7 --optim adamw_8bit
+qwen2.5-1.5b --batch 1 --length 512 --checkpointing auto --memory 1.6 --optim adamw_8bit
+smollm2-135m --batch 8 --length 512 --checkpointing none"}
 {
   printf '%s; speed of light at %s flop/s\n\n| training step | result |\n|---|---|\n' "$about" "$flops"
   while read -r shape; do

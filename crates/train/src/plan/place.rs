@@ -30,13 +30,14 @@ impl Place {
         }
     }
 
-    /// Whether a step fits into `room` bytes. Automatic checkpointing takes what there is.
+    /// Whether a step fits into `room` bytes: on the processor with an eighth to spare, since its blocks are rounded up to eight sizes an
+    /// octave. Automatic checkpointing takes what there is.
     ///
     /// # Errors
     /// As [`Place::needed`].
     pub fn fits(&self, model: &ModelConfig, setup: &Setup, room: usize) -> Result<bool> {
         match self {
-            Self::Cpu => Ok(on_cpu(model, setup)?.peak <= room),
+            Self::Cpu => Ok(on_cpu(model, setup)?.peak <= room - room / 9),
             Self::Gpu(gpu) => match footprint(model, &gpu.device(room), setup) {
                 Ok(_) => Ok(true),
                 Err(error) if error.is_out_of_memory() => Ok(false),
