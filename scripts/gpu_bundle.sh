@@ -45,7 +45,7 @@ git log -1 --format='commit %H %ci' >"$out/COMMIT"
 du -h "$out"/bin/* "$out"/tests/*
 du -sh "$out/data"
 # Programs pack to a third of their size; run.sh unpacks them.
-tar -C "$out" --remove-files -czf "$out/packed.tar.gz" bin tests data
+tar -C "$out" --remove-files -cf - bin tests data | xz -T0 >"$out/packed.tar.xz"
 size=$(du -sm "$out" | cut -f1)
 echo "$out: $size MiB"
 if ((size > limit_mib)); then

@@ -14,7 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")"
 results=${1:-results} limit=${LIMIT:-300} flops=${FLOPS:-790e12}
 mkdir -p "$results"
-[[ -d bin ]] || tar -xzf packed.tar.gz
+[[ -d bin ]] || tar -xJf packed.tar.xz
 
 # NVIDIA's Python packages, where there are any: tests and benchmarks look at LD_LIBRARY_PATH and the system's folders.
 packages=$(python3 -c 'import nvidia; print(list(nvidia.__path__)[0])' 2>/dev/null)
