@@ -130,7 +130,7 @@ pub fn forward_unread(x: &Tensor, parts: &[Part]) -> Result<Saved> {
 /// `x` is let go where it is not needed any more.
 ///
 /// # Errors
-/// [`Error::Shape`], [`Error::DType`], [`Error::OutOfMemory`].
+/// [`Error::Shape`], [`Error::DType`], [`Error::OutOfMemory`]; [`Error::Argument`] without parts, or where there are not as many `dys` and `grads`.
 pub fn backward(
     dys: &[Tensor],
     x: Tensor,
@@ -192,6 +192,9 @@ impl Pending {
 }
 
 fn check_backward(dys: &[Tensor], shape: Shape, parts: &[Part], grads: &[PartGrads<'_>]) -> Result<()> {
+    if parts.is_empty() {
+        return Err(Error::Argument { op: OP, argument: "parts", expected: "at least one", found: 0 });
+    }
     for (name, found) in [("dys", dys.len()), ("grads", grads.len())] {
         if found != parts.len() {
             return Err(Error::Argument { op: "linear", argument: name, expected: "as many as parts", found });

@@ -383,8 +383,9 @@ impl Call<'_, '_> {
     fn riders(&self, dys: &[Tensor]) -> Option<Range<usize>> {
         let rides = |i: &usize| self.stacked && self.rides(&self.parts[*i]);
         let roomy = |i: &usize| dys[*i].room() >= self.ranks;
+        let behind = dys.last().is_some_and(|last| last.room() >= self.ranks);
         // The widened bases together take no more memory than the dy then.
-        if side_by_side(dys) && self.tokens >= self.inputs && (0..dys.len()).all(|i| rides(&i)) && roomy(&(dys.len() - 1)) {
+        if side_by_side(dys) && self.tokens >= self.inputs && (0..dys.len()).all(|i| rides(&i)) && behind {
             return Some(0..dys.len());
         }
         let narrowest = (0..dys.len()).min_by_key(|&i| self.parts[i].outputs()).filter(rides);

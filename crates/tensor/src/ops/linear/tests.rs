@@ -301,3 +301,11 @@ fn a_flipped_sign_of_lora_b_flips_its_share_alone() {
     let share = plus.plus(&minus, -1.0).0.iter().fold(0.0f64, |size, x| size.max(x.abs()));
     assert!(share > 1.0, "the adapter's share is {share}");
 }
+
+#[test]
+fn a_backward_of_no_layers_is_refused() {
+    let x = normal(5, DType::F32, [ROWS, INPUTS]);
+    let (_, saved) = forward(&x, &[]).unwrap();
+    let error = backward(&[], x, &saved, &[], Vec::new(), true).unwrap_err();
+    assert!(matches!(error, Error::Argument { argument: "parts", .. }), "{error}");
+}
