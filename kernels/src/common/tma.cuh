@@ -21,6 +21,21 @@ __device__ __forceinline__ void tma_load(u32 dst, const TensorMap &map, u32 barr
                  : "memory");
 }
 
+// The same to this place in both blocks of a cluster of two; its bytes count on the barrier of each.
+__device__ __forceinline__ void tma_load_both(u32 dst, const TensorMap &map, u32 barrier, u32 x, u32 y, u32 z) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+                 "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(u16(3))
+                 : "memory");
+}
+
+// A box from shared memory to (x, y, z).
+__device__ __forceinline__ void tma_store(const TensorMap &map, u32 src, u32 x, u32 y, u32 z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&map), "r"(src), "r"(x),
+                 "r"(y), "r"(z)
+                 : "memory");
+}
+
 // `bytes` (a multiple of 16) from shared memory to consecutive global memory: over it, or added to the f32 that is there.
 __device__ __forceinline__ void bulk_store(void *dst, u32 src, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
@@ -33,6 +48,9 @@ __device__ __forceinline__ void bulk_add(float *dst, u32 src, u32 bytes) {
 
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
-// Waits until this thread's bulk copies have read their source; until they are done.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until all but N groups of this thread's bulk copies have read their source; until all are done.
+template <int N = 0>
+__device__ __forceinline__ void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
 __device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -1,4 +1,4 @@
-//! Matrix products through cuBLASLt, with a plan kept for each shape.
+//! Matrix products: by a kernel of our own where it serves ([`super::product`]), else through cuBLASLt, with a plan kept for each shape.
 
 use std::collections::HashMap;
 
@@ -139,7 +139,7 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] when cuBLASLt is missing or refuses the product.
     pub(crate) fn gemm(self, gemm: &Gemm) -> Result<()> {
-        if gemm.m == 0 || gemm.n == 0 || self.is_dry() {
+        if gemm.m == 0 || gemm.n == 0 || self.product(gemm)? || self.is_dry() {
             return Ok(());
         }
         self.bind()?;

@@ -27,6 +27,7 @@ mod memory;
 mod order;
 mod pages;
 mod pinned;
+mod product;
 mod profile;
 mod rates;
 mod timer;

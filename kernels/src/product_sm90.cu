@@ -1,0 +1,34 @@
+// Products of linear layers over many tokens on Hopper, rounded once; see common/product.cuh.
+//
+//   product_sm90         y [m, n] = x [m, k] w [n, k]ᵀ
+//   product_turned_sm90  y [m, n] = x [m, k] w [k, n]
+//
+// Maps: boxes of 64 columns, of 128 rows of x, 128 rows of w (turned: 64) and 64 rows of y. Launch: as product.cuh says; may be launched
+// early.
+//
+// Flops: 2 m n k. Bytes: x, w and y once, more of x and w than the second-level cache keeps.
+#include "common/product.cuh"
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    product_sm90_f16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
+                     u32 n, u32 k) {
+    product<f16, 0>(y, x, w, m, n, k);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    product_turned_sm90_f16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
+                            u32 n, u32 k) {
+    product<f16, 1>(y, x, w, m, n, k);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    product_sm90_bf16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
+                      u32 n, u32 k) {
+    product<bf16, 0>(y, x, w, m, n, k);
+}
+
+extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
+    product_turned_sm90_bf16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
+                             u32 n, u32 k) {
+    product<bf16, 1>(y, x, w, m, n, k);
+}
