@@ -15,6 +15,7 @@
 // cross_entropy_whole_T (16-bit, no cap, vocab a multiple of 8, logits on 16 bytes): the same where a multiprocessor holds a row
 // whole, the first packs of a thread in registers and the others in shared memory. While a row's gradient is written, the next row
 // is on its way to where each pack lay, and summed as it comes: reading, writing and both passes' exponentials go on side by side.
+// Hopper has cross_entropy_sm90.cu in its place.
 // Launch: block 1024, grid min(rows, multiprocessors), shared bytes 16384 ceil(max(vocab / 8 - 5120, 0) / 1024).
 //
 // sum_f32: out = (add ? out : 0) + scale · Σ x, in f64, in an order that depends on n alone. Launch: block 1024, grid 1.

@@ -36,6 +36,13 @@ __device__ __forceinline__ void tma_store(const TensorMap &map, u32 src, u32 x, 
                  : "memory");
 }
 
+// `bytes` (a multiple of 16) of consecutive memory; they count on `barrier`.
+__device__ __forceinline__ void bulk_load(u32 dst, const void *src, u32 bytes, u32 barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
 // `bytes` (a multiple of 16) from shared memory to consecutive global memory: over it, or added to the f32 that is there.
 __device__ __forceinline__ void bulk_store(void *dst, u32 src, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");

@@ -138,26 +138,62 @@ impl<'a> Chunks<'a> {
             [Arg::write(&mut logits)?, losses, Arg::read(&self.labels.targets.view(first, [rows])?)?, Arg::read(&self.scale)?];
         let sizes = [Arg::size(rows), Arg::size(vocab), Arg::U32(want.into())];
         let suffix = suffix(OP, self.h.dtype())?;
-        if let Some(shared) = self.whole_row() {
-            let grid = Grid { shared, ..Grid::new(rows.min(self.device.info().multiprocessors), 1024) };
-            self.device.launch(&format!("cross_entropy_whole_{suffix}"), grid, &[&front[..], &sizes].concat())?;
-        } else {
-            let args = [&front[..], &[Arg::F32(self.softcap)], &sizes].concat();
-            self.device.launch(&format!("cross_entropy_{suffix}"), Grid::new(rows, 1024), &args)?;
-        }
+        let (kernel, grid) = match self.whole_row() {
+            Some(Whole::Clusters { split, shared }) => {
+                let grid = Grid { shared, ..Grid::new(split * rows, 256) };
+                (format!("cross_entropy_sm90_{suffix}_split{split}"), grid)
+            }
+            Some(Whole::Block { shared }) => {
+                let grid = Grid { shared, ..Grid::new(rows.min(self.device.info().multiprocessors), 1024) };
+                (format!("cross_entropy_whole_{suffix}"), grid)
+            }
+            None => {
+                let args = [&front[..], &[Arg::F32(self.softcap)], &sizes].concat();
+                self.device.launch(&format!("cross_entropy_{suffix}"), Grid::new(rows, 1024), &args)?;
+                return Ok(logits);
+            }
+        };
+        self.device.launch(&kernel, grid, &[&front[..], &sizes].concat())?;
         Ok(logits)
     }
 
-    /// Bytes of shared memory for the kernel that holds a row whole; nothing where it does not fit or does not serve.
-    fn whole_row(&self) -> Option<u32> {
+    /// The kernel that holds a row whole; nothing where it does not fit or does not serve.
+    fn whole_row(&self) -> Option<Whole> {
         let (capability, vocab) = (self.device.info().capability, self.weight.dims()[0]);
+        let serves = self.h.dtype() != DType::F32 && self.softcap == 0.0 && vocab.is_multiple_of(8);
+        match (capability.major, capability.minor) {
+            (9, 0) if serves => Whole::clusters(vocab),
+            (10, 0) if serves => Whole::block(vocab),
+            _ => None,
+        }
+    }
+}
+
+/// Where a row of logits lies whole, and the bytes of shared memory of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whole {
+    /// In the blocks of a cluster, as many as `split` (`cross_entropy_sm90.cu`).
+    Clusters { split: usize, shared: u32 },
+    /// In one block.
+    Block { shared: u32 },
+}
+
+impl Whole {
+    /// The fewest blocks of which three fit on a multiprocessor, so that one of them reads while another writes; else as many as a
+    /// cluster has.
+    fn clusters(vocab: usize) -> Option<Self> {
+        let shared = |split: usize| 256 * vocab.div_ceil(128 * split);
+        // With what a block has of its own, and what the device takes.
+        let all = |split: usize| shared(split) + 128 * (split + 1) + 1024;
+        let most = 228 << 10;
+        let split = [1, 2, 4].into_iter().find(|&split| 3 * all(split) <= most).unwrap_or(8);
+        (all(split) <= most).then(|| Self::Clusters { split, shared: shared(split) as u32 })
+    }
+
+    fn block(vocab: usize) -> Option<Self> {
         let shared = 16_384 * (vocab / 8).saturating_sub(5120).div_ceil(1024);
-        let serves = matches!((capability.major, capability.minor), (9 | 10, 0))
-            && self.h.dtype() != DType::F32
-            && self.softcap == 0.0
-            && vocab.is_multiple_of(8);
         // 227 KiB less what the kernel takes of its own.
-        (serves && shared <= (226 << 10)).then_some(shared as u32)
+        (shared <= (226 << 10)).then_some(Self::Block { shared: shared as u32 })
     }
 }
 
@@ -293,4 +329,33 @@ pub(super) fn logits(device: CudaDevice, h: &Tensor, weight: &Tensor, softcap: O
         device.launch("softcap_f32", Grid::over(n, 1024, 256), &args)?;
     }
     Ok(logits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Whole;
+
+    #[test]
+    fn three_blocks_of_the_usual_vocabularies_fit_on_a_multiprocessor() {
+        let usual = [(32_000, 1), (49_152, 2), (128_256, 4), (151_936, 4), (152_064, 4), (262_208, 8)];
+        for (vocab, expected) in usual {
+            let Some(Whole::Clusters { split, shared }) = Whole::clusters(vocab) else { panic!("{vocab} does not fit") };
+            assert_eq!(split, expected, "{vocab}");
+            assert!(3 * (shared as usize + 128 * (split + 1) + 1024) <= 228 << 10, "{vocab}");
+        }
+    }
+
+    #[test]
+    fn a_cluster_holds_the_row_or_is_not_asked_to() {
+        for vocab in (8..1_000_000).step_by(1000) {
+            match Whole::clusters(vocab) {
+                Some(Whole::Clusters { split, shared }) => {
+                    // An even number of packs of 16 bytes for each of eight warps.
+                    assert!(shared.is_multiple_of(8 * 32) && split * shared as usize >= 2 * vocab, "{vocab}");
+                    assert!(shared as usize + 128 * (split + 1) <= 227 << 10, "{vocab}");
+                }
+                other => assert!(other.is_none() && 2 * vocab > 8 * (225 << 10), "{vocab}"),
+            }
+        }
+    }
 }
