@@ -12,23 +12,27 @@
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_sm90_f16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
                      u32 n, u32 k) {
-    product<f16, 0>(y, x, w, m, n, k);
+    Plain<f16> ends(y);
+    product<f16, Lies::ROWS>(ends, x, w, m, n, k);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_turned_sm90_f16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
                             u32 n, u32 k) {
-    product<f16, 1>(y, x, w, m, n, k);
+    Plain<f16> ends(y);
+    product<f16, Lies::TURNED>(ends, x, w, m, n, k);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_sm90_bf16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
                       u32 n, u32 k) {
-    product<bf16, 0>(y, x, w, m, n, k);
+    Plain<bf16> ends(y);
+    product<bf16, Lies::ROWS>(ends, x, w, m, n, k);
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_turned_sm90_bf16(const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w, u32 m,
                              u32 n, u32 k) {
-    product<bf16, 1>(y, x, w, m, n, k);
+    Plain<bf16> ends(y);
+    product<bf16, Lies::TURNED>(ends, x, w, m, n, k);
 }

@@ -21,7 +21,6 @@ pub mod ops;
 mod params;
 mod tape;
 
-pub use again::Later;
 pub use nibble_tensor::{Error, Result};
 pub use offload::{Kept, Offload};
 pub use params::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder};

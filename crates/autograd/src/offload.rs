@@ -111,7 +111,8 @@ impl Offload {
 
 impl Kept {
     /// Kept on the device.
-    pub(crate) fn here(tensor: &Tensor) -> Self {
+    #[must_use]
+    pub fn here(tensor: &Tensor) -> Self {
         Self(Place::Here(tensor.clone()))
     }
 

@@ -3,7 +3,7 @@
 use nibble_tensor::{
     DType, Result, Tensor,
     ops::{
-        Documents, attention, embedding, glu, linear,
+        Documents, attention, embedding, linear,
         lm_head_loss::{self, Labels},
         residual,
         rms_norm::{self, Config as NormConfig},
@@ -11,10 +11,7 @@ use nibble_tensor::{
     },
 };
 
-use crate::{
-    Kept, Leaf, ParamGrads, Tape, Var,
-    again::{Again, Later},
-};
+use crate::{Kept, Leaf, ParamGrads, Tape, Var, again::Again};
 
 /// Rows of `table` [V, C] for `tokens` U32 `[T]`, times `scale`, in `dtype`: [T, C].
 ///
@@ -180,38 +177,6 @@ pub fn attention(
         Ok([Some(dq), Some(dk), Some(dv)])
     });
     Ok(o)
-}
-
-/// activation(gate) * up.
-///
-/// # Errors
-/// [`nibble_tensor::Error::Shape`], [`nibble_tensor::Error::OutOfMemory`].
-pub fn glu(tape: &mut Tape<'_>, gate: Var, up: Var, activation: glu::Activation) -> Result<Var> {
-    let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
-    let y = glu::forward_with_room(&gate, &up, activation, linear::room(&gate))?;
-    let recorded = gate_id.is_some() || up_id.is_some();
-    let (gate, up) = (tape.keep(&gate, recorded)?, tape.keep(&up, recorded)?);
-    // The layer that reads y needs it for the gradient of its A alone, which can wait until y is made beside the gradients here.
-    let later = Later::default();
-    let again = tape.is_recomputing().then(|| {
-        let (gate, up) = (gate.clone(), up.clone());
-        let made = Again::new(move || {
-            let (up, gate) = (up.get()?, gate.get()?);
-            glu::forward(&gate, &up, activation)
-        });
-        if recorded { made.or_later(&later) } else { made }
-    });
-    let [y] = tape.record([gate_id, up_id], [y], false, move |[dy], grads| {
-        let (up, gate) = (up.get()?, gate.get()?);
-        if later.is_empty() {
-            let (dgate, dup) = glu::backward(&dy, gate, up, activation)?;
-            return Ok([Some(dgate), Some(dup)]);
-        }
-        let (dgate, dup, y) = glu::backward_and_forward(dy, gate, up, activation)?;
-        later.run(&y, grads)?;
-        Ok([Some(dgate), Some(dup)])
-    });
-    Ok(with(y, again))
 }
 
 /// Other sizes over the same memory.

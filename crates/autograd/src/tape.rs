@@ -2,10 +2,7 @@
 
 use nibble_tensor::{DType, Result, Shape, Tensor};
 
-use crate::{
-    Kept, Offload, ParamGrads, ParamStore,
-    again::{Again, Later},
-};
+use crate::{Kept, Offload, ParamGrads, ParamStore, again::Again};
 
 /// The place of an activation's gradient on its tape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,15 +32,6 @@ impl Saved {
         match self.0 {
             How::Kept(kept) => kept.get(),
             How::Again(again) => again.make(),
-        }
-    }
-
-    /// Where what needs the value may be left, if its maker makes it again in its own backward, which comes next.
-    #[must_use]
-    pub fn later(&self) -> Option<Later> {
-        match &self.0 {
-            How::Kept(_) => None,
-            How::Again(again) => again.later(),
         }
     }
 }
@@ -178,13 +166,6 @@ impl<'m> Tape<'m> {
             None => How::Kept(self.keep(&var.tensor, recorded || var.id.is_some())?),
         };
         Ok((var.tensor, Saved(how), var.id))
-    }
-
-    /// As [`Tape::save`], with the value itself kept though it could be made again: for a backward that comes next.
-    #[must_use]
-    pub fn save_value(var: Var) -> (Tensor, Saved, Option<VarId>) {
-        let kept = How::Kept(Kept::here(&var.tensor));
-        (var.tensor, Saved(kept), var.id)
     }
 
     /// The trained values that ops on this tape read.

@@ -1,9 +1,12 @@
 //! A linear layer: frozen base, optional adapter.
 
-use nibble_autograd::{Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId};
+use nibble_autograd::{Kept, Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId};
 use nibble_tensor::{
-    DType, HostPool, HostWeight, Result, Rng, Shape, Tensor, Weight,
-    ops::linear::{self, Dropout, Part, PartGrads},
+    DType, Device, HostPool, HostWeight, Result, Rng, Tensor, Weight,
+    ops::{
+        glu::Activation,
+        linear::{self, Dropout, Gated, Part, PartGrads},
+    },
 };
 
 /// The base of a linear layer.
@@ -127,19 +130,17 @@ impl Linear {
         Ok(y)
     }
 
-    /// As [`Linear::forward`] where nobody reads y: only what the backward pass needs is made, and y has no elements.
-    ///
-    /// # Errors
-    /// As [`linear::forward`].
-    pub fn forward_unread<'m>(&'m self, tape: &mut Tape<'m>, x: Var, dropout: Option<Rng>) -> Result<Var> {
-        let parts = vec![self.part(tape.params(), x.tensor().dtype(), dropout.map(|rng| rng.stream(0)))?];
-        // Its backward comes next: x itself is kept.
-        let (x, input, id) = Tape::save_value(x);
-        let saved = linear::forward_unread(&x, &parts)?;
-        let (y, shape) = (Tensor::empty(x.arena(), x.dtype(), [0])?, x.shape());
-        drop(x);
-        let [y] = record(tape, [self], [y], input, (id, shape), parts, saved);
-        Ok(y)
+    /// Whether the result of a gated unit that this layer reads, of `tokens` rows, is made again in the backward pass at next to no
+    /// cost.
+    #[must_use]
+    pub fn makes_gated_again(&self, device: Device, dtype: DType, tokens: usize, activation: Activation) -> bool {
+        let frozen = !matches!(&self.base, Base::Trained(_) | Base::Frozen(Weight::Dense(_)));
+        let rank = match &self.adapter {
+            Some(Adapter::Lora(lora)) if lora.dropout == 0.0 && frozen => lora.a.shape.rows(),
+            _ => 0,
+        };
+        let (outputs, inputs) = self.sizes();
+        linear::makes_gated_again(device, dtype, [tokens, inputs, outputs], rank, activation)
     }
 
     fn part(&self, params: &ParamStore, dtype: DType, dropout: Option<Rng>) -> Result<Part> {
@@ -192,41 +193,82 @@ pub fn forward_fused<'m, const N: usize>(
     x: Var,
     dropout: Option<Rng>,
 ) -> Result<[Var; N]> {
-    fused(tape, layers, x, dropout, linear::forward)
+    let parts = parts(tape, layers, x.tensor().dtype(), dropout)?;
+    let (x, input, id) = tape.save(x, layers.iter().any(|layer| layer.trains()))?;
+    let (ys, saved) = linear::forward(&x, &parts)?;
+    drop(x);
+    let mut ys = ys.into_iter();
+    // invariant: the op gives one output a part, and there are N parts
+    let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
+    Ok(record(tape, layers, outputs, input, id, parts, saved))
 }
 
-/// [`forward_fused`] for an op that writes gradients over the outputs, which lie side by side with room behind them on a GPU (the gated
-/// unit).
+/// The MLP of a block: down(act(gate(x)) · up(x)). `dropout` are the streams of the masks before the gated unit, and behind it.
 ///
 /// # Errors
 /// As [`linear::forward`].
-pub fn forward_gated<'m>(tape: &mut Tape<'m>, [gate, up]: [&'m Linear; 2], x: Var, dropout: Option<Rng>) -> Result<[Var; 2]> {
-    fused(tape, [gate, up], x, dropout, |x, parts| linear::forward_with_room(x, parts, linear::room(x)))
+pub fn forward_gated<'m>(
+    tape: &mut Tape<'m>,
+    [gate, up, down]: [&'m Linear; 3],
+    x: Var,
+    activation: Activation,
+    dropout: [Option<Rng>; 2],
+) -> Result<Var> {
+    let layers = [gate, up];
+    let parts = parts(tape, layers, x.tensor().dtype(), dropout[0])?;
+    let (x, input, id) = tape.save(x, layers.iter().any(|layer| layer.trains()))?;
+    let (Gated { gate, up, y }, saved) = linear::forward_gated(&x, &parts, activation)?;
+    drop(x);
+    let operands = record(tape, layers, [gate, up], input, id, parts, saved);
+    behind_gate(tape, down, operands, y, activation, dropout[1])
 }
 
-/// Makes the outputs, and what backward needs.
-type Forward = fn(&Tensor, &[Part]) -> Result<(Vec<Tensor>, linear::Saved)>;
-
-fn fused<'m, const N: usize>(
+/// The layer behind a gated unit, with the unit's own backward.
+fn behind_gate<'m>(
     tape: &mut Tape<'m>,
-    layers: [&'m Linear; N],
-    x: Var,
+    down: &'m Linear,
+    [gate, up]: [Var; 2],
+    y: Tensor,
+    activation: Activation,
     dropout: Option<Rng>,
-    forward: Forward,
-) -> Result<[Var; N]> {
+) -> Result<Var> {
+    let parts = parts(tape, [down], y.dtype(), dropout)?;
+    let ((gate, gate_id), (up, up_id)) = (gate.into_parts(), up.into_parts());
+    let upstream = gate_id.is_some() || up_id.is_some();
+    let recorded = upstream || down.trains();
+    // Its backward comes next where this is a second run: y itself is kept, and nobody reads the result.
+    let replays = tape.is_replaying();
+    let again = tape.is_recomputing() || down.makes_gated_again(gate.device(), gate.dtype(), gate.shape().rows(), activation);
+    let (gate, up) = (tape.keep(&gate, upstream)?, tape.keep(&up, upstream)?);
+    let kept = match (replays, again) {
+        (true, _) => Some(Kept::here(&y)),
+        (false, true) => None,
+        (false, false) => Some(tape.keep(&y, recorded)?),
+    };
+    let (a, saved) = if replays {
+        (Tensor::empty(y.arena(), y.dtype(), [0])?, linear::forward_unread(&y, &parts)?)
+    } else {
+        let (mut ys, saved) = linear::forward(&y, &parts)?;
+        // invariant: one output a part
+        (ys.pop().expect("one output a part"), saved)
+    };
+    drop(y);
+    let trained = [down.trained().map(Option::<&Param>::cloned)];
+    let [a] = tape.record([gate_id, up_id], [a], down.trains(), move |[da], grads| {
+        let y = kept.map(Kept::get).transpose()?;
+        let operands = [gate.get()?, up.get()?];
+        // invariant: one entry a layer
+        let grads = part_grads(&trained, grads)?.pop().expect("one entry a layer");
+        let (dgate, dup) = linear::backward_gated(&da, operands, y, activation, &saved, &parts[0], grads)?;
+        Ok([Some(dgate), Some(dup)])
+    });
+    Ok(a)
+}
+
+/// The layers with the masks of this call.
+fn parts<'m, const N: usize>(tape: &Tape<'m>, layers: [&'m Linear; N], dtype: DType, dropout: Option<Rng>) -> Result<Vec<Part>> {
     let params = tape.params();
-    let mut parts = Vec::with_capacity(N);
-    for (i, layer) in layers.iter().enumerate() {
-        parts.push(layer.part(params, x.tensor().dtype(), dropout.map(|rng| rng.stream(i as u64)))?);
-    }
-    let trains = layers.iter().any(|layer| layer.trains());
-    let (x, input, id) = tape.save(x, trains)?;
-    let (ys, saved) = forward(&x, &parts)?;
-    let (mut ys, shape) = (ys.into_iter(), x.shape());
-    drop(x);
-    // invariant: the op gives one output a part, and there are N parts
-    let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
-    Ok(record(tape, layers, outputs, input, (id, shape), parts, saved))
+    layers.iter().enumerate().map(|(i, layer)| layer.part(params, dtype, dropout.map(|rng| rng.stream(i as u64)))).collect()
 }
 
 fn record<'m, const N: usize>(
@@ -234,21 +276,13 @@ fn record<'m, const N: usize>(
     layers: [&'m Linear; N],
     outputs: [Tensor; N],
     input: Saved,
-    (id, shape): (Option<VarId>, Shape),
+    id: Option<VarId>,
     parts: Vec<Part>,
     saved: linear::Saved,
 ) -> [Var; N] {
     let trains = layers.iter().any(|layer| layer.trains());
     let trained = layers.map(|layer| layer.trained().map(Option::<&Param>::cloned));
     tape.record([id], outputs, trains, move |dys, grads| {
-        let base_trains = trained.iter().any(|[base, ..]| base.is_some());
-        if let (Some(later), Some(_), false) = (input.later(), id, base_trains)
-            && linear::can_wait_for_input(&dys, &parts)
-        {
-            let (dx, pending) = linear::backward_without_input(&dys, shape, &saved, &parts, part_grads(&trained, grads)?)?;
-            later.leave(move |x, grads| pending.finish(x, &parts, part_grads(&trained, grads)?));
-            return Ok([Some(dx)]);
-        }
         let (grads, x) = (part_grads(&trained, grads)?, input.get()?);
         Ok([linear::backward(&dys, x, &saved, &parts, grads, id.is_some())?])
     })

@@ -113,14 +113,8 @@ impl Block {
     ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
         let [x, h] = normed(tape, x, a, &self.post_attention_norm, shared)?;
-        let [gate, up] = forward_gated(tape, [&self.gate_proj, &self.up_proj], h, rng(2))?;
-        let m = ops::glu(tape, gate, up, shared.activation)?;
-        let a = if tape.is_replaying() {
-            self.down_proj.forward_unread(tape, m, rng(3))?
-        } else {
-            self.down_proj.forward(tape, m, rng(3))?
-        };
-        Ok([x, a])
+        let layers = [&self.gate_proj, &self.up_proj, &self.down_proj];
+        Ok([x, forward_gated(tape, layers, h, shared.activation, [rng(2), rng(3)])?])
     }
 
     /// q, k, v as [T, channels] to the attention's output as [T, H D].

@@ -100,20 +100,6 @@ pub(crate) fn is_of_spread(index: usize, some: usize, all: usize) -> bool {
     share(index + 1) > share(index)
 }
 
-/// Elements that a block keeps for a token, by what it keeps.
-fn kept(config: &ModelConfig, keep: Keep) -> usize {
-    let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
-    let (q, kv) = (config.num_attention_heads * d, 2 * config.num_key_value_heads * d);
-    let attention = 2 * c + 2 * q + kv;
-    let products = attention + 2 * f;
-    match keep {
-        Keep::Input => c,
-        Keep::Attention => attention,
-        Keep::Products => products,
-        Keep::Everything => products + 2 * c + f,
-    }
-}
-
 /// Elements that a token takes while a block runs backward (measured: 72 K of the 86 K of Llama-3-8B).
 fn working_set(config: &ModelConfig) -> usize {
     let heads = config.num_attention_heads + 2 * config.num_key_value_heads;
@@ -121,12 +107,34 @@ fn working_set(config: &ModelConfig) -> usize {
 }
 
 impl Transformer {
+    /// Bytes that a block keeps for so many tokens, by what it keeps.
+    fn kept(&self, keep: Keep, tokens: usize) -> usize {
+        let config = &self.config;
+        let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (q, kv) = (config.num_attention_heads * d, 2 * config.num_key_value_heads * d);
+        let attention = 2 * c + 2 * q + kv;
+        let products = attention + 2 * f;
+        let elements = match keep {
+            Keep::Input => c,
+            Keep::Attention => attention,
+            Keep::Products => products,
+            Keep::Everything => products + 2 * c + if self.makes_gated_again(tokens) { 0 } else { f },
+        };
+        tokens * self.dtype.size() * elements
+    }
+
+    /// Whether the gated unit's result is never kept.
+    fn makes_gated_again(&self, tokens: usize) -> bool {
+        let (device, activation) = (self.arena.device(), self.shared.activation);
+        self.blocks.iter().all(|block| block.down_proj.makes_gated_again(device, self.dtype, tokens, activation))
+    }
+
     /// The fastest mix for steps of `tokens` tokens within `room` bytes of memory that nobody holds. What does not fit goes to
     /// the host as far as its link carries it while the kernels run; the rest is run again.
     #[must_use]
     pub fn fastest_mix(&self, tokens: usize, room: usize) -> Mix {
         let (config, blocks) = (self.config(), self.config().num_hidden_layers);
-        let bytes = |keep| tokens * self.compute_dtype().size() * kept(config, keep);
+        let bytes = |keep| self.kept(keep, tokens);
         let head = 1024 * config.vocab_size * self.compute_dtype().size();
         let working = tokens * self.compute_dtype().size() * working_set(config) + head;
         let room = room.saturating_sub(working);
@@ -148,15 +156,14 @@ impl Transformer {
 
     /// Bytes of the device that tensors on their way to and from the host may take beside the newest one.
     pub(crate) fn offload_window(&self, mix: Mix, tokens: usize) -> usize {
-        let elements = if mix.attention_on_host > 0 { kept(self.config(), Keep::Attention) } else { 0 };
-        tokens * self.compute_dtype().size() * elements
+        if mix.attention_on_host > 0 { self.kept(Keep::Attention, tokens) } else { 0 }
     }
 
     /// How many of `blocks` can send their attention's values to the host in the time that all of them run forward.
     fn on_host(&self, tokens: usize, blocks: usize, inputs_on_host: bool) -> Mix {
         let Device::Cuda(device) = self.arena().device() else { return Mix { inputs_on_host, ..Mix::default() } };
         let config = self.config();
-        let bytes = |keep| tokens * self.compute_dtype().size() * kept(config, keep);
+        let bytes = |keep| self.kept(keep, tokens);
         let linears: usize = self.linears().map(Linear::sizes).map(|(out, inputs)| out * inputs).sum();
         let flops = 2 * tokens * linears / config.num_hidden_layers.max(1) * blocks;
         let carried = LINK_SHARE * device.link_rate() * flops as f64 / device.matmul_rate();

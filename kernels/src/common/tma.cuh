@@ -21,7 +21,15 @@ __device__ __forceinline__ void tma_load(u32 dst, const TensorMap &map, u32 barr
                  : "memory");
 }
 
-// The same to this place in both blocks of a cluster of two; its bytes count on the barrier of each.
+// A box of a tensor of four sizes.
+__device__ __forceinline__ void tma_load4(u32 dst, const TensorMap &map, u32 barrier, u32 x, u32 y, u32 z, u32 w) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst),
+                 "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w)
+                 : "memory");
+}
+
+// A box of three sizes to this place in both blocks of a cluster of two; its bytes count on the barrier of each.
 __device__ __forceinline__ void tma_load_both(u32 dst, const TensorMap &map, u32 barrier, u32 x, u32 y, u32 z) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
                  "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),

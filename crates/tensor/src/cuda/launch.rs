@@ -132,7 +132,7 @@ impl TensorMap {
         let dims = [size as u64, heads as u64, tokens as u64];
         let strides = [2 * size as u64, 2 * (heads * size) as u64];
         let dry = matches!(x.device(), Device::Cuda(device) if device.is_dry());
-        Self::encode(x.address()?, x.dtype(), dims, strides, [64, rows], dry)
+        Self::encode(x.address()?, x.dtype(), &dims, &strides, &[64, 1, rows], dry)
     }
 
     /// Boxes of `deep` rows, 64 columns wide with a swizzle of 128 bytes, of a 16-bit matrix; what lies outside comes as zeros.
@@ -150,18 +150,26 @@ impl TensorMap {
         [wide, deep]: [u32; 2],
     ) -> Result<Self> {
         let pitch = 2 * matrix.ld as u64;
-        Self::encode(matrix.address, dtype, [cols as u64, 1, rows as u64], [pitch, pitch], [wide, deep], device.is_dry())
+        Self::encode(matrix.address, dtype, &[cols as u64, 1, rows as u64], &[pitch, pitch], &[wide, 1, deep], device.is_dry())
     }
 
-    /// Boxes of `wide` x 1 x `deep` elements, their rows swizzled; nothing of a dry device.
-    fn encode(address: u64, dtype: DType, dims: [u64; 3], strides: [u64; 2], [wide, deep]: [u32; 2], dry: bool) -> Result<Self> {
+    /// Of a 16-bit matrix whose rows are those of two matrices of `rows` (a multiple of 8) one below the other: boxes of 64 columns of
+    /// 64 rows of each, 8 of the one and 8 of the other in turn.
+    pub(crate) fn paired(device: CudaDevice, matrix: Matrix, [rows, cols]: [usize; 2], dtype: DType) -> Result<Self> {
+        let (pitch, dims) = (2 * matrix.ld as u64, [cols as u64, 8, 2, rows as u64 / 8]);
+        Self::encode(matrix.address, dtype, &dims, &[pitch, rows as u64 * pitch, 8 * pitch], &[64, 8, 2, 8], device.is_dry())
+    }
+
+    /// Boxes of a tensor of as many sizes as `dims`, `strides` bytes apart from the second on, their rows swizzled; nothing of a dry
+    /// device.
+    fn encode(address: u64, dtype: DType, dims: &[u64], strides: &[u64], boxes: &[u32], dry: bool) -> Result<Self> {
         let kind = match dtype {
             DType::Bf16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
             DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             found => return Err(Error::DType { op: "tensor map", operand: "x", expected: "bfloat16 or float16", found }),
         };
-        let (boxes, steps) = ([wide, 1, deep], [1u32; 3]);
-        let swizzle = match wide {
+        let steps = [1u32; 5];
+        let swizzle = match boxes[0] {
             32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
             _ => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
@@ -170,12 +178,13 @@ impl TensorMap {
         if dry {
             return Ok(map);
         }
-        // SAFETY: the arrays have the three (two) elements that the rank calls for and outlive the call; the address is only noted.
+        // SAFETY: the arrays have the elements that the rank calls for (of strides one less) and outlive the call; the address is only
+        // noted.
         check("cuTensorMapEncodeTiled", unsafe {
             sys::cuTensorMapEncodeTiled(
                 &raw mut map.0,
                 kind,
-                3,
+                dims.len() as u32,
                 address as *mut std::ffi::c_void,
                 dims.as_ptr(),
                 strides.as_ptr(),
@@ -331,8 +340,8 @@ impl CudaDevice {
         // SAFETY: the module is loaded and never unloaded; the name is a C string that outlives the call.
         check("cuModuleGetFunction", unsafe { sys::cuModuleGetFunction(&raw mut handle, module.0, symbol.as_ptr()) })
             .map_err(|error| missing(error.to_string()))?;
-        // 48 KiB need no permission.
-        Ok(Function { handle, kernel, shared: 48 << 10, early: false })
+        // 48 KiB need no permission, what the kernel has besides included.
+        Ok(Function { handle, kernel, shared: 32 << 10, early: false })
     }
 
     fn module(self, name: &'static str) -> Result<Module> {

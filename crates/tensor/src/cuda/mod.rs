@@ -41,5 +41,6 @@ pub(crate) use memory::DeviceHeap;
 pub use nibble_kernels::ComputeCapability;
 pub use pages::Pager;
 pub use pinned::Pinned;
+pub(crate) use product::{Unit, is_aligned};
 pub use profile::KernelTime;
 pub use timer::KernelTimer;

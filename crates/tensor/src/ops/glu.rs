@@ -194,7 +194,7 @@ mod cpu {
     }
 }
 
-mod cuda {
+pub(super) mod cuda {
     use super::{Activation, OP};
     use crate::{
         Result, Tensor,
@@ -263,18 +263,24 @@ mod cuda {
         };
         let inputs = [Arg::read(&dy)?, gate_at, sizes(&up)?.1, number(activation)];
         let (name, grid) = (format!("glu_bwd_{}", suffix(OP, gate.dtype())?), grid(&gate, 2));
-        let like = |x: &Tensor| Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room());
-        let [mut dgate, mut dup] = if gate.is_unique() && up.is_unique() {
-            [gate, up]
-        } else if up.continues(&gate) {
-            Tensor::side_by_side(gate.arena(), gate.dtype(), [gate.shape(), up.shape()], up.room())?
-        } else {
-            [like(&gate)?, like(&up)?]
-        };
-        let [dgate_at, dup_at] = [dgate.rows_address_mut()?.0, dup.rows_address_mut()?.0].map(Arg::Pointer);
-        let outputs = [dgate_at, dup_at, y_at];
+        let apart = memory_apart(&gate, &up)?;
+        let [to_gate, to_up] = apart.as_ref().map_or([&gate, &up], |[dgate, dup]| [dgate, dup]);
+        let outputs = [sizes(to_gate)?.1, sizes(to_up)?.1, y_at];
         device.launch(&name, grid, &[&outputs[..], &inputs, &rows_cols, &[ld]].concat())?;
+        let [dgate, dup] = apart.unwrap_or([gate, up]);
         Ok((dgate, dup, y.unwrap_or(dy)))
+    }
+
+    /// Memory for the gradients of gate and up that lies as they do; nothing where these are their only handles, to be written over.
+    pub(in crate::ops) fn memory_apart(gate: &Tensor, up: &Tensor) -> Result<Option<[Tensor; 2]>> {
+        let like = |x: &Tensor| Tensor::with_room(x.arena(), x.dtype(), x.shape(), x.room());
+        if gate.is_unique() && up.is_unique() {
+            return Ok(None);
+        }
+        if up.continues(gate) {
+            return Tensor::side_by_side(gate.arena(), gate.dtype(), [gate.shape(), up.shape()], up.room()).map(Some);
+        }
+        Ok(Some([like(gate)?, like(up)?]))
     }
 }
 

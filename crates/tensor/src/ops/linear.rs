@@ -16,6 +16,9 @@
 //! the element's index ([`Rng`]), so that it is made again instead of stored.
 
 mod cuda;
+mod gated;
+
+pub use gated::{Gated, backward_gated, forward_gated, makes_gated_again};
 
 use crate::{DType, Device, Error, Result, Rng, Shape, Tensor, TensorMut, Weight};
 
@@ -146,49 +149,10 @@ pub fn backward(
     }
 }
 
-/// What a backward pass leaves to be added once the input is there: dA += tᵀ x.
-#[derive(Debug)]
-pub struct Pending(cuda::Pending);
-
-/// Whether [`backward_without_input`] serves: on a GPU, where every layer has an adapter and nothing is dropped; if no base trains.
-#[must_use]
-pub fn can_wait_for_input(dys: &[Tensor], parts: &[Part]) -> bool {
+/// Whether dx, dB and dbias can be made before the input is there: on a GPU, where every layer has an adapter and nothing is dropped.
+fn can_wait_for_input(dys: &[Tensor], parts: &[Part]) -> bool {
     let plain = |part: &Part| part.adapter.as_ref().is_some_and(|adapter| adapter.dropout.is_none());
     dys.iter().all(|dy| dy.device() != Device::Cpu) && parts.iter().all(plain)
-}
-
-/// [`backward`] before the input [T, K] is there: dx, and what is left to do. For an input that is made again later anyway.
-///
-/// # Errors
-/// As [`backward`]; [`Error::Argument`] where [`can_wait_for_input`] says no, or a base trains.
-pub fn backward_without_input(
-    dys: &[Tensor],
-    shape: Shape,
-    saved: &Saved,
-    parts: &[Part],
-    grads: Vec<PartGrads<'_>>,
-) -> Result<(Tensor, Pending)> {
-    check_backward(dys, shape, parts, &grads)?;
-    if grads.iter().any(|grads| grads.weight.is_some()) {
-        return Err(Error::Argument { op: "linear", argument: "grads", expected: "of a base that does not train", found: 1 });
-    }
-    match dys.first().map(Tensor::device) {
-        Some(Device::Cuda(device)) if can_wait_for_input(dys, parts) => {
-            let (dx, pending) = cuda::backward_without_input(device, dys, shape, saved, parts, grads)?;
-            Ok((dx, Pending(pending)))
-        }
-        _ => Err(Error::Argument { op: "linear", argument: "x", expected: "the input of this backward pass", found: 0 }),
-    }
-}
-
-impl Pending {
-    /// Adds what was left to do.
-    ///
-    /// # Errors
-    /// As [`backward`].
-    pub fn finish(self, x: &Tensor, parts: &[Part], mut grads: Vec<PartGrads<'_>>) -> Result<()> {
-        cuda::finish(&self.0, x, parts, &mut grads)
-    }
 }
 
 fn check_backward(dys: &[Tensor], shape: Shape, parts: &[Part], grads: &[PartGrads<'_>]) -> Result<()> {

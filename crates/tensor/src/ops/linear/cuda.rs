@@ -6,20 +6,23 @@
 //! copied where not; elsewhere (short streams, odd ranks, dense bases) the two are summed in f32 and rounded once. Likewise
 //! dx = [dy | t] [W ; A] for the narrowest part, else dx += t A; where the dy of all parts lie side by side (q, k and v behind
 //! attention, gate and up behind the gated unit), dx = [dy dy' … | t] [W ; W' ; … ; A], one product for all.
+//! The gated unit behind gate and up, and its gradients, may be done in the ends of products (`gated`).
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`), and t and dB of all parts one (`adapters`).
 
 mod adapters;
 mod call;
 mod few;
+mod gated;
 mod hopper;
 
 use std::ops::Range;
 
 use call::{Call, columns, rows, transposed};
+pub(super) use gated::{backward_gated, forward_gated, serves_gated_gradients};
 
 use super::{OP, Part, PartGrads, ROOM, Saved};
 use crate::{
-    DType, Device, Result, Shape, Tensor, TensorMut, Weight,
+    DType, Result, Shape, Tensor, TensorMut, Weight,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
     ops::{
         dequantize::cuda::{matrix, product_of_few, widened},
@@ -33,11 +36,7 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
     let rides = parts.iter().all(|part| call.rides(part));
     let h = call.narrow()?;
     let beside = match &h {
-        Some(h) if rides && x.room() >= call.ranks => {
-            call.adapter_inputs(rows(h)?, Some(columns(rows(x)?, call.inputs, call.dtype)))?;
-            Some(x.clone())
-        }
-        Some(h) if rides && call.inputs <= outputs => Some(call.beside(h)?),
+        Some(h) if rides && (x.room() >= call.ranks || call.inputs <= outputs) => Some(call.beside(h)?),
         Some(h) => {
             call.adapter_inputs(rows(h)?, None)?;
             None
@@ -101,27 +100,9 @@ pub(super) fn backward(
     call.input_gradient(dys, pending.t()?).map(Some)
 }
 
-pub(super) fn backward_without_input(
-    device: CudaDevice,
-    dys: &[Tensor],
-    shape: Shape,
-    saved: &Saved,
-    parts: &[Part],
-    mut grads: Vec<PartGrads<'_>>,
-) -> Result<(Tensor, Pending)> {
-    let call = Call::of_shape(device, dys[0].arena(), dys[0].dtype(), shape, parts)?;
-    let pending = call.output_gradients(dys, saved, &mut grads, true)?;
-    Ok((call.input_gradient(dys, pending.t()?)?, pending))
-}
-
-pub(super) fn finish(pending: &Pending, x: &Tensor, parts: &[Part], grads: &mut [PartGrads<'_>]) -> Result<()> {
-    let (Device::Cuda(device), Some(t)) = (x.device(), pending.t()?) else { return Ok(()) };
-    Call::new(device, x, parts)?.add_a_gradients(t, grads)
-}
-
 /// t of all parts, as it lies: columns of a tensor from the given one on; nothing without adapters.
 #[derive(Debug)]
-pub(super) struct Pending(Option<(Tensor, usize)>);
+struct Pending(Option<(Tensor, usize)>);
 
 impl Pending {
     fn t(&self) -> Result<Option<Matrix>> {
@@ -241,10 +222,15 @@ impl Call<'_, '_> {
         })
     }
 
-    /// [x | h] [T, K + ΣR] with h = x Aᵀ, which is also left in `h`.
+    /// [x | h] [T, K + ΣR] with h = x Aᵀ, which is also left in `h`: x itself where it has room behind its rows, else a copy.
     fn beside(&self, h: &Tensor) -> Result<Tensor> {
+        let x = self.x()?;
+        if x.room() >= self.ranks {
+            self.adapter_inputs(rows(h)?, Some(columns(rows(x)?, self.inputs, self.dtype)))?;
+            return Ok(x.clone());
+        }
         let beside = scratch(&self.arena, self.dtype, [self.tokens, self.inputs + self.ranks])?;
-        self.copy(rows(&beside)?, rows(self.x()?)?, self.inputs)?;
+        self.copy(rows(&beside)?, rows(x)?, self.inputs)?;
         self.adapter_inputs(rows(h)?, Some(columns(rows(&beside)?, self.inputs, self.dtype)))?;
         Ok(beside)
     }
@@ -257,17 +243,24 @@ impl Call<'_, '_> {
 
     /// y = [x | h] [W | 0 s B 0]ᵀ + bias of a part, or of several without bias whose y lie side by side from `y` on.
     fn product_beside(&self, beside: Matrix, parts: Range<usize>, y: &Tensor) -> Result<()> {
+        let weight = self.weights_beside(parts.clone())?;
+        let bias = self.parts[parts.start].bias.as_ref();
+        let outputs = self.parts[parts].iter().map(Part::outputs).sum();
+        self.biased_product(bias, outputs, y, [beside, rows(&weight)?], self.inputs + self.ranks)
+    }
+
+    /// [W | 0 s B 0] of some parts, one below the other.
+    fn weights_beside(&self, parts: Range<usize>) -> Result<Tensor> {
         let weights: Vec<&Weight> = self.parts[parts.clone()].iter().map(|part| &part.weight).collect();
         // Rows begin with a line of memory, as those of x with room do.
         let weight = widened(self.device, &weights, self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
         let (ld, mut outputs) = (weight.shape().last(), 0);
-        for i in parts.clone() {
+        for i in parts {
             let place = columns(rows(&weight)?, outputs * ld + self.inputs, self.dtype);
             self.place_adapter(i, place)?;
             outputs += self.parts[i].outputs();
         }
-        let bias = self.parts[parts.start].bias.as_ref();
-        self.biased_product(bias, outputs, y, [beside, rows(&weight)?], self.inputs + self.ranks)
+        Ok(weight)
     }
 
     /// The columns 0 s B 0 of one part.
@@ -412,12 +405,17 @@ impl Call<'_, '_> {
         }
     }
 
-    /// dx = [dy … | t] [W ; … ; A] with the dy and W of the `riders`, and the t and A of all: t behind the rows already, or both
-    /// copied.
+    /// dx = [dy … | t] [W ; … ; A] with the dy and W of the `riders`, and the t and A of all.
     fn gradient_beside(&self, riders: Range<usize>, dys: &[Tensor], t: Matrix, dx: &Tensor) -> Result<()> {
-        let (parts, dys, Some(a)) = (&self.parts[riders.clone()], &dys[riders], self.all_a()?) else { return Ok(()) };
+        let Some(([beside, weight], width)) = self.gradients_beside(riders, dys, t)? else { return Ok(()) };
+        self.gemm([self.tokens, self.inputs, width], rows(&beside)?, rows(&weight)?, rows(dx)?, 1.0, false)
+    }
+
+    /// [dy … | t] and [W ; … ; A], and how many columns of the one and rows of the other there are: t behind the rows already, or both
+    /// copied.
+    fn gradients_beside(&self, riders: Range<usize>, dys: &[Tensor], t: Matrix) -> Result<Option<([Tensor; 2], usize)>> {
+        let (parts, dys, Some(a)) = (&self.parts[riders.clone()], &dys[riders], self.all_a()?) else { return Ok(None) };
         let outputs: usize = parts.iter().map(Part::outputs).sum();
-        let width = outputs + self.ranks;
         let beside = match dys {
             [dy] if dy.room() < self.ranks => self.copied_beside(dy, t)?,
             _ => dys[0].clone(),
@@ -427,7 +425,7 @@ impl Call<'_, '_> {
         let size = self.dtype.size();
         let below = weight.address()? + (outputs * self.inputs * size) as u64;
         self.device.copy(below, a.address, self.ranks * self.inputs * size)?;
-        self.gemm([self.tokens, self.inputs, width], rows(&beside)?, rows(&weight)?, rows(dx)?, 1.0, false)
+        Ok(Some(([beside, weight], outputs + self.ranks)))
     }
 
     /// [dy | t] [T, N + ΣR].

@@ -211,8 +211,9 @@ fn assert_as_near_as_rounding(seed: u64, shape: [usize; 3]) {
 
 #[test]
 fn wide_rows_in_16_bits_are_as_near_as_their_rounding() {
-    // On Hopper a row in one block, two, four and eight, whose last warps have less of it, or nothing.
-    for vocab in [8, 264, 32_008, 50_000, 128_256, 160_008] {
+    // On Hopper a row in one block, two (of 48 KiB each, and what they have besides), four and eight, whose last warps have less of
+    // it, or nothing.
+    for vocab in [8, 264, 32_008, 49_152, 50_000, 128_256, 160_008] {
         assert_as_near_as_rounding(7, [5, vocab, 2]);
     }
 }
