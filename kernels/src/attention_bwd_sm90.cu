@@ -21,6 +21,8 @@
 // scaled) go to kv_sums F32 [PARTS, 2, T, K, D], and attention_dkv adds them up in order. PARTS 1: dk and dv are written at
 // once, kv_sums unused. Rows of dk and dv are ld >= K D elements apart, a multiple of 8, so that they may lie beside those of dq.
 //
+// With tables (cos not null; D = D'), dk is turned back before it is written, to the gradient of what rope.cu made k of.
+//
 // `order` is the table `backward` of attention_order (attention_sm90.cu): longest walks first, keys of a document in their order.
 // Tensor maps as in attention_sm90.cu; q and d_o: box (64, 1, 64); k, v: box (64, 1, 128).
 // Launch: attention_bwd_sm90: grid min(multiprocessors, (T / 128 + docs) K PARTS), block 384, shared bytes 1536 D' + 34816;
@@ -224,6 +226,21 @@ __device__ __forceinline__ void store_sums(float *out, u64 stride, const float (
     }
 }
 
+// This thread's rows of C, turned back.
+template <int D>
+__device__ __forceinline__ void turn_rows(float (&c)[D / 2], const Turn &turn, u32 row, const Work &w) {
+#pragma unroll
+    for (u32 r = 0; r < 2; r++) {
+        const u64 at = turn.at<D>(w.begin, row + r * 8, w.len);
+#pragma unroll
+        for (u32 j = 0; j < D / 16; j++) {
+            const float2 cos = *reinterpret_cast<const float2 *>(turn.cos + at + j * 8);
+            const float2 sin = *reinterpret_cast<const float2 *>(turn.sin + at + j * 8);
+            turn_back(c + 4 * j + 2 * r, c + 4 * j + 2 * r + D / 4, cos, sin);
+        }
+    }
+}
+
 template <typename T>
 __device__ __forceinline__ float unpack_p(u32 x, u32 upper) {
     T y;
@@ -233,7 +250,7 @@ __device__ __forceinline__ float unpack_p(u32 x, u32 upper) {
 
 template <typename T, int D>
 __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const float *stats, T *dk, T *dv, float *kv_sums,
-                                        u32 parts, u32 ld, const Sizes &n) {
+                                        u32 parts, u32 ld, const Turn &turn, const Sizes &n) {
     const u32 half = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const float scale = n.scale * LOG2_E;
     const u32 k_rows = at.k() + half * (64 * 128), v_rows = at.v() + half * (64 * 128);
@@ -368,6 +385,7 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
         hold(acc_k);
         if (lane == 0) mbarrier_arrive(at.q_empty((step - 1) % 2));
         if (lane == 0) mbarrier_arrive(at.kv_empty());
+        if (turn.cos) turn_rows<D>(acc_k, turn, key, w);
         const u64 stride = u64(n.kv_heads) * n.head_size;
         if (parts > 1) {
             float *to = kv_sums + w.part * (2 * n.tokens * stride);
@@ -384,7 +402,7 @@ __device__ __forceinline__ void consume(Shared<D> at, const Work *work, const fl
 template <typename T, int D>
 __device__ __forceinline__ void bwd(T *dk, T *dv, float *kv_sums, float *sums, u32 *turns, const TensorMap &q, const TensorMap &k,
                                     const TensorMap &v, const TensorMap &d_o, const float *lse, const float *delta,
-                                    const u32 *cu_seqlens, const u32 *order, u32 parts, u32 ld, const Sizes &n) {
+                                    const u32 *cu_seqlens, const u32 *order, u32 parts, u32 ld, const Turn &turn, const Sizes &n) {
     extern __shared__ __align__(1024) u8 shared[];
     const Shared<D> at = {shared_address(shared)};
     Work *work = reinterpret_cast<Work *>(shared + at.WORK);
@@ -417,7 +435,7 @@ __device__ __forceinline__ void bwd(T *dk, T *dv, float *kv_sums, float *sums, u
         }
     } else {
         registers_more<240>();
-        consume<T, D>(at, work, stats, dk, dv, kv_sums, parts, ld, n);
+        consume<T, D>(at, work, stats, dk, dv, kv_sums, parts, ld, turn, n);
     }
 }
 
@@ -425,34 +443,38 @@ extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_bf16_d64
     bf16 *dk, bf16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld,
+    const u32 *positions, const float *cos, const float *sin) {
     bwd<bf16, 64>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {positions, cos, sin}, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_bf16_d128(
     bf16 *dk, bf16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld,
+    const u32 *positions, const float *cos, const float *sin) {
     bwd<bf16, 128>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {positions, cos, sin}, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_f16_d64(
     f16 *dk, f16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld,
+    const u32 *positions, const float *cos, const float *sin) {
     bwd<f16, 64>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {positions, cos, sin}, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }
 
 extern "C" __global__ void __launch_bounds__(384, 1) attention_bwd_sm90_f16_d128(
     f16 *dk, f16 *dv, float *kv_sums, float *sums, u32 *turns, const __grid_constant__ TensorMap q,
     const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const __grid_constant__ TensorMap d_o,
     const float *lse, const float *delta, const u32 *cu_seqlens, const u32 *order, u32 docs, u32 tokens, u32 heads, u32 kv_heads,
-    u32 head_size, u32 parts, float scale, u32 window, u32 ld) {
+    u32 head_size, u32 parts, float scale, u32 window, u32 ld,
+    const u32 *positions, const float *cos, const float *sin) {
     bwd<f16, 128>(dk, dv, kv_sums, sums, turns, q, k, v, d_o, lse, delta, cu_seqlens, order, parts, ld,
-        {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
+        {positions, cos, sin}, {docs, tokens, heads, kv_heads, head_size, scale, window, 0.0f});
 }

@@ -149,7 +149,9 @@ fn behind_attention(arena: &Arena, side_by_side: bool) -> [Vec<Vec<f32>>; 2] {
     let config = attention::Config { scale: 0.125, window: None, softcap: None };
     let (o, lse) = attention::forward(q, k, v, &documents, config).unwrap();
     let (dq, dk, dv) = if side_by_side {
-        attention::backward_side_by_side(&o, q, k, v, &o, &lse, &documents, config, linear::room(q)).unwrap()
+        let saved = attention::Saved { d_o: &o, q, k, v, o: &o, lse: &lse };
+        let wanted = attention::Wanted { side_by_side: Some(linear::room(q)), rope: None };
+        attention::backward_to(&saved, &documents, config, wanted).unwrap()
     } else {
         attention::backward(&o, q, k, v, &o, &lse, &documents, config).unwrap()
     };

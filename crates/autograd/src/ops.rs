@@ -11,7 +11,7 @@ use nibble_tensor::{
     },
 };
 
-use crate::{Kept, Leaf, ParamGrads, Tape, Var, again::Again};
+use crate::{Kept, Leaf, ParamGrads, Tape, Var, VarId, again::Again};
 
 /// Rows of `table` [V, C] for `tokens` U32 `[T]`, times `scale`, in `dtype`: [T, C].
 ///
@@ -161,19 +161,47 @@ pub fn attention(
     gradients: Gradients,
 ) -> Result<Var> {
     let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
+    attend(tape, [q, k, v], [q_id, k_id, v_id], documents, None, config, gradients)
+}
+
+/// [`rope`] of q and k, then [`attention`]: one node, whose backward turns the gradients of q and k where the kernel makes them.
+///
+/// # Errors
+/// As [`rope`] and [`attention`].
+pub fn rope_attention<'m>(
+    tape: &mut Tape<'m>,
+    [q, k, v]: [Var; 3],
+    documents: &Documents,
+    table: &'m RopeTable,
+    config: attention::Config,
+    gradients: Gradients,
+) -> Result<Var> {
+    let ((q, q_id), (k, k_id), (v, v_id)) = (q.into_parts(), k.into_parts(), v.into_parts());
+    let (q, k) = (rope::forward(q, documents.positions(), table)?, rope::forward(k, documents.positions(), table)?);
+    attend(tape, [q, k, v], [q_id, k_id, v_id], documents, Some(table), config, gradients)
+}
+
+/// Attention of q and k as they are, which `rope` says what they were made by: the gradients are those of what it was given.
+fn attend<'m>(
+    tape: &mut Tape<'m>,
+    [q, k, v]: [Tensor; 3],
+    ids: [Option<VarId>; 3],
+    documents: &Documents,
+    rope: Option<&'m RopeTable>,
+    config: attention::Config,
+    gradients: Gradients,
+) -> Result<Var> {
     let (o, lse) = attention::forward_with_room(&q, &k, &v, documents, config, linear::room(&q))?;
-    let recorded = [q_id, k_id, v_id].iter().any(Option::is_some);
+    let recorded = ids.iter().any(Option::is_some);
     let documents = documents.clone();
     let [q, k, v, saved] =
         [tape.keep(&q, recorded)?, tape.keep(&k, recorded)?, tape.keep(&v, recorded)?, tape.keep(&o, recorded)?];
-    let [o] = tape.record([q_id, k_id, v_id], [o], false, move |[d_o], _| {
+    let [o] = tape.record(ids, [o], false, move |[d_o], _| {
         let (o, v, k, q) = (saved.get()?, v.get()?, k.get()?, q.get()?);
-        let (dq, dk, dv) = match gradients {
-            Gradients::Apart => attention::backward(&d_o, &q, &k, &v, &o, &lse, &documents, config)?,
-            Gradients::SideBySide => {
-                attention::backward_side_by_side(&d_o, &q, &k, &v, &o, &lse, &documents, config, linear::room(&q))?
-            }
-        };
+        let saved = attention::Saved { d_o: &d_o, q: &q, k: &k, v: &v, o: &o, lse: &lse };
+        let side_by_side = (gradients == Gradients::SideBySide).then(|| linear::room(&q));
+        let wanted = attention::Wanted { side_by_side, rope };
+        let (dq, dk, dv) = attention::backward_to(&saved, &documents, config, wanted)?;
         Ok([Some(dq), Some(dk), Some(dv)])
     });
     Ok(o)
@@ -247,4 +275,69 @@ pub fn lm_head_loss(tape: &mut Tape<'_>, h: Var, weight: &Leaf, labels: &Labels,
         Ok([dh])
     });
     Ok(Loss { rows: output.rows, var })
+}
+
+#[cfg(test)]
+mod tests {
+    use nibble_tensor::{Arena, Device};
+
+    use super::*;
+    use crate::ParamStoreBuilder;
+
+    const SIZE: usize = 6;
+
+    /// Numbers below 1 of either sign, without a pattern that attention could not tell.
+    fn numbers(seed: usize, dtype: DType, shape: [usize; 3]) -> Tensor {
+        let values: Vec<f32> = (0..shape.iter().product()).map(|i: usize| ((i * 37 + seed * 11) as f32 * 1.7).sin()).collect();
+        Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape).unwrap().to_dtype(dtype).unwrap()
+    }
+
+    /// o and the gradients of what q, k and v were made of, by one op or by three.
+    fn attended(one_op: bool, dtype: DType, half: usize, gradients: Gradients) -> [Vec<f32>; 4] {
+        let arena = Arena::new(Device::Cpu);
+        let params = ParamStoreBuilder::default().build(&arena).unwrap();
+        let mut grads = params.zero_grads().unwrap();
+        let documents = Documents::new(&arena, &[0, 5, 6, 9]).unwrap();
+        let frequencies: Vec<f32> = (0..half).map(|i| 0.8f32.powi(i as i32)).collect();
+        let table = RopeTable::new(&arena, &frequencies, 1.25, 5).unwrap();
+        let config = attention::Config { scale: 0.7, window: Some(4), softcap: None };
+        let mut tape = Tape::new(&params);
+        let [q, k, v] = [(1, 4), (2, 2), (3, 2)].map(|(seed, heads)| tape.input(numbers(seed, dtype, [9, heads, SIZE])));
+        let ids = [q.id(), k.id(), v.id()];
+        let o = if one_op {
+            rope_attention(&mut tape, [q, k, v], &documents, &table, config, gradients).unwrap()
+        } else {
+            let q = rope(&mut tape, q, &documents, &table).unwrap();
+            let k = rope(&mut tape, k, &documents, &table).unwrap();
+            attention(&mut tape, [q, k, v], &documents, config, gradients).unwrap()
+        };
+        let found = o.tensor().to_f32_vec().unwrap();
+        let d_o = numbers(4, dtype, [9, 4, SIZE]);
+        let [dq, dk, dv] = tape.backward([o], [d_o], ids, &mut grads).unwrap().map(|x| x.unwrap().to_f32_vec().unwrap());
+        [found, dq, dk, dv]
+    }
+
+    #[test]
+    fn rope_and_attention_in_one_are_the_three_ops() {
+        for (dtype, half) in [(DType::F32, 3), (DType::F32, 2), (DType::Bf16, 3)] {
+            for gradients in [Gradients::Apart, Gradients::SideBySide] {
+                let one = attended(true, dtype, half, gradients);
+                assert_eq!(one, attended(false, dtype, half, gradients), "{dtype:?} {half} {gradients:?}");
+                assert!(one.iter().flatten().any(|x| x.abs() > 0.1));
+            }
+        }
+    }
+
+    #[test]
+    fn rope_and_attention_record_nothing_where_nothing_trains() {
+        let arena = Arena::new(Device::Cpu);
+        let params = ParamStoreBuilder::default().build(&arena).unwrap();
+        let documents = Documents::new(&arena, &[0, 9]).unwrap();
+        let table = RopeTable::new(&arena, &[1.0, 0.5, 0.1], 1.0, 9).unwrap();
+        let config = attention::Config { scale: 1.0, window: None, softcap: None };
+        let mut tape = Tape::new(&params);
+        let inputs = [4, 2, 2].map(|heads| Var::from(numbers(heads, DType::F32, [9, heads, SIZE])));
+        let o = rope_attention(&mut tape, inputs, &documents, &table, config, Gradients::Apart).unwrap();
+        assert!(o.id().is_none());
+    }
 }

@@ -131,10 +131,8 @@ impl Block {
         }
         let o = match keys {
             Keys::Stream(documents) => {
-                let q = ops::rope(tape, q, documents, &shared.rope)?;
-                let k = ops::rope(tape, k, documents, &shared.rope)?;
                 let gradients = if self.head_norms.is_some() { Gradients::Apart } else { Gradients::SideBySide };
-                ops::attention(tape, [q, k, v], documents, self.attention, gradients)?
+                ops::rope_attention(tape, [q, k, v], documents, &shared.rope, self.attention, gradients)?
             }
             Keys::Slot(documents, cache, slot) => {
                 let q = ops::rope(tape, q, documents, &shared.rope)?;

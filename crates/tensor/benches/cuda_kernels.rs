@@ -287,6 +287,13 @@ fn attentions(bench: &mut Bench) -> Result<()> {
                 black_box(attention::backward(&d_o, &q, &k, &v, &o, &lse, &documents, config)?);
                 Ok(())
             });
+            let table = RopeTable::new(&bench.arena, &[0.5; 64], 1.0, length)?;
+            bench.run(&name("backward, to before rope"), Work::Flops(2.5 * flops), || {
+                let saved = attention::Saved { d_o: &d_o, q: &q, k: &k, v: &v, o: &o, lse: &lse };
+                let wanted = attention::Wanted { side_by_side: None, rope: Some(&table) };
+                black_box(attention::backward_to(&saved, &documents, config, wanted)?);
+                Ok(())
+            });
         }
     }
     Ok(())

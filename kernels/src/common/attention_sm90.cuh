@@ -46,3 +46,26 @@ __device__ __forceinline__ void store_rows(T *out, u64 stride, const float (&c)[
         }
     }
 }
+
+// Turns gradients of queries and keys back to before their rotary embedding, all D dimensions of a head (rope.cu): cos and sin F32
+// [positions, D / 2], positions of the stream's tokens. cos null: they stay.
+struct Turn {
+    const u32 *positions;
+    const float *cos;
+    const float *sin;
+
+    // Where the tables begin for this thread's columns of a row of C; beyond the document for its last token.
+    template <int D>
+    __device__ __forceinline__ u64 at(u32 begin, u32 row, u32 len) const {
+        return u64(positions[begin + min(row, len - 1)]) * (D / 2) + threadIdx.x % 4 * 2;
+    }
+};
+
+// Two columns of the first half of a head, and those that they are paired with.
+__device__ __forceinline__ void turn_back(float *a, float *b, float2 cos, float2 sin) {
+    const float first = a[0] * cos.x + b[0] * sin.x, second = a[1] * cos.y + b[1] * sin.y;
+    b[0] = b[0] * cos.x - a[0] * sin.x;
+    b[1] = b[1] * cos.y - a[1] * sin.y;
+    a[0] = first;
+    a[1] = second;
+}

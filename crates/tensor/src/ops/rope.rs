@@ -89,7 +89,7 @@ fn rotate(name: &'static str, x: Tensor, positions: &Tensor, table: &RopeTable, 
     Ok(y)
 }
 
-fn check(name: &'static str, x: &Tensor, positions: &Tensor, table: &RopeTable) -> Result<()> {
+pub(super) fn check(name: &'static str, x: &Tensor, positions: &Tensor, table: &RopeTable) -> Result<()> {
     let &[tokens, _, size] = x.dims() else {
         return Err(Error::Argument { op: OP, argument: "rank", expected: "3, for [T, H, D]", found: x.dims().len() });
     };

@@ -8,7 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::{
-    Config, Sizes,
+    Config, Saved, Sizes,
     forward::{Block, Inputs, block_queries, tile_keys, ungroup},
     operands::{pair_lanes, pair_rows, panel_to_rows, rows_to_columns, rows_to_panels},
     scratch::with_parts,
@@ -22,16 +22,6 @@ use crate::{
         simd::{LANES, multiversion},
     },
 };
-
-/// What the forward pass left, and the gradient of its output.
-pub(super) struct Saved<'a> {
-    pub(super) d_o: &'a Tensor,
-    pub(super) q: &'a Tensor,
-    pub(super) k: &'a Tensor,
-    pub(super) v: &'a Tensor,
-    pub(super) o: &'a Tensor,
-    pub(super) lse: &'a Tensor,
-}
 
 /// Tasks that a call is split into at least where it can be: enough for a machine of that many cores.
 const TASKS: usize = 16;

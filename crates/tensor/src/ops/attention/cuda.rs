@@ -1,6 +1,6 @@
 //! Attention on a GPU: tiles in shared memory, one block a tile of queries or keys of one document.
 
-use super::{Config, Documents, Sizes, hopper};
+use super::{Config, Documents, Saved, Sizes, Wanted, hopper};
 use crate::{
     DType, Error, Result, Tensor,
     cuda::{Arg, CudaDevice, Grid, suffix},
@@ -74,17 +74,22 @@ pub(super) fn forward(
     Ok((o, lse))
 }
 
+/// Whether [`backward`] turns dq and dk back before their rotary embedding.
+pub(super) fn turns_back(device: CudaDevice, dtype: DType, heads: Sizes, config: Config, table: Option<&RopeTable>) -> bool {
+    table.is_some_and(|table| hopper::serves(device, dtype, heads, config) && hopper::turns_back(heads, table))
+}
+
 pub(super) fn backward(
     device: CudaDevice,
-    saved: &super::backward::Saved<'_>,
+    saved: &Saved<'_>,
     documents: &Documents,
     heads: Sizes,
     config: Config,
-    room: Option<usize>,
+    wanted: Wanted<'_>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
+    let Saved { d_o, q, k, v, o, lse } = *saved;
     if hopper::serves(device, q.dtype(), heads, config) {
-        return hopper::backward(device, saved, documents, heads, config, room);
+        return hopper::backward(device, saved, documents, heads, config, wanted);
     }
     let suffix = suffix(OP, q.dtype())?;
     let delta = delta(device, o, d_o, documents, heads)?;

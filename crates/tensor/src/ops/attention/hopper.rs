@@ -1,9 +1,10 @@
 //! Attention on Hopper's own instructions, for 16-bit types, head sizes up to 128 and scores without a soft cap.
 
-use super::{Config, Documents, Sizes, cuda::delta};
+use super::{Config, Documents, Saved, Sizes, Wanted, cuda::delta};
 use crate::{
     DType, Result, Tensor,
     cuda::{Arg, CudaDevice, Grid, TensorMap, suffix},
+    ops::rope::RopeTable,
 };
 
 const OP: &str = "attention";
@@ -17,6 +18,12 @@ pub(super) fn serves(device: CudaDevice, dtype: DType, sizes: Sizes, config: Con
         && sizes.head_size.is_multiple_of(8)
         && config.softcap.is_none()
         && config.scale > 0.0
+}
+
+/// Whether the backward pass turns gradients of heads like these back: whole heads, of a size that there is an instance of, where
+/// the two of a pair lie in one thread's registers.
+pub(super) fn turns_back(sizes: Sizes, table: &RopeTable) -> bool {
+    matches!(sizes.head_size, 64 | 128) && 2 * table.cos.shape().last() == sizes.head_size
 }
 
 /// What a call's launches share.
@@ -73,6 +80,12 @@ impl<'a> Call<'a> {
         self.documents.tokens() / rows + self.documents.ranges().len()
     }
 
+    /// What turns gradients back: positions, cos and sin, or nothing.
+    fn turn_back(&self, table: Option<&RopeTable>) -> Result<[Arg; 3]> {
+        let Some(RopeTable { cos, sin }) = table else { return Ok([Arg::NONE; 3]) };
+        Ok([Arg::read(self.documents.positions())?, Arg::read(cos)?, Arg::read(sin)?])
+    }
+
     fn persistent(&self, tiles: usize, threads: u32, shared: usize) -> Grid {
         let blocks = tiles.min(self.device.info().multiprocessors) as u32;
         Grid { blocks: [blocks, 1, 1], threads: [threads, 1], shared: shared as u32 }
@@ -120,18 +133,18 @@ pub(super) fn forward(
 
 pub(super) fn backward(
     device: CudaDevice,
-    saved: &super::backward::Saved<'_>,
+    saved: &Saved<'_>,
     documents: &Documents,
     heads: Sizes,
     config: Config,
-    room: Option<usize>,
+    wanted: Wanted<'_>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    let super::backward::Saved { d_o, q, k, v, o, lse } = *saved;
+    let Saved { d_o, q, k, v, o, lse } = *saved;
     let call = Call::new(device, documents, heads, config);
     let delta = delta(device, o, d_o, documents, heads)?;
     let shapes = [q, k, v].map(Tensor::shape);
     let alone = |shape| Tensor::empty(q.arena(), q.dtype(), shape);
-    let [dq, mut dk, mut dv] = match room {
+    let [dq, mut dk, mut dv] = match wanted.side_by_side {
         Some(room) => Tensor::side_by_side(q.arena(), q.dtype(), shapes, room)?,
         None => [alone(shapes[0])?, alone(shapes[1])?, alone(shapes[2])?],
     };
@@ -142,7 +155,7 @@ pub(super) fn backward(
         1 => None,
         _ => Some(Tensor::empty(q.arena(), DType::F32, [parts, 2, k.numel()])?),
     };
-    let tiles = documents.tokens() / 64 + documents.ranges().len();
+    let tiles = call.slots_of(64);
     let mut sums = Tensor::empty(q.arena(), DType::F32, [heads.heads, tiles, 64 * call.d])?;
     let turns = device.zeros("attention_bwd", 4 * (2 + 2 * heads.heads * tiles))?;
     let [_, _, order] = call.order(q)?;
@@ -168,7 +181,8 @@ pub(super) fn backward(
         Arg::U32(call.window),
         Arg::size(ld),
     ];
-    let args = [&gradients[..], &inputs].concat();
+    let turn = call.turn_back(wanted.rope)?;
+    let args = [&gradients[..], &inputs, &turn].concat();
     let suffix = suffix(OP, q.dtype())?;
     let grid = call.persistent(call.slots_of(128) * heads.kv_heads * parts, 384, 1536 * call.d + 34816);
     device.launch(&format!("attention_bwd_sm90_{suffix}_d{}", call.d), grid, &args)?;
@@ -177,11 +191,16 @@ pub(super) fn backward(
         let args = [&gradients[..], &[Arg::read(&kv_sums)?], &sizes].concat();
         device.launch(&format!("attention_dkv_{suffix}"), Grid::over(k.numel(), 512, 256), &args)?;
     }
-    Ok((query_gradient(&call, dq, &sums, tiles)?, dk, dv))
+    Ok((query_gradient(&call, dq, &sums, &turn)?, dk, dv))
 }
 
+/// Heads that a block of the kernel takes in turn, so that it reads cos and sin once for all: where there are blocks enough.
+const IN_TURN: usize = 4;
+
 /// dq from its f32 sums over the key tiles.
-fn query_gradient(call: &Call<'_>, mut dq: Tensor, sums: &Tensor, tiles: usize) -> Result<Tensor> {
+fn query_gradient(call: &Call<'_>, mut dq: Tensor, sums: &Tensor, turn: &[Arg; 3]) -> Result<Tensor> {
+    let (tiles, heads) = (call.slots_of(64), call.heads.heads);
+    let many = tiles * heads >= 4 * IN_TURN * call.device.info().multiprocessors;
     let (address, ld) = dq.rows_address_mut()?;
     let args = [
         Arg::Pointer(address),
@@ -189,12 +208,14 @@ fn query_gradient(call: &Call<'_>, mut dq: Tensor, sums: &Tensor, tiles: usize) 
         call.offsets()?,
         call.docs(),
         call.tokens(),
-        Arg::size(call.heads.heads),
+        Arg::size(heads),
         Arg::size(call.heads.head_size),
         Arg::F32(call.config.scale),
         Arg::size(ld),
     ];
-    let grid = Grid { blocks: [tiles as u32, call.heads.heads as u32, 1], threads: [256, 1], shared: 0 };
+    let args = [&args[..], turn].concat();
+    let rows = if many { heads.div_ceil(IN_TURN) } else { heads };
+    let grid = Grid { blocks: [tiles as u32, rows as u32, 1], threads: [2 * call.d as u32, 1], shared: 0 };
     call.device.launch(&format!("attention_dq_{}_d{}", suffix(OP, dq.dtype())?, call.d), grid, &args)?;
     Ok(dq)
 }
@@ -203,4 +224,66 @@ fn query_gradient(call: &Call<'_>, mut dq: Tensor, sums: &Tensor, tiles: usize) 
 fn parts(tiles: usize, group: usize, multiprocessors: usize) -> usize {
     let wanted = (2 * multiprocessors).div_ceil(tiles.max(1));
     (1..=group).find(|&parts| parts >= wanted && group.is_multiple_of(parts)).unwrap_or(group)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Arena, Device,
+        cuda::{ComputeCapability, DeviceInfo},
+        ops::attention::{self, cuda},
+    };
+
+    fn gpu(capability: ComputeCapability) -> CudaDevice {
+        let (name, driver) = ("a GPU of attention's tests".to_owned(), 13_000);
+        CudaDevice::dry(&DeviceInfo { ordinal: 0, name, capability, memory: 80 << 30, multiprocessors: 132, driver })
+    }
+
+    fn table(arena: &Arena, half: usize, positions: usize) -> RopeTable {
+        RopeTable::new(arena, &vec![1.0; half], 1.0, positions).unwrap()
+    }
+
+    /// A device that only counts checks each launch's arguments against the kernel's.
+    #[test]
+    fn launches_of_the_backward_pass_are_as_their_kernels_have_it() {
+        let config = Config { scale: 0.1, window: Some(300), softcap: None };
+        for capability in [ComputeCapability::HOPPER, ComputeCapability::new(8, 6)] {
+            let arena = Arena::on(Device::Cuda(gpu(capability)), usize::MAX).unwrap();
+            let documents = Documents::new(&arena, &[0, 700, 8000]).unwrap();
+            for (dtype, size) in [(DType::Bf16, 64), (DType::Bf16, 128), (DType::F16, 128), (DType::Bf16, 96), (DType::F32, 64)] {
+                let heads = |heads| Tensor::zeros(&arena, dtype, [8000, heads, size]).unwrap();
+                let [d_o, q, k, v, o] = [32, 32, 8, 8, 32].map(heads);
+                let lse = Tensor::zeros(&arena, DType::F32, [32, 8000]).unwrap();
+                let saved = Saved { d_o: &d_o, q: &q, k: &k, v: &v, o: &o, lse: &lse };
+                let table = table(&arena, size / 2, 8000);
+                for (side_by_side, rope) in [(None, None), (None, Some(&table)), (Some(8), None), (Some(8), Some(&table))] {
+                    let (dq, dk, dv) = attention::backward_to(&saved, &documents, config, Wanted { side_by_side, rope }).unwrap();
+                    assert_eq!([dq.dims(), dk.dims(), dv.dims()], [q.dims(), k.dims(), v.dims()]);
+                    let hopper = capability == ComputeCapability::HOPPER && dtype != DType::F32;
+                    assert_eq!(dk.continues(&dq), hopper && side_by_side.is_some(), "{capability:?} {dtype:?} {size}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn whole_heads_of_64_and_128_are_turned_on_hopper_in_16_bits() {
+        let config = Config { scale: 0.1, window: None, softcap: None };
+        let turns = |capability, dtype, head_size, half, config| {
+            let (arena, sizes) = (Arena::new(Device::Cpu), Sizes { heads: 4, kv_heads: 2, head_size });
+            cuda::turns_back(gpu(capability), dtype, sizes, config, Some(&table(&arena, half, 1)))
+        };
+        let hopper = ComputeCapability::HOPPER;
+        for (dtype, size) in [(DType::Bf16, 64), (DType::Bf16, 128), (DType::F16, 64), (DType::F16, 128)] {
+            assert!(turns(hopper, dtype, size, size / 2, config));
+            assert!(!turns(hopper, dtype, size, size / 4, config), "a part of each head");
+            assert!(!turns(ComputeCapability::new(8, 6), dtype, size, size / 2, config));
+            assert!(!turns(hopper, dtype, size, size / 2, Config { softcap: Some(30.0), ..config }));
+        }
+        assert!(!turns(hopper, DType::Bf16, 96, 48, config));
+        assert!(!turns(hopper, DType::F32, 64, 32, config));
+        let sizes = Sizes { heads: 4, kv_heads: 2, head_size: 64 };
+        assert!(!cuda::turns_back(gpu(hopper), DType::Bf16, sizes, config, None));
+    }
 }

@@ -38,7 +38,10 @@ mod tile;
 
 pub use step::step;
 
-use super::Documents;
+use super::{
+    Documents,
+    rope::{self, RopeTable},
+};
 use crate::{DType, Device, Error, Result, Tensor, dtype::with_float};
 
 /// What the scores go through.
@@ -95,36 +98,49 @@ pub fn backward(
     documents: &Documents,
     config: Config,
 ) -> Result<(Tensor, Tensor, Tensor)> {
-    run_backward(&backward::Saved { d_o, q, k, v, o, lse }, documents, config, None)
+    backward_to(&Saved { d_o, q, k, v, o, lse }, documents, config, Wanted::default())
 }
 
-/// [`backward`]; where a GPU's kernel leaves them so, a token's dq, dk and dv lie side by side, with room for `room` elements behind
-/// them: linear layers read them as one matrix.
+/// What the forward pass read and left, and the gradient of its output.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved<'a> {
+    /// The gradient of o.
+    pub d_o: &'a Tensor,
+    /// [T, H, D].
+    pub q: &'a Tensor,
+    /// [T, K, D].
+    pub k: &'a Tensor,
+    /// [T, K, D].
+    pub v: &'a Tensor,
+    /// [T, H, D].
+    pub o: &'a Tensor,
+    /// F32 [H, T].
+    pub lse: &'a Tensor,
+}
+
+/// In what form the gradients are wanted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Wanted<'a> {
+    /// Where a GPU's kernel leaves them so, a token's dq, dk and dv lie side by side, with room for so many elements behind them:
+    /// linear layers read them as one matrix.
+    pub side_by_side: Option<usize>,
+    /// q and k are rotary embeddings by this table, at the documents' positions: dq and dk are those of what was embedded, as
+    /// [`rope::backward`] makes them. On Hopper in 16 bits they are turned in f32, before they are rounded.
+    pub rope: Option<&'a RopeTable>,
+}
+
+/// [`backward`], in another form.
 ///
 /// # Errors
-/// As [`forward`].
-pub fn backward_side_by_side(
-    d_o: &Tensor,
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    o: &Tensor,
-    lse: &Tensor,
+/// As [`forward`], and as [`rope::backward`].
+pub fn backward_to(
+    saved: &Saved<'_>,
     documents: &Documents,
     config: Config,
-    room: usize,
-) -> Result<(Tensor, Tensor, Tensor)> {
-    run_backward(&backward::Saved { d_o, q, k, v, o, lse }, documents, config, Some(room))
-}
-
-fn run_backward(
-    saved: &backward::Saved<'_>,
-    documents: &Documents,
-    config: Config,
-    room: Option<usize>,
+    wanted: Wanted<'_>,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     const OP: &str = "attention backward";
-    let backward::Saved { d_o, q, k, v, o, lse } = *saved;
+    let Saved { d_o, q, k, v, o, lse } = *saved;
     let sizes = check(OP, q, k, v, config)?;
     check_tokens(OP, q, k, documents)?;
     for (name, tensor) in [("d_o", d_o), ("o", o)] {
@@ -133,10 +149,21 @@ fn run_backward(
     }
     lse.expect_shape(OP, "lse", [sizes.heads, documents.tokens()])?;
     expect_dtype(OP, "lse", DType::F32, lse)?;
-    match q.device() {
-        Device::Cpu => with_float!(q.dtype(), OP, "q", E => backward::documents::<E>(saved, documents, sizes, config)),
-        Device::Cuda(device) => cuda::backward(device, saved, documents, sizes, config, room),
+    let positions = documents.positions();
+    if let Some(table) = wanted.rope {
+        rope::check("q", q, positions, table)?;
     }
+    let (dq, dk, dv) = match q.device() {
+        Device::Cpu => with_float!(q.dtype(), OP, "q", E => backward::documents::<E>(saved, documents, sizes, config))?,
+        Device::Cuda(device) if cuda::turns_back(device, q.dtype(), sizes, config, wanted.rope) => {
+            return cuda::backward(device, saved, documents, sizes, config, wanted);
+        }
+        Device::Cuda(device) => cuda::backward(device, saved, documents, sizes, config, Wanted { rope: None, ..wanted })?,
+    };
+    Ok(match wanted.rope {
+        Some(table) => (rope::backward(dq, positions, table)?, rope::backward(dk, positions, table)?, dv),
+        None => (dq, dk, dv),
+    })
 }
 
 /// o [n, H, D] of the last n of `len` cached tokens, for generation: q [n, H, D] are their queries, and the first `len` rows

@@ -1,3 +1,5 @@
+mod before_rope;
+
 use nibble_testkit::{cases, central_difference};
 use proptest::prelude::*;
 
