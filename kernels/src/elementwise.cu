@@ -23,8 +23,11 @@
 // them up: block (32, 16), grid ceil(cols / 32), count = y. Take y = 1 for few rows (< 64), else ceil(8 blocks a multiprocessor /
 // grid.x), at most 64.
 //
+// copy_strided_T may be launched early.
+//
 // Bytes: what is read and written, once.
 
+#include "common/early.cuh"
 #include "common/reduce.cuh"
 #include "common/rng.cuh"
 #include "common/vec.cuh"
@@ -219,6 +222,7 @@ struct CopyStrided {
 template <typename T>
 __device__ __forceinline__ void copy_strided(T *y, const T *x, u32 rows, u32 cols, u32 ld_y, u32 ld_x) {
     constexpr int N = Pack<T>::N;
+    begin_early();
     if (cols % N == 0 && ld_y % N == 0 && ld_x % N == 0 && aligned16(y) && aligned16(x))
         for_packs<N>(u64(rows) * (cols / N), CopyStrided<N, T>{y, x, cols / N, ld_y, ld_x});
     else

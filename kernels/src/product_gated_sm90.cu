@@ -9,79 +9,88 @@
 //
 // Maps: boxes of 64 columns of x, of 128 rows; gated: w as [k, 8, 2, f / 8] in boxes of 64 x 8 x 2 x 8, results in boxes of 32
 // columns, 64 rows; bwd: all other boxes have 64 columns and 64 rows. Launch: as product.cuh says; may be launched early.
+// With `ahead` other than null they also widen a weight, as `job` says (common/widen.cuh).
 //
 // Bytes: x, w; gated: gate, up and y once; bwd: gate, up and their gradients, and y, once.
-// spills: product_gated_bwd_sm90_f16_silu 48 loop bounds, between tiles
-// spills: product_gated_bwd_sm90_f16_gelu_tanh 48 loop bounds, between tiles
-// spills: product_gated_bwd_sm90_bf16_silu 48 loop bounds, between tiles
-// spills: product_gated_bwd_sm90_bf16_gelu_tanh 48 loop bounds, between tiles
+// spills: product_gated_bwd_sm90_f16_silu 24 loop bounds, between tiles
+// spills: product_gated_bwd_sm90_f16_gelu_tanh 64 loop bounds, between tiles
+// spills: product_gated_bwd_sm90_bf16_silu 24 loop bounds, between tiles
+// spills: product_gated_bwd_sm90_bf16_gelu_tanh 64 loop bounds, between tiles
 
 #include "common/product_gated.cuh"
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_f16_silu(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                 const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k) {
+                                const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
+                                f16 *ahead, const __grid_constant__ Widen job) {
     Gated<f16, SILU> ends(gate, up, y);
-    product<f16, Lies::PAIRED>(ends, x, w, m, n, k);
+    product<f16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_f16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                     const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                     const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                    const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again) {
+                                    const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
+                                    f16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<f16, SILU> ends(dgate, dup, y, gate, up, again);
-    product<f16, Lies::TURNED>(ends, x, w, m, n, k);
+    product<f16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k) {
+                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
+                                     f16 *ahead, const __grid_constant__ Widen job) {
     Gated<f16, GELU_TANH> ends(gate, up, y);
-    product<f16, Lies::PAIRED>(ends, x, w, m, n, k);
+    product<f16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                          const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                          const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                         const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again) {
+                                         const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
+                                         f16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<f16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
-    product<f16, Lies::TURNED>(ends, x, w, m, n, k);
+    product<f16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_bf16_silu(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                 const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k) {
+                                 const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
+                                 bf16 *ahead, const __grid_constant__ Widen job) {
     Gated<bf16, SILU> ends(gate, up, y);
-    product<bf16, Lies::PAIRED>(ends, x, w, m, n, k);
+    product<bf16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_bf16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                      const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again) {
+                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
+                                     bf16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<bf16, SILU> ends(dgate, dup, y, gate, up, again);
-    product<bf16, Lies::TURNED>(ends, x, w, m, n, k);
+    product<bf16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                       const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                      const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k) {
+                                      const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
+                                      bf16 *ahead, const __grid_constant__ Widen job) {
     Gated<bf16, GELU_TANH> ends(gate, up, y);
-    product<bf16, Lies::PAIRED>(ends, x, w, m, n, k);
+    product<bf16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                           const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                           const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                          const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again) {
+                                          const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
+                                          bf16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<bf16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
-    product<bf16, Lies::TURNED>(ends, x, w, m, n, k);
+    product<bf16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }

@@ -3,7 +3,7 @@
 
 use nibble_nf4::{QuantConfig, quantize};
 use nibble_tensor::{
-    Arena, DType, Device, Rng, Tensor, Weight,
+    Arena, DType, Device, LookAhead, Rng, Tensor, Weight,
     ops::{
         Documents, attention, glu,
         linear::{self, Adapter, Part, PartGrads, Saved},
@@ -36,7 +36,7 @@ const CASES: [Case; 12] = [
     Case { tokens: 2049, inputs: 328, outputs: &[200, 520], rank: 32, dtype: DType::Bf16 },
     Case { tokens: 1100, inputs: 192, outputs: &[320], rank: 80, dtype: DType::Bf16 },
     Case { tokens: 300, inputs: 192, outputs: &[320, 64], rank: 8, dtype: DType::Bf16 },
-    Case { tokens: 1024, inputs: 4080, outputs: &[4056], rank: 16, dtype: DType::Bf16 },
+    Case { tokens: 1280, inputs: 3320, outputs: &[3320], rank: 16, dtype: DType::Bf16 },
 ];
 
 const SCALE: f32 = 2.0;
@@ -223,27 +223,32 @@ fn what_an_adapter_adds_below_the_last_place_is_rounded_with_the_sum_and_not_los
 
 /// What a gated unit between its layers gives: gate, up, y and a forward; dgate, dup, dA and dB backward.
 struct GatedMlp {
+    rank: usize,
     parts: Vec<Part>,
     down: Part,
     x: Tensor,
     dy: Tensor,
 }
 
-const GATED: Case = Case { tokens: 1000, inputs: 136, outputs: &[4048, 4048], rank: 16, dtype: DType::Bf16 };
+/// Where dA and dB are among the results.
+const ADAPTERS: usize = 6;
+
+const GATED: Case = Case { tokens: 1000, inputs: 136, outputs: &[4048, 4048], rank: 0, dtype: DType::Bf16 };
 
 impl GatedMlp {
-    fn new(arena: &Arena) -> Self {
+    fn new(arena: &Arena, rank: usize) -> Self {
         let Case { tokens, inputs, outputs, dtype, .. } = GATED;
-        let [mut down] = <[Part; 1]>::try_from(parts(arena, Self::down())).unwrap();
+        let [mut down] = <[Part; 1]>::try_from(parts(arena, Self::down(rank))).unwrap();
         if let Some(adapter) = &mut down.adapter {
-            adapter.a = normal(arena, 50, [16, outputs[0]], 0.05, dtype);
+            adapter.a = normal(arena, 50, [rank, outputs[0]], 0.05, dtype);
         }
         let x = normed(arena, 20, [tokens, inputs], dtype, true);
-        Self { parts: parts(arena, GATED), down, x, dy: normed(arena, 30, [tokens, inputs], dtype, true) }
+        let parts = parts(arena, Case { rank, ..GATED });
+        Self { rank, parts, down, x, dy: normed(arena, 30, [tokens, inputs], dtype, true) }
     }
 
-    fn down() -> Case {
-        Case { inputs: GATED.outputs[0], outputs: &[136], ..GATED }
+    fn down(rank: usize) -> Case {
+        Case { inputs: GATED.outputs[0], outputs: &[136], rank, ..GATED }
     }
 
     /// By the layers and the unit in turn, or as one; with y made again in the backward pass, or kept.
@@ -261,7 +266,7 @@ impl GatedMlp {
         let (a, saved) = linear::forward(&y, down).unwrap();
         let mut values: Vec<Vec<f32>> = [&gate, &up, &y, &a[0]].map(|x| x.to_f32_vec().unwrap()).into();
         if !as_one {
-            let all = gradients(arena, Self::down(), std::slice::from_ref(&self.dy), &y, down, &saved);
+            let all = gradients(arena, Self::down(self.rank), std::slice::from_ref(&self.dy), &y, down, &saved);
             let dx = Tensor::from_slice(&Arena::new(Device::Cpu), &all[0], gate.shape()).unwrap();
             let dx = dx.to_dtype(GATED.dtype).unwrap().to_arena(arena).unwrap();
             let (dgate, dup) = glu::backward(&dx, gate, up, activation).unwrap();
@@ -269,9 +274,9 @@ impl GatedMlp {
             values.extend(all.into_iter().skip(1));
             return values;
         }
-        let [a_size, b_size] = [16 * GATED.outputs[0], 16 * GATED.inputs];
+        let [a_size, b_size] = [GATED.outputs[0], GATED.inputs].map(|n| self.rank * n);
         let mut flat = Tensor::zeros(arena, DType::F32, [a_size + b_size]).unwrap();
-        let ranges = [(0, [16, GATED.outputs[0]].into()), (a_size, [GATED.inputs, 16].into())];
+        let ranges = [(0, [self.rank, GATED.outputs[0]].into()), (a_size, [GATED.inputs, self.rank].into())];
         let mut views = flat.views_mut(&ranges).unwrap().into_iter();
         let grads = PartGrads { adapter: views.next().zip(views.next()), ..PartGrads::default() };
         let y = (!again).then_some(y);
@@ -286,17 +291,73 @@ impl GatedMlp {
 #[test]
 fn a_gated_unit_in_the_ends_of_its_products_is_the_unit_by_itself() {
     let arena = nibble_tests::arena();
-    let mlp = GatedMlp::new(&arena);
-    for activation in [glu::Activation::Silu, glu::Activation::GeluTanh, glu::Activation::Gelu] {
-        let apart = mlp.run(&arena, false, false, activation);
-        for again in [false, true] {
-            let found = mlp.run(&arena, true, again, activation);
-            for (i, (found, apart)) in found.iter().zip(&apart).enumerate() {
-                assert!(found == apart, "{activation:?}, y again {again}, result {i}");
+    for rank in [8, 16, 32] {
+        let mlp = GatedMlp::new(&arena, rank);
+        for activation in [glu::Activation::Silu, glu::Activation::GeluTanh, glu::Activation::Gelu] {
+            let apart = mlp.run(&arena, false, false, activation);
+            for again in [false, true] {
+                let found = mlp.run(&arena, true, again, activation);
+                let what = format!("rank {rank}, {activation:?}, y again {again}");
+                // The library's sums for the adapters of higher ranks have no one order.
+                let (exact, close) = found.split_at(if rank <= 16 { found.len() } else { ADAPTERS });
+                for (i, (found, apart)) in exact.iter().zip(&apart).enumerate() {
+                    assert!(found == apart, "{what}, result {i}");
+                }
+                assert_close(close, &apart[exact.len()..], &what);
             }
         }
+        let (found, host) = (mlp.run(&arena, true, true, glu::Activation::Silu), Arena::new(Device::Cpu));
+        let expected = GatedMlp::new(&host, rank).run(&host, true, true, glu::Activation::Silu);
+        assert_close(&found, &expected, "a gated unit, beside the host's");
     }
-    let (found, host) = (mlp.run(&arena, true, true, glu::Activation::Silu), Arena::new(Device::Cpu));
-    let expected = GatedMlp::new(&host).run(&host, true, true, glu::Activation::Silu);
-    assert_close(&found, &expected, "a gated unit, beside the host's");
+}
+
+/// Layers with their input and the gradients of their outputs.
+struct Layers {
+    case: Case,
+    parts: Vec<Part>,
+    x: Tensor,
+    dys: Vec<Tensor>,
+}
+
+/// All layers one after the other, and back: what they give.
+fn through<'a>(arena: &Arena, order: impl Iterator<Item = &'a Layers>) -> Vec<Vec<f32>> {
+    let made = order.map(|layers| (layers, linear::forward(&layers.x, &layers.parts).unwrap())).collect::<Vec<_>>();
+    let mut results: Vec<Vec<f32>> = made.iter().flat_map(|(_, (ys, _))| ys).map(|y| y.to_f32_vec().unwrap()).collect();
+    for (Layers { case, parts, x, dys }, (_, saved)) in made.iter().rev() {
+        results.extend(gradients(arena, *case, dys, x, parts, saved));
+    }
+    results
+}
+
+#[test]
+fn weights_widened_beside_the_product_before_theirs_give_the_same_bits() {
+    let arena = nibble_tests::arena();
+    if arena.device() == Device::Cpu {
+        assert!(std::env::var_os("REQUIRE_CUDA").is_none(), "NIBBLE_TEST_DEVICE=cuda was not given");
+        return;
+    }
+    // 66 tiles of 256 x 256, or a multiple: q, k and v, gate and up, of which v widens a part, down.
+    for (tokens, dtype) in [(2816, DType::Bf16), (2816, DType::F16)] {
+        let case = |inputs, outputs| Case { tokens, inputs, outputs, rank: 16, dtype };
+        let cases = [case(1536, &[1536, 1536, 1536][..]), case(1536, &[3072, 3072][..]), case(3072, &[1536][..])];
+        let layers = cases.map(|case| {
+            let dy = |(i, &n): (usize, &usize)| normed(&arena, 30 + i as u64, [tokens, n], dtype, true);
+            let dys = case.outputs.iter().enumerate().map(dy).collect();
+            Layers { case, parts: parts(&arena, case), x: normed(&arena, 20, [tokens, case.inputs], dtype, true), dys }
+        });
+        let run = |reversed| {
+            let (first, last) = (layers.iter(), layers.iter().rev());
+            if reversed { through(&arena, last) } else { through(&arena, first) }
+        };
+        let (live, expected) = (arena.stats().live, [run(false), run(true)]);
+        // Learned, foreseen, foreseen wrongly, and right again.
+        for reversed in [false, false, true, false] {
+            let pass = LookAhead::new(&arena);
+            let found = run(reversed);
+            drop(pass);
+            assert!(found == expected[usize::from(reversed)], "{dtype:?}, reversed {reversed}");
+            assert_eq!(arena.stats().live, live);
+        }
+    }
 }

@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     Device, Error, Owner, OwnerStats, Result,
+    ahead::Ahead,
     cuda::{DeviceHeap, Span},
     owner::Owners,
     shape::size_class,
@@ -39,6 +40,7 @@ struct Inner {
     pool: Mutex<Pool>,
     /// The memory of a GPU; a processor's is in the pool.
     heap: Option<DeviceHeap>,
+    ahead: Mutex<Ahead>,
 }
 
 #[derive(Debug, Default)]
@@ -87,7 +89,7 @@ impl Arena {
             Device::Cpu => None,
             Device::Cuda(device) => Some(DeviceHeap::new(device)?),
         };
-        Ok(Self(Arc::new(Inner { device, limit, pool: Mutex::default(), heap })))
+        Ok(Self(Arc::new(Inner { device, limit, pool: Mutex::default(), heap, ahead: Mutex::default() })))
     }
 
     /// The device the memory is on.
@@ -166,6 +168,15 @@ impl Arena {
         self.0.heap.as_ref()
     }
 
+    pub(crate) fn ahead(&self) -> MutexGuard<'_, Ahead> {
+        self.0.ahead.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether both are handles to one pool.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     fn pool(&self) -> MutexGuard<'_, Pool> {
         self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -175,6 +186,14 @@ impl Arena {
     /// # Errors
     /// [`Error::OutOfMemory`] when the limit would be passed or the system has no more.
     pub(crate) fn take(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
+        match self.take_once(bytes, place) {
+            // A weight that is widened for later waits for its turn.
+            Err(_) if self.ahead().let_go() => self.take_once(bytes, place),
+            taken => taken,
+        }
+    }
+
+    fn take_once(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
         let lines = size_class(bytes.div_ceil(64), CLASSES);
         let mut pool = self.pool();
         let out_of_memory =

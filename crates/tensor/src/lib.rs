@@ -18,6 +18,7 @@
 
 #![deny(unsafe_code)]
 
+mod ahead;
 mod arena;
 #[allow(unsafe_code)]
 pub mod cuda;
@@ -35,6 +36,7 @@ mod tensor;
 mod view_mut;
 mod weight;
 
+pub use ahead::LookAhead;
 pub use arena::{Arena, ArenaStats, OwnerScope};
 pub use device::Device;
 pub use dtype::{DType, Element, Float};

@@ -20,7 +20,7 @@ pub enum Owner {
     KvCache,
     /// What an op made, by the op's file: outputs, what they keep for backward, gradients of activations.
     Activations(&'static str),
-    /// Memory that lives within one call: widened weights, operands laid side by side.
+    /// Memory that lives within one call, or from a product to the next: widened weights, operands laid side by side.
     Scratch,
     /// All that is taken outside ops: inputs, tables, reports.
     Other,

@@ -432,6 +432,9 @@ impl Tensor {
 }
 
 mod room;
+mod weak;
+
+pub(crate) use weak::WeakTensor;
 
 #[cfg(test)]
 mod tests {

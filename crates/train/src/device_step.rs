@@ -9,7 +9,7 @@ use nibble_data::Batch;
 use nibble_model::{Checkpointing, LossOptions, Stream, Transformer};
 use nibble_optim::Optimizer;
 use nibble_tensor::{
-    Arena, DType, Device, Rng, Tensor,
+    Arena, DType, Device, LookAhead, Rng, Tensor,
     cuda::{CudaDevice, Graph, Pinned},
     ops::{lm_head_loss::Labels, loss_scale::LossScale, step},
     size_class,
@@ -208,6 +208,7 @@ impl Shape {
         parts.model.release_weights()?;
         parts.grads.zero()?;
         for (i, ((stream, labels), &checkpointing)) in self.batches.iter().zip(&self.checkpointing).enumerate() {
+            let _pass = LookAhead::new(parts.model.arena());
             let options = LossOptions { checkpointing, dropout: Some(dropout.stream(i as u64)) };
             let mut tape = Tape::new(parts.params);
             let loss = parts.model.loss(&mut tape, &stream.for_step(), labels, options)?;

@@ -4,7 +4,8 @@
 // round takes 2 % more energy for the same sums, and a large product is as fast as the power that a card may draw). Clusters of two
 // blocks take tiles of 256 columns x 256 tokens in turn: each block 128 columns, all tokens. One thread of a block has the copy engine
 // bring steps of 64 in k through a ring of buffers: its columns of w, and half of the tokens to both blocks. Two warpgroups multiply;
-// what becomes of their sums (`Ends`) is done beside the first steps of their next tile.
+// what becomes of their sums (`Ends`) is done beside the first steps of their next tile. The warps beside the copying thread widen the
+// weight of a product to come (common/widen.cuh).
 //
 // Launch: block 384, any even grid, dynamic shared memory PRODUCT_BYTES.
 #pragma once
@@ -15,6 +16,7 @@
 #include "common/tma.cuh"
 #include "common/vec.cuh"
 #include "common/wgmma.cuh"
+#include "common/widen.cuh"
 
 // Columns of y and tokens of a block's tile; steps of k in a buffer; buffers; tiles along n that are taken together.
 constexpr u32 TILE_N = 128, TILE_M = 256, DEPTH = 64, STAGES = 4, BAND = 8;
@@ -23,6 +25,8 @@ constexpr u32 W_BYTES = TILE_N * DEPTH * 2, X_BYTES = TILE_M * DEPTH * 2, STAGE_
 constexpr u32 OUT_BYTES = 64 * 64 * 2, OUT_AT = STAGES * STAGE_BYTES, BARRIERS_AT = OUT_AT + 4 * OUT_BYTES;
 // The barriers of the ring, and one more for each warpgroup.
 constexpr u32 PRODUCT_BYTES = BARRIERS_AT + 2 * STAGES * 8 + 2 * 8;
+// Warps of a block that widen the weight of a later product.
+constexpr u32 WORKERS = 3;
 
 // How w lies: [n, k]; [k, n]; or [n, k], whose rows are those of two matrices of n / 2, one below the other, of which a tile has 8
 // of the one and 8 of the other in turn.
@@ -198,8 +202,20 @@ struct Multiplier {
     }
 };
 
+// What a product does beside its own work: a weight to widen into `out`, nothing where that is null.
+template <typename T>
+struct Ahead {
+    T *out;
+    const Widen &job;
+
+    // A warp beside the copying one.
+    __device__ __forceinline__ void run() const {
+        if (out) widen(out, job, blockIdx.x * WORKERS + threadIdx.x / 32 - 9, gridDim.x * WORKERS);
+    }
+};
+
 template <typename T, Lies LIES, typename E>
-__device__ __forceinline__ void product(E &ends, const TensorMap &x, const TensorMap &w, u32 m, u32 n, u32 k) {
+__device__ __forceinline__ void product(E &ends, const TensorMap &x, const TensorMap &w, u32 m, u32 n, u32 k, const Ahead<T> &ahead) {
     extern __shared__ __align__(1024) u8 memory[];
     const Buffers buffers = {shared_address(memory)};
     if (threadIdx.x == 0) {
@@ -213,10 +229,14 @@ __device__ __forceinline__ void product(E &ends, const TensorMap &x, const Tenso
     begin_early();
     Tiles tiles(m, n);
     if (threadIdx.x >= 256) {
-        registers_fewer<24>();
-        if (threadIdx.x == 256) bring<LIES>(buffers, tiles, x, w, k);
+        registers_fewer<72>();
+        if (threadIdx.x == 256) {
+            bring<LIES>(buffers, tiles, x, w, k);
+        } else if (threadIdx.x >= 288) {
+            ahead.run();
+        }
     } else {
-        registers_more<240>();
+        registers_more<216>();
         Multiplier<T, LIES> multiplier = {buffers, {}, 0};
         float c[TILE_M / 2];
         while (tiles.take()) {

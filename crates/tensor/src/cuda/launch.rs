@@ -10,6 +10,7 @@ use super::{
     driver::check,
     matmul::Matrix,
     order::Order,
+    widen::Widen,
 };
 use crate::{DType, Device, Error, Owner, Result, Tensor, TensorMut};
 
@@ -60,6 +61,8 @@ pub(crate) enum Arg {
     F32(f32),
     /// A box of a tensor that the copy engine moves.
     Map(TensorMap),
+    /// Weights to widen.
+    Widen(Widen),
 }
 
 /// The driver's description of a tensor's boxes.
@@ -103,6 +106,7 @@ impl Arg {
             Self::U64(_) => ArgKind::U64,
             Self::F32(_) => ArgKind::F32,
             Self::Map(_) => ArgKind::TensorMap,
+            Self::Widen(_) => ArgKind::Widen,
         }
     }
 
@@ -112,6 +116,7 @@ impl Arg {
             Self::Pointer(value) | Self::U64(value) => std::ptr::from_ref(value).cast(),
             Self::U32(value) => std::ptr::from_ref(value).cast(),
             Self::Map(value) => std::ptr::from_ref(value).cast(),
+            Self::Widen(value) => std::ptr::from_ref(value).cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast(),
         }
     }
@@ -192,7 +197,7 @@ impl TensorMap {
                 steps.as_ptr(),
                 sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         })?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use cudarc::cublaslt::{result as lt, sys};
 
-use super::{context::CudaDevice, driver::check};
+use super::{context::CudaDevice, driver::check, widen::Ahead};
 use crate::{DType, Error, Owner, Result};
 
 /// Bytes that cuBLASLt may use between the parts of a product; what the vendor advises for Hopper.
@@ -139,7 +139,13 @@ impl CudaDevice {
     /// # Errors
     /// [`Error::Cuda`] when cuBLASLt is missing or refuses the product.
     pub(crate) fn gemm(self, gemm: &Gemm) -> Result<()> {
-        if gemm.m == 0 || gemm.n == 0 || self.product(gemm)? || self.is_dry() {
+        if gemm.m == 0 || gemm.n == 0 {
+            return Ok(());
+        }
+        if self.serves(gemm) {
+            return self.product(gemm, &Ahead::default());
+        }
+        if self.is_dry() {
             return Ok(());
         }
         self.bind()?;

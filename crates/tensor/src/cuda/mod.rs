@@ -31,6 +31,7 @@ mod product;
 mod profile;
 mod rates;
 mod timer;
+mod widen;
 
 pub use context::{CudaDevice, DeviceInfo, OpenOptions};
 pub use graph::Graph;
@@ -44,3 +45,4 @@ pub use pinned::Pinned;
 pub(crate) use product::{Unit, is_aligned};
 pub use profile::KernelTime;
 pub use timer::KernelTimer;
+pub(crate) use widen::{Ahead, Widen};

@@ -5,6 +5,7 @@ use super::{
     context::CudaDevice,
     launch::{Arg, Grid, TensorMap, suffix},
     matmul::{Gemm, Matrix},
+    widen::Ahead,
 };
 use crate::{DType, Result};
 
@@ -29,14 +30,18 @@ pub(crate) struct Unit {
 }
 
 impl CudaDevice {
-    /// C = A B, or A Bᵀ, if the kernel serves it; false where it is left to cuBLASLt.
-    pub(super) fn product(self, gemm: &Gemm) -> Result<bool> {
-        let &Gemm { m, n, k, a, b, c, ldc, input, .. } = gemm;
+    /// Whether a product is served; else it is left to cuBLASLt.
+    pub(crate) fn serves(self, gemm: &Gemm) -> bool {
+        let &Gemm { m, n, a, b, c, ldc, input, .. } = gemm;
         let result = Matrix { address: c, ld: ldc, transposed: false };
         let plain = gemm.alpha == 1.0 && !gemm.accumulate && gemm.bias.is_none() && !a.transposed && gemm.output == input;
-        if !plain || !self.serves_product([m, n], input) || ![a, b, result].iter().all(is_aligned) {
-            return Ok(false);
-        }
+        plain && self.serves_product([m, n], input) && [a, b, result].iter().all(is_aligned)
+    }
+
+    /// C = A B, or A Bᵀ, of a product that is served.
+    pub(crate) fn product(self, gemm: &Gemm, ahead: &Ahead) -> Result<()> {
+        let &Gemm { m, n, k, a, b, c, ldc, input, .. } = gemm;
+        let result = Matrix { address: c, ld: ldc, transposed: false };
         let (turned, b_sizes, b_rows) = if b.transposed { ("", [n, k], HALF) } else { ("turned_", [k, n], BOX) };
         let args = [
             Arg::Map(TensorMap::rows(self, result, [m, n], input, BOX)?),
@@ -46,8 +51,7 @@ impl CudaDevice {
             Arg::size(n),
             Arg::size(k),
         ];
-        self.launch_product(&format!("product_{turned}sm90_{}", suffix("product", input)?), [m, n], &args)?;
-        Ok(true)
+        self.launch_product(&format!("product_{turned}sm90_{}", suffix("product", input)?), [m, n], &args, ahead)
     }
 
     /// [gate | up] = A Bᵀ, B [2 f, k] with gate's rows before up's, and y = act(gate) up, for k columns.
@@ -60,6 +64,7 @@ impl CudaDevice {
         unit: Unit,
         y: Matrix,
         dtype: DType,
+        ahead: &Ahead,
     ) -> Result<()> {
         let left = |matrix| TensorMap::boxes(self, matrix, [m, f], dtype, [NARROW, BOX]).map(Arg::Map);
         let args = [
@@ -73,7 +78,7 @@ impl CudaDevice {
             Arg::size(k),
         ];
         let name = format!("product_gated_sm90_{}_{}", suffix("gated product", dtype)?, unit.activation);
-        self.launch_product(&name, [m, 2 * f], &args)
+        self.launch_product(&name, [m, 2 * f], &args, ahead)
     }
 
     /// With dy = A B [m, f], which is not written: the gradients of gate and up, which may lie over those, and act(gate) up to `y`.
@@ -87,6 +92,7 @@ impl CudaDevice {
         gradients: [Matrix; 2],
         y: Option<Matrix>,
         dtype: DType,
+        ahead: &Ahead,
     ) -> Result<()> {
         let boxes = |matrix, sizes, rows| TensorMap::rows(self, matrix, sizes, dtype, rows).map(Arg::Map);
         let args = [
@@ -103,12 +109,13 @@ impl CudaDevice {
             Arg::U32(y.is_some().into()),
         ];
         let name = format!("product_gated_bwd_sm90_{}_{}", suffix("gated gradients", dtype)?, unit.activation);
-        self.launch_product(&name, [m, f], &args)
+        self.launch_product(&name, [m, f], &args, ahead)
     }
 
-    fn launch_product(self, name: &str, [m, n]: [usize; 2], args: &[Arg]) -> Result<()> {
+    fn launch_product(self, name: &str, [m, n]: [usize; 2], args: &[Arg], ahead: &Ahead) -> Result<()> {
+        let args = [args, &[Arg::Pointer(ahead.out), Arg::Widen(ahead.widen)]].concat();
         let grid = Grid { shared: SHARED, ..Grid::new(2 * self.clusters().min(tiles(m, n)), 384) };
-        self.launch_early(name, grid, args)
+        self.launch_early(name, grid, &args)
     }
 
     fn clusters(self) -> usize {

@@ -20,7 +20,7 @@ pub(crate) mod cuda {
     use nibble_nf4 as nf4;
 
     use crate::{
-        Absmax, Arena, BlockWeight, DType, Error, Int8Weight, Result, Tensor, Weight,
+        Absmax, Arena, BlockWeight, DType, Error, Int8Weight, Result, Tensor, Weight, ahead,
         cuda::{Arg, CudaDevice, Grid, suffix},
         ops::typed::scratch,
     };
@@ -47,13 +47,16 @@ pub(crate) mod cuda {
         arena: &Arena,
         [more_rows, more_cols]: [usize; 2],
     ) -> Result<Tensor> {
+        if let Some(out) = ahead::take(device, arena, &ahead::Request { weights, dtype, more: [more_rows, more_cols] })? {
+            return Ok(out);
+        }
         let rows: usize = weights.iter().map(|weight| weight.shape().dims()[0]).sum();
         let ld = weights.first().map_or(0, |weight| weight.shape().last()) + more_cols;
         let mut out = scratch(arena, dtype, [rows + more_rows, ld])?;
         let mut place = out.address_mut()?;
         for weight in weights {
             match weight {
-                Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld)?,
+                Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld, 0)?,
                 Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
                 Weight::Dense(dense) => {
                     return Err(Error::DType {
@@ -69,13 +72,17 @@ pub(crate) mod cuda {
         Ok(out)
     }
 
-    /// The 16 values of a format, on the device.
+    /// The address of the 16 values of a format, on the device.
+    pub(crate) fn levels(device: CudaDevice, format: nf4::Format) -> Result<u64> {
+        match format {
+            nf4::Format::Nf4 => device.table("nf4", &nf4::NF4),
+            nf4::Format::Fp4 => device.table("fp4", &nf4::FP4),
+        }
+    }
+
+    /// The 16 values of a weight's format.
     pub(crate) fn code(device: CudaDevice, weight: &BlockWeight) -> Result<Arg> {
-        let address = match weight.config.format {
-            nf4::Format::Nf4 => device.table("nf4", &nf4::NF4)?,
-            nf4::Format::Fp4 => device.table("fp4", &nf4::FP4)?,
-        };
-        Ok(Arg::Pointer(address))
+        Ok(Arg::Pointer(levels(device, weight.config.format)?))
     }
 
     /// y = x Wᵀ + bias for at most [`FEW`] rows of x, reading the codes themselves; false for what the kernels do not serve.
@@ -109,23 +116,32 @@ pub(crate) mod cuda {
         Ok(true)
     }
 
-    /// Into `out`, an address of elements of `dtype` with rows `ld` apart.
-    fn block_weight(device: CudaDevice, weight: &BlockWeight, dtype: DType, out: u64, ld: usize) -> Result<()> {
+    /// Into `out`, an address of elements of `dtype` with rows `ld` apart, the rows from `first` on: of whole groups of 256 blocks.
+    pub(crate) fn block_weight(
+        device: CudaDevice,
+        weight: &BlockWeight,
+        dtype: DType,
+        out: u64,
+        ld: usize,
+        first: usize,
+    ) -> Result<()> {
         let suffix = suffix(OP, dtype)?;
-        let (rows, cols) = (weight.shape.dims()[0], weight.shape.last());
-        let sizes = [Arg::size(rows), Arg::size(cols), Arg::size(ld), Arg::size(weight.config.block_size)];
+        let (rows, cols, block_size) = (weight.shape.dims()[0] - first, weight.shape.last(), weight.config.block_size);
+        let sizes = [Arg::size(rows), Arg::size(cols), Arg::size(ld), Arg::size(block_size)];
         let code = code(device, weight)?;
-        let (out, packed) = (Arg::Pointer(out), Arg::read(&weight.packed)?);
+        let from = |tensor: &Tensor, bytes: usize| Ok::<_, Error>(Arg::Pointer(tensor.address()? + bytes as u64));
+        let (skipped, blocks) = (first * cols, first * cols / block_size);
+        let (out, packed) = (Arg::Pointer(out + (first * ld * dtype.size()) as u64), from(&weight.packed, skipped / 2)?);
         // A thread widens 32 codes: 16 bytes read.
         let grid = Grid::over(rows * cols, 256 * 32, 256);
         match &weight.absmax {
             Absmax::Plain(absmax) => {
-                let args = [&[out, packed, Arg::read(absmax)?, code][..], &sizes].concat();
+                let args = [&[out, packed, from(absmax, 4 * blocks)?, code][..], &sizes].concat();
                 device.launch_early(&format!("dequantize_plain_{suffix}"), grid, &args)
             }
             Absmax::Nested { codes, absmax, offset, map } => {
-                let scales = [Arg::read(codes)?, Arg::read(absmax)?, Arg::read(map)?, code, Arg::F32(*offset)];
-                let args = [&[out, packed][..], &scales, &sizes].concat();
+                let (codes, absmax) = (from(codes, blocks)?, from(absmax, 4 * (blocks / 256))?);
+                let args = [&[out, packed, codes, absmax, Arg::read(map)?, code, Arg::F32(*offset)][..], &sizes].concat();
                 device.launch_early(&format!("dequantize_nested_{suffix}"), grid, &args)
             }
         }

@@ -22,7 +22,7 @@ pub(super) use gated::{backward_gated, forward_gated, serves_gated_gradients};
 
 use super::{OP, Part, PartGrads, ROOM, Saved};
 use crate::{
-    DType, Result, Shape, Tensor, TensorMut, Weight,
+    DType, Result, Shape, Tensor, TensorMut, Weight, ahead,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
     ops::{
         dequantize::cuda::{matrix, product_of_few, widened},
@@ -206,7 +206,7 @@ impl Call<'_, '_> {
     fn biased_product(&self, bias: Option<&Tensor>, n: usize, y: &Tensor, [a, b]: [Matrix; 2], k: usize) -> Result<()> {
         let bias = bias.map(|bias| bias.to_dtype(y.dtype())).transpose()?;
         let result = rows(y)?;
-        self.device.gemm(&Gemm {
+        let gemm = Gemm {
             m: self.tokens,
             n,
             k,
@@ -219,7 +219,8 @@ impl Call<'_, '_> {
             bias: bias.as_ref().map(Tensor::address).transpose()?,
             input: self.dtype,
             output: y.dtype(),
-        })
+        };
+        ahead::gemm(self.device, &self.arena, &gemm)
     }
 
     /// [x | h] [T, K + ΣR] with h = x Aᵀ, which is also left in `h`: x itself where it has room behind its rows, else a copy.
@@ -422,9 +423,9 @@ impl Call<'_, '_> {
         };
         let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
         let weight = widened(self.device, &weights, self.dtype, &self.arena, [self.ranks, 0])?;
-        let size = self.dtype.size();
-        let below = weight.address()? + (outputs * self.inputs * size) as u64;
-        self.device.copy(below, a.address, self.ranks * self.inputs * size)?;
+        // Launched early, as what is before and after it.
+        let below = columns(rows(&weight)?, outputs * self.inputs, self.dtype);
+        self.copy_rows([self.ranks, self.inputs], below, a)?;
         Ok(Some(([beside, weight], outputs + self.ranks)))
     }
 

@@ -2,7 +2,7 @@
 
 use super::super::{Adapter, Dropout, MANY_TOKENS, OP, Part};
 use crate::{
-    Arena, DType, Error, Result, Shape, Tensor,
+    Arena, DType, Error, Result, Shape, Tensor, ahead,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
     ops::few,
 };
@@ -117,7 +117,7 @@ impl<'x, 'p> Call<'x, 'p> {
     ) -> Result<()> {
         let (input, output) = (self.dtype, self.dtype);
         let gemm = Gemm { m, n, k, a, b, c: c.address, ldc: c.ld, alpha, accumulate, bias: None, input, output };
-        if few::product(self.device, &gemm)? { Ok(()) } else { self.device.gemm(&gemm) }
+        if few::product(self.device, &gemm)? { Ok(()) } else { ahead::gemm(self.device, &self.arena, &gemm) }
     }
 
     /// c += alpha aᵀ b over the tokens, in f32.
@@ -129,17 +129,22 @@ impl<'x, 'p> Call<'x, 'p> {
 
     /// A [tokens, cols] matrix copied into rows of another pitch.
     pub(super) fn copy(&self, to: Matrix, from: Matrix, cols: usize) -> Result<()> {
+        self.copy_rows([self.tokens, cols], to, from)
+    }
+
+    /// A [rows, cols] matrix copied into rows of another pitch.
+    pub(super) fn copy_rows(&self, [rows, cols]: [usize; 2], to: Matrix, from: Matrix) -> Result<()> {
         let args = [
             Arg::Pointer(to.address),
             Arg::Pointer(from.address),
-            Arg::size(self.tokens),
+            Arg::size(rows),
             Arg::size(cols),
             Arg::size(to.ld),
             Arg::size(from.ld),
         ];
         let each = 512 * 16 / self.dtype.size();
         let name = format!("copy_strided_{}", suffix(OP, self.dtype)?);
-        self.device.launch(&name, Grid::over(self.tokens * cols, each, 256), &args)
+        self.device.launch_early(&name, Grid::over(rows * cols, each, 256), &args)
     }
 
     /// x with the dropout of `adapter`.

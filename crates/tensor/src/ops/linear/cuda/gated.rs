@@ -7,7 +7,7 @@ use super::{
     call::{Call, rows},
 };
 use crate::{
-    DType, Result, Tensor,
+    DType, Result, Tensor, ahead,
     cuda::{CudaDevice, Matrix, Unit, is_aligned},
     ops::glu::{self, Activation},
 };
@@ -38,7 +38,10 @@ pub(in super::super) fn forward_gated(
     let weight = call.weights_beside(0..2)?;
     let unit = Unit { activation, gate: rows(&gate)?, up: rows(&up)? };
     let sizes = [call.tokens, gate.shape().last(), call.inputs + call.ranks];
-    device.gated_product([rows(&beside)?, rows(&weight)?], sizes, unit, rows(&y)?, call.dtype)?;
+    let ([m, f, k], operands, y_at) = (sizes, [rows(&beside)?, rows(&weight)?], rows(&y)?);
+    ahead::beside(device, &call.arena, [m, 2 * f, k], |ahead| {
+        device.gated_product(operands, sizes, unit, y_at, call.dtype, ahead)
+    })?;
     Ok(Some((Gated { gate, up, y }, Saved(vec![Some(h)]))))
 }
 
@@ -137,7 +140,10 @@ impl Call<'_, '_> {
         let unit = Unit { activation, gate: gate_at, up: up_at };
         let sizes = [self.tokens, self.inputs, width];
         let y_at = y.as_ref().map(rows).transpose()?;
-        self.device.gated_gradients([left, right], sizes, unit, [place(dgate)?, place(dup)?], y_at, self.dtype)?;
+        let gradients = [place(dgate)?, place(dup)?];
+        ahead::beside(self.device, &self.arena, sizes, |ahead| {
+            self.device.gated_gradients([left, right], sizes, unit, gradients, y_at, self.dtype, ahead)
+        })?;
         Ok(Some((apart, y)))
     }
 }
