@@ -108,16 +108,27 @@ struct Share {
 template <u32 SPLIT, u32 WARPS>
 struct Meeting {
     static constexpr u32 ALL = SPLIT * WARPS, TURNS = (ALL + 31) / 32;
+    // A block alone arrives warp by warp; others count bytes.
+    static constexpr u32 ARRIVALS = SPLIT == 1 ? WARPS : 1;
     float2 found[2][ALL];
     u64 barriers[2];
+
+    __device__ __forceinline__ void begin() {
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) mbarrier_init(shared_address(barriers + i), ARRIVALS);
+    }
 
     // What all found, in each lane, from what each warp did; `met` counts these calls.
     __device__ __forceinline__ SumExp join(const SumExp &part, u32 met) {
         const u32 lane = threadIdx.x % 32, rank = cluster_rank() * WARPS + threadIdx.x / 32;
         const u32 barrier = shared_address(barriers + met % 2);
         const float2 *const all = found[met % 2];
-        if (threadIdx.x == 0) mbarrier_expect(barrier, ALL * sizeof(float2));
-        if (lane < SPLIT) cluster_send(shared_address(all + rank), {part.most, part.sum}, barrier, lane);
+        if constexpr (SPLIT == 1) {
+            if (lane == 0) found[met % 2][rank] = {part.most, part.sum}, mbarrier_arrive(barrier);
+        } else {
+            if (threadIdx.x == 0) mbarrier_expect(barrier, ALL * sizeof(float2));
+            if (lane < SPLIT) cluster_send(shared_address(all + rank), {part.most, part.sum}, barrier, lane);
+        }
         mbarrier_wait(barrier, met / 2 % 2);
         SumExp mine[TURNS];
         float top = LEAST, sum = 0.0f;
@@ -182,7 +193,7 @@ __device__ __forceinline__ void cross_entropy_split(T *logits, float *losses, co
     u32 row = blockIdx.x / SPLIT;
     if (lane == 0) {
         mbarrier_init(barrier, 1);
-        if (warp == 0) mbarrier_init(shared_address(meeting.barriers), 1), mbarrier_init(shared_address(meeting.barriers + 1), 1);
+        if (warp == 0) meeting.begin();
         mbarrier_init_fence();
         if (row < rows) fetch(row);
     }

@@ -2,8 +2,8 @@
 //
 //   product_gated_sm90     [gate | up] [m, 2 f] = x [m, k] w [2 f, k]ᵀ, the rows of gate's weight before those of up's, and
 //                          y [m, f] = act(gate) · up. f is a multiple of 8.
-//   product_gated_bwd_sm90 dy [m, n] = x [m, k] w [k, n] is not written but dgate = dy · up · act'(gate), dup = dy · act(gate), which may
-//                          lie over gate and up; and with `again` y = act(gate) · up.
+//   product_gated_bwd_sm90 dy [m, n] = x [m, k] w [k, n] is not written but dgate = dy · up · act'(gate), dup = dy · act(gate),
+//                          which may lie over gate and up; and with `again` y = act(gate) · up.
 //
 // act: SiLU (_silu) or GELU by tanh (_gelu_tanh).
 //
@@ -22,8 +22,8 @@
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_f16_silu(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                 const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
-                                f16 *ahead, const __grid_constant__ Widen job) {
+                                const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, f16 *ahead,
+                                const __grid_constant__ Widen job) {
     Gated<f16, SILU> ends(gate, up, y);
     product<f16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -32,8 +32,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_f16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                     const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                     const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                    const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
-                                    f16 *ahead, const __grid_constant__ Widen job) {
+                                    const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again, f16 *ahead,
+                                    const __grid_constant__ Widen job) {
     GatedGradients<f16, SILU> ends(dgate, dup, y, gate, up, again);
     product<f16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -41,8 +41,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
-                                     f16 *ahead, const __grid_constant__ Widen job) {
+                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, f16 *ahead,
+                                     const __grid_constant__ Widen job) {
     Gated<f16, GELU_TANH> ends(gate, up, y);
     product<f16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -51,8 +51,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                          const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                          const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                         const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
-                                         f16 *ahead, const __grid_constant__ Widen job) {
+                                         const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again, f16 *ahead,
+                                         const __grid_constant__ Widen job) {
     GatedGradients<f16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
     product<f16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -60,8 +60,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_bf16_silu(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                  const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                 const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
-                                 bf16 *ahead, const __grid_constant__ Widen job) {
+                                 const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, bf16 *ahead,
+                                 const __grid_constant__ Widen job) {
     Gated<bf16, SILU> ends(gate, up, y);
     product<bf16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -70,8 +70,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_bf16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                      const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
-                                     bf16 *ahead, const __grid_constant__ Widen job) {
+                                     const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again, bf16 *ahead,
+                                     const __grid_constant__ Widen job) {
     GatedGradients<bf16, SILU> ends(dgate, dup, y, gate, up, again);
     product<bf16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -79,8 +79,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                       const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                      const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k,
-                                      bf16 *ahead, const __grid_constant__ Widen job) {
+                                      const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, bf16 *ahead,
+                                      const __grid_constant__ Widen job) {
     Gated<bf16, GELU_TANH> ends(gate, up, y);
     product<bf16, Lies::PAIRED>(ends, x, w, m, n, k, {ahead, job});
 }
@@ -89,8 +89,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                           const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                           const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                          const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again,
-                                          bf16 *ahead, const __grid_constant__ Widen job) {
+                                          const __grid_constant__ TensorMap w, u32 m, u32 n, u32 k, u32 again, bf16 *ahead,
+                                          const __grid_constant__ Widen job) {
     GatedGradients<bf16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
     product<bf16, Lies::TURNED>(ends, x, w, m, n, k, {ahead, job});
 }

@@ -203,7 +203,7 @@ pub fn forward_fused<'m, const N: usize>(
     Ok(record(tape, layers, outputs, input, id, parts, saved))
 }
 
-/// The MLP of a block: down(act(gate(x)) · up(x)). `dropout` are the streams of the masks before the gated unit, and behind it.
+/// The layers around a gated unit: down(act(gate(x)) · up(x)). `dropout` are the streams of the masks before the gated unit, and behind it.
 ///
 /// # Errors
 /// As [`linear::forward`].
@@ -238,13 +238,16 @@ fn behind_gate<'m>(
     let recorded = upstream || down.trains();
     // Its backward comes next where this is a second run: y itself is kept, and nobody reads the result.
     let replays = tape.is_replaying();
-    let again = tape.is_recomputing() || down.makes_gated_again(gate.device(), gate.dtype(), gate.shape().rows(), activation);
+    // Where nothing upstream trains there are no gradients of gate and up, beside which y would be made again.
+    let again = upstream
+        && (tape.is_recomputing() || down.makes_gated_again(gate.device(), gate.dtype(), gate.shape().rows(), activation));
     let (gate, up) = (tape.keep(&gate, upstream)?, tape.keep(&up, upstream)?);
     let kept = match (replays, again) {
         (true, _) => Some(Kept::here(&y)),
         (false, true) => None,
         (false, false) => Some(tape.keep(&y, recorded)?),
     };
+    let operands = upstream.then_some([gate, up]);
     let (a, saved) = if replays {
         (Tensor::empty(y.arena(), y.dtype(), [0])?, linear::forward_unread(&y, &parts)?)
     } else {
@@ -255,11 +258,18 @@ fn behind_gate<'m>(
     drop(y);
     let trained = [down.trained().map(Option::<&Param>::cloned)];
     let [a] = tape.record([gate_id, up_id], [a], down.trains(), move |[da], grads| {
-        let y = kept.map(Kept::get).transpose()?;
-        let operands = [gate.get()?, up.get()?];
+        let (mut grads, y) = (part_grads(&trained, grads)?, kept.map(Kept::get).transpose()?);
+        let Some([gate, up]) = operands else {
+            if let Some(y) = y {
+                linear::backward(&[da], y, &saved, &parts, grads, false)?;
+            }
+            return Ok([None, None]);
+        };
+        // The last to be kept is the first to be there again.
+        let (up, gate) = (up.get()?, gate.get()?);
         // invariant: one entry a layer
-        let grads = part_grads(&trained, grads)?.pop().expect("one entry a layer");
-        let (dgate, dup) = linear::backward_gated(&da, operands, y, activation, &saved, &parts[0], grads)?;
+        let grads = grads.pop().expect("one entry a layer");
+        let (dgate, dup) = linear::backward_gated(&da, [gate, up], y, activation, &saved, &parts[0], grads)?;
         Ok([Some(dgate), Some(dup)])
     });
     Ok(a)

@@ -31,6 +31,7 @@ pub(crate) struct Ahead {
     requests: Successors<WeakRequest>,
     /// What a product has begun.
     begun: Option<Job>,
+    forbidden: bool,
 }
 
 impl fmt::Debug for Ahead {
@@ -57,9 +58,16 @@ impl LookAhead {
     pub fn new(arena: &Arena) -> Self {
         let mut ahead = arena.ahead();
         ahead.let_go();
-        ahead.requests.begin();
+        if !ahead.forbidden {
+            ahead.requests.begin();
+        }
         drop(ahead);
         Self(arena.clone())
+    }
+
+    /// Nothing is widened ahead in an arena from here on: for what a pass cannot do without.
+    pub fn forbid(arena: &Arena) {
+        arena.ahead().forbidden = true;
     }
 }
 
@@ -94,8 +102,8 @@ impl Job {
         Some(Self { weights, dtype, more, out, widen, rows })
     }
 
-    fn ahead(&mut self) -> Result<cuda::Ahead> {
-        Ok(cuda::Ahead { out: self.out.address_mut()?, widen: self.widen })
+    fn ahead(&mut self) -> Result<cuda::WidenBeside> {
+        Ok(cuda::WidenBeside { out: self.out.address_mut()?, widen: self.widen })
     }
 
     fn is(&self, request: &Request<'_>) -> bool {
@@ -118,7 +126,7 @@ impl Job {
 
 /// A product, by a kernel that widens the weight that is foreseen beside it where it can.
 pub(crate) fn gemm(device: CudaDevice, arena: &Arena, gemm: &Gemm) -> Result<()> {
-    if device.serves(gemm) {
+    if device.serves_gemm(gemm) {
         return beside(device, arena, [gemm.m, gemm.n, gemm.k], |ahead| device.product(gemm, ahead));
     }
     device.gemm(gemm)
@@ -130,9 +138,9 @@ pub(crate) fn beside(
     device: CudaDevice,
     arena: &Arena,
     sizes: [usize; 3],
-    product: impl FnOnce(&cuda::Ahead) -> Result<()>,
+    product: impl FnOnce(&cuda::WidenBeside) -> Result<()>,
 ) -> Result<()> {
-    let Some(mut job) = job(device, arena, sizes) else { return product(&cuda::Ahead::default()) };
+    let Some(mut job) = job(device, arena, sizes) else { return product(&cuda::WidenBeside::default()) };
     product(&job.ahead()?)?;
     arena.ahead().begun = Some(job);
     Ok(())

@@ -4,7 +4,7 @@
 // round takes 2 % more energy for the same sums, and a large product is as fast as the power that a card may draw). Clusters of two
 // blocks take tiles of 256 columns x 256 tokens in turn: each block 128 columns, all tokens. One thread of a block has the copy engine
 // bring steps of 64 in k through a ring of buffers: its columns of w, and half of the tokens to both blocks. Two warpgroups multiply;
-// what becomes of their sums (`Ends`) is done beside the first steps of their next tile. The warps beside the copying thread widen the
+// what becomes of their sums (the ends: `Plain`, those of product_gated.cuh) is done beside the first steps of their next tile. The warps beside the copying thread widen the
 // weight of a product to come (common/widen.cuh).
 //
 // Launch: block 384, any even grid, dynamic shared memory PRODUCT_BYTES.

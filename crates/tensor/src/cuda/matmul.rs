@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use cudarc::cublaslt::{result as lt, sys};
 
-use super::{context::CudaDevice, driver::check, widen::Ahead};
+use super::{context::CudaDevice, driver::check, widen::WidenBeside};
 use crate::{DType, Error, Owner, Result};
 
 /// Bytes that cuBLASLt may use between the parts of a product; what the vendor advises for Hopper.
@@ -142,8 +142,8 @@ impl CudaDevice {
         if gemm.m == 0 || gemm.n == 0 {
             return Ok(());
         }
-        if self.serves(gemm) {
-            return self.product(gemm, &Ahead::default());
+        if self.serves_gemm(gemm) {
+            return self.product(gemm, &WidenBeside::default());
         }
         if self.is_dry() {
             return Ok(());

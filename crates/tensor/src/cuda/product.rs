@@ -5,7 +5,7 @@ use super::{
     context::CudaDevice,
     launch::{Arg, Grid, TensorMap, suffix},
     matmul::{Gemm, Matrix},
-    widen::Ahead,
+    widen::WidenBeside,
 };
 use crate::{DType, Result};
 
@@ -23,7 +23,7 @@ const FILLED: usize = 7;
 
 /// A gated unit around a product: its kernels' name for the activation, and how its matrices [m, f] lie.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Unit {
+pub(crate) struct GatedUnit {
     pub(crate) activation: &'static str,
     pub(crate) gate: Matrix,
     pub(crate) up: Matrix,
@@ -31,7 +31,7 @@ pub(crate) struct Unit {
 
 impl CudaDevice {
     /// Whether a product is served; else it is left to cuBLASLt.
-    pub(crate) fn serves(self, gemm: &Gemm) -> bool {
+    pub(crate) fn serves_gemm(self, gemm: &Gemm) -> bool {
         let &Gemm { m, n, a, b, c, ldc, input, .. } = gemm;
         let result = Matrix { address: c, ld: ldc, transposed: false };
         let plain = gemm.alpha == 1.0 && !gemm.accumulate && gemm.bias.is_none() && !a.transposed && gemm.output == input;
@@ -39,7 +39,7 @@ impl CudaDevice {
     }
 
     /// C = A B, or A Bᵀ, of a product that is served.
-    pub(crate) fn product(self, gemm: &Gemm, ahead: &Ahead) -> Result<()> {
+    pub(crate) fn product(self, gemm: &Gemm, ahead: &WidenBeside) -> Result<()> {
         let &Gemm { m, n, k, a, b, c, ldc, input, .. } = gemm;
         let result = Matrix { address: c, ld: ldc, transposed: false };
         let (turned, b_sizes, b_rows) = if b.transposed { ("", [n, k], HALF) } else { ("turned_", [k, n], BOX) };
@@ -61,10 +61,10 @@ impl CudaDevice {
         self,
         [a, b]: [Matrix; 2],
         [m, f, k]: [usize; 3],
-        unit: Unit,
+        unit: GatedUnit,
         y: Matrix,
         dtype: DType,
-        ahead: &Ahead,
+        ahead: &WidenBeside,
     ) -> Result<()> {
         let left = |matrix| TensorMap::boxes(self, matrix, [m, f], dtype, [NARROW, BOX]).map(Arg::Map);
         let args = [
@@ -88,11 +88,11 @@ impl CudaDevice {
         self,
         [a, b]: [Matrix; 2],
         [m, f, k]: [usize; 3],
-        unit: Unit,
+        unit: GatedUnit,
         gradients: [Matrix; 2],
         y: Option<Matrix>,
         dtype: DType,
-        ahead: &Ahead,
+        ahead: &WidenBeside,
     ) -> Result<()> {
         let boxes = |matrix, sizes, rows| TensorMap::rows(self, matrix, sizes, dtype, rows).map(Arg::Map);
         let args = [
@@ -112,7 +112,7 @@ impl CudaDevice {
         self.launch_product(&name, [m, f], &args, ahead)
     }
 
-    fn launch_product(self, name: &str, [m, n]: [usize; 2], args: &[Arg], ahead: &Ahead) -> Result<()> {
+    fn launch_product(self, name: &str, [m, n]: [usize; 2], args: &[Arg], ahead: &WidenBeside) -> Result<()> {
         let args = [args, &[Arg::Pointer(ahead.out), Arg::Widen(ahead.widen)]].concat();
         let grid = Grid { shared: SHARED, ..Grid::new(2 * self.clusters().min(tiles(m, n)), 384) };
         self.launch_early(name, grid, &args)
@@ -126,10 +126,12 @@ impl CudaDevice {
     /// themselves.
     pub(crate) fn serves_product(self, [m, n]: [usize; 2], dtype: DType) -> bool {
         let capability = self.info().capability;
-        let rounds = tiles(m, n).div_ceil(self.clusters().max(1));
+        let clusters = self.clusters().max(1);
+        let rounds = tiles(m, n).div_ceil(clusters);
         (capability.major, capability.minor) == (9, 0)
             && matches!(dtype, DType::Bf16 | DType::F16)
-            && 8 * m * n >= FILLED * rounds * self.clusters() * TILE * TILE
+            && rounds > 0
+            && 8 * m * n >= FILLED * rounds * clusters * TILE * TILE
     }
 }
 

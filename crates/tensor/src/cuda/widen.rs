@@ -34,7 +34,7 @@ pub(crate) struct Widen {
 
 /// What a product does beside its own work.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Ahead {
+pub(crate) struct WidenBeside {
     /// Where to; 0: nothing.
     pub(crate) out: u64,
     pub(crate) widen: Widen,

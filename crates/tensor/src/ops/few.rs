@@ -10,7 +10,7 @@ const FEW: usize = 4;
 /// Warps of a block.
 const WARPS: usize = 8;
 
-/// C = A Bᵀ by a kernel for few rows, where it serves: plain rows, one type of input. False: it is left to cuBLASLt.
+/// C = A Bᵀ by a kernel for few rows, where it serves: plain rows, one type of input. False: it is left to kernels for many.
 pub(crate) fn product(device: CudaDevice, gemm: &Gemm) -> Result<bool> {
     let Gemm { m, n, k, a, b, c, ldc, alpha, accumulate, bias, input, output } = *gemm;
     let plain = alpha == 1.0 && !accumulate && bias.is_none() && !a.transposed && b.transposed && [a.ld, b.ld, ldc] == [k, k, n];

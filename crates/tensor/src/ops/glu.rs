@@ -249,13 +249,11 @@ pub(super) mod cuda {
         up: Tensor,
         activation: Activation,
     ) -> Result<(Tensor, Tensor, Tensor)> {
-        let apart = gate.expect_alone(OP).is_ok() && up.expect_alone(OP).is_ok();
-        if pitch(&gate)? != pitch(&up)? || !(apart || up.continues(&gate)) {
+        if pitch(&gate)? != pitch(&up)? || !may_be_written_over(&gate, &up) {
             return backward(device, dy, again, gate.dense()?, up.dense()?, activation);
         }
         let (rows_cols, gate_at, ld) = sizes(&gate)?;
-        let apart = again && !dy.is_unique();
-        let mut y = apart.then(|| Tensor::empty(dy.arena(), dy.dtype(), dy.shape())).transpose()?;
+        let mut y = (again && !dy.is_unique()).then(|| Tensor::empty(dy.arena(), dy.dtype(), dy.shape())).transpose()?;
         let y_at = match &mut y {
             Some(y) => Arg::write(y)?,
             None if again => Arg::read(&dy)?,
@@ -269,6 +267,11 @@ pub(super) mod cuda {
         device.launch(&name, grid, &[&outputs[..], &inputs, &rows_cols, &[ld]].concat())?;
         let [dgate, dup] = apart.unwrap_or([gate, up]);
         Ok((dgate, dup, y.unwrap_or(dy)))
+    }
+
+    /// Whether gradients may lie where gate and up do: side by side, or each without others' rows between its own.
+    pub(in crate::ops) fn may_be_written_over(gate: &Tensor, up: &Tensor) -> bool {
+        up.continues(gate) || (gate.expect_alone(OP).is_ok() && up.expect_alone(OP).is_ok())
     }
 
     /// Memory for the gradients of gate and up that lies as they do; nothing where these are their only handles, to be written over.

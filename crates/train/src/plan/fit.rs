@@ -3,7 +3,7 @@
 use nibble_model::config::ModelConfig;
 use nibble_tensor::cuda::DeviceInfo;
 
-use super::{Gpu, Setup, footprint};
+use super::{Gpu, Setup, footprint, footprint::least_footprint};
 use crate::Result;
 
 /// Beyond this many tokens nothing is looked for.
@@ -22,6 +22,11 @@ pub fn needed(model: &ModelConfig, gpu: &Gpu, setup: &Setup) -> Result<super::Fo
     footprint(model, &boundless(gpu), setup)
 }
 
+/// Bytes that such a step cannot do without.
+fn least(model: &ModelConfig, gpu: &Gpu, setup: &Setup) -> Result<usize> {
+    Ok(least_footprint(model, &boundless(gpu), setup)?.device)
+}
+
 /// The longest document that alone fits into `room` bytes, in tokens; nothing when not even the shortest does. Also beyond the
 /// positions that the model was made for.
 ///
@@ -31,7 +36,7 @@ pub fn longest(model: &ModelConfig, gpu: &Gpu, setup: &Setup, room: usize) -> Re
     let mut model = model.clone();
     model.max_position_embeddings = MOST_TOKENS;
     let unit = 64;
-    let bytes = |n| Ok(needed(&model, gpu, &setup.with_documents(1, n * unit))?.device);
+    let bytes = |n| least(&model, gpu, &setup.with_documents(1, n * unit));
     // Gaps between blocks make the bytes nearly a line only: a few may fit where the shortest just does not.
     Ok(largest(room, MOST_TOKENS / unit, &[1, 8], bytes)?.map(|n| n * unit))
 }
@@ -41,7 +46,7 @@ pub fn longest(model: &ModelConfig, gpu: &Gpu, setup: &Setup, room: usize) -> Re
 /// # Errors
 /// As [`needed`].
 pub fn largest_batch(model: &ModelConfig, gpu: &Gpu, setup: &Setup, length: usize, room: usize) -> Result<Option<usize>> {
-    largest(room, MOST_TOKENS / length.max(1), &[1], |n| Ok(needed(model, gpu, &setup.with_documents(n, length))?.device))
+    largest(room, MOST_TOKENS / length.max(1), &[1], |n| least(model, gpu, &setup.with_documents(n, length)))
 }
 
 /// The largest n up to `most` with `bytes(n)` within `room`, to one part in 256, from the first of `starts` that fits on; nothing

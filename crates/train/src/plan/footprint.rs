@@ -4,7 +4,7 @@ use nibble_data::{Batch, IGNORE_INDEX};
 use nibble_lora::{AdapterConfig, Init};
 use nibble_model::{LoadOptions, Transformer, config::ModelConfig};
 use nibble_tensor::{
-    Arena, Device, Owner, Rng,
+    Arena, Device, LookAhead, Owner, Rng,
     cuda::{CudaDevice, DeviceInfo},
 };
 
@@ -136,16 +136,33 @@ impl Footprint {
 /// # Errors
 /// Out of memory, where the device has less; what is wrong with the adapter's config.
 pub fn footprint(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
-    of_step(model, gpu, setup, of_a_class)
+    of_step(model, gpu, setup, of_a_class, true)
+}
+
+/// The same without what a step takes where there is memory for it, and lets go of where there is not.
+///
+/// # Errors
+/// As [`footprint`].
+pub(super) fn least_footprint(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
+    of_step(model, gpu, setup, of_a_class, false)
 }
 
 /// The same without the padding of a GPU's streams, which the processor's do not have.
 pub(super) fn unpadded(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup) -> Result<Footprint> {
-    of_step(model, gpu, setup, |batch| batch)
+    of_step(model, gpu, setup, |batch| batch, true)
 }
 
-fn of_step(model: &ModelConfig, gpu: &DeviceInfo, setup: &Setup, shaped: fn(Batch) -> Batch) -> Result<Footprint> {
+fn of_step(
+    model: &ModelConfig,
+    gpu: &DeviceInfo,
+    setup: &Setup,
+    shaped: fn(Batch) -> Batch,
+    looks_ahead: bool,
+) -> Result<Footprint> {
     let arena = Arena::on(Device::Cuda(CudaDevice::dry(gpu)), usize::MAX)?;
+    if !looks_ahead {
+        LookAhead::forbid(&arena);
+    }
     let (trained, host) = step(model, &arena, setup, shaped)?;
     let owners = arena.owners().into_iter().filter(|stats| stats.at_peak > 0);
     Ok(Footprint {

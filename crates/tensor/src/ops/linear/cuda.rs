@@ -1,4 +1,4 @@
-//! Linear layers on a GPU: bases widened into a scratch matrix, products by cuBLASLt.
+//! Linear layers on a GPU: bases widened into a scratch matrix, products by a kernel of our own on Hopper or by cuBLASLt.
 //!
 //! Adapters whose A lie side by side in the flat buffer (q, k and v of a layer) are one matrix A [ΣR, K]: one product gives the h
 //! of all, one the gradient dA of all. Where the output is the wider side, y = [x | h] [W | s B]ᵀ is

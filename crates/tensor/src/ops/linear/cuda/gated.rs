@@ -2,13 +2,13 @@
 //! itself elsewhere.
 
 use super::{
-    super::{Gated, Part, PartGrads, ROOM, Saved, room},
+    super::{Gated, Part, PartGrads, Saved, room},
     Pending,
     call::{Call, rows},
 };
 use crate::{
     DType, Result, Tensor, ahead,
-    cuda::{CudaDevice, Matrix, Unit, is_aligned},
+    cuda::{CudaDevice, GatedUnit, is_aligned},
     ops::glu::{self, Activation},
 };
 
@@ -28,15 +28,18 @@ pub(in super::super) fn forward_gated(
     parts: &[Part],
     activation: Activation,
 ) -> Result<Option<(Gated, Saved)>> {
-    let (call, room) = (Call::new(device, x, parts)?, room(x));
-    let (Some(activation), Some(h)) = (name(activation).filter(|_| call.serves_gated(room)), call.narrow()?) else {
+    let (Some(activation), [gate, _]) = (name(activation), parts) else { return Ok(None) };
+    let (room, sizes) = (room(x), [x.shape().rows(), 2 * gate.outputs()]);
+    if room == 0 || !device.serves_product(sizes, x.dtype()) || !is_aligned(&rows(x)?) {
         return Ok(None);
-    };
+    }
+    let call = Call::new(device, x, parts)?;
+    let Some(h) = call.narrow()?.filter(|_| call.serves_gated()) else { return Ok(None) };
     let beside = call.beside(&h)?;
     let [gate, up] = <[Tensor; 2]>::try_from(call.outputs(room)?).unwrap_or_else(|_| unreachable!("served two parts"));
     let y = Tensor::with_room(&call.arena, call.dtype, gate.shape(), room)?;
     let weight = call.weights_beside(0..2)?;
-    let unit = Unit { activation, gate: rows(&gate)?, up: rows(&up)? };
+    let unit = GatedUnit { activation, gate: rows(&gate)?, up: rows(&up)? };
     let sizes = [call.tokens, gate.shape().last(), call.inputs + call.ranks];
     let ([m, f, k], operands, y_at) = (sizes, [rows(&beside)?, rows(&weight)?], rows(&y)?);
     ahead::beside(device, &call.arena, [m, 2 * f, k], |ahead| {
@@ -94,16 +97,14 @@ pub(in super::super) fn backward_gated(
 type GatedGradients = (Option<[Tensor; 2]>, Option<Tensor>);
 
 impl Call<'_, '_> {
-    /// Whether one product makes gate, up and their unit.
-    fn serves_gated(&self, room: usize) -> bool {
+    /// Whether one product makes gate, up and their unit, if it fills the device.
+    fn serves_gated(&self) -> bool {
         let [gate, up] = self.parts else { return false };
         let f = gate.outputs();
-        let one =
-            room > 0 && up.outputs() == f && self.tokens >= self.inputs && self.parts.iter().all(|part| part.bias.is_none());
+        let plain = self.parts.iter().all(|part| part.bias.is_none() && self.rides(part));
         // The copy engine wants rows on 16 bytes.
-        let aligned = f.is_multiple_of(8) && self.inputs.is_multiple_of(8) && ROOM.is_multiple_of(8);
-        let serves = self.device.serves_product([self.tokens, 2 * f], self.dtype);
-        one && aligned && serves && self.parts.iter().all(|part| self.rides(part))
+        let aligned = f.is_multiple_of(8) && self.inputs.is_multiple_of(8);
+        plain && aligned && up.outputs() == f && self.tokens >= self.inputs
     }
 
     /// The gradients of gate and up by the product that makes that of their unit, and the unit `again`; nothing where that does not serve.
@@ -115,13 +116,10 @@ impl Call<'_, '_> {
         again: bool,
         activation: Activation,
     ) -> Result<Option<GatedGradients>> {
-        let place = |x: &Tensor| -> Result<Matrix> {
-            let (address, ld) = x.rows_address()?;
-            Ok(Matrix { address, ld, transposed: false })
-        };
-        let (gate_at, up_at) = (place(gate)?, place(up)?);
-        let aligned = gate_at.ld == up_at.ld && is_aligned(&gate_at) && is_aligned(&up_at);
-        let lies = up.continues(gate) || gate.expect_alone("gated unit").and(up.expect_alone("gated unit")).is_ok();
+        let (gate_at, up_at) = (rows(gate)?, rows(up)?);
+        let outputs_aligned = self.parts.iter().all(|part| part.outputs().is_multiple_of(8));
+        let aligned = outputs_aligned && [&gate_at, &up_at, &rows(&dys[0])?].into_iter().all(is_aligned);
+        let lies = gate_at.ld == up_at.ld && glu::cuda::may_be_written_over(gate, up);
         let rides = self.stacked && self.parts.iter().all(|part| self.rides(part));
         let served =
             aligned && lies && rides && serves_gated_gradients(self.device, self.dtype, [self.tokens, self.inputs], activation);
@@ -131,16 +129,13 @@ impl Call<'_, '_> {
         };
         let Some(([beside, weight], width)) = self.gradients_beside(riders, dys, t)? else { return Ok(None) };
         let (left, right) = (rows(&beside)?, rows(&weight)?);
-        if !is_aligned(&left) || !is_aligned(&right) {
-            return Ok(None);
-        }
         let apart = glu::cuda::memory_apart(gate, up)?;
         let [dgate, dup] = apart.as_ref().map_or([gate, up], |[dgate, dup]| [dgate, dup]);
         let y = again.then(|| Tensor::empty(&self.arena, self.dtype, gate.shape())).transpose()?;
-        let unit = Unit { activation, gate: gate_at, up: up_at };
+        let unit = GatedUnit { activation, gate: gate_at, up: up_at };
         let sizes = [self.tokens, self.inputs, width];
         let y_at = y.as_ref().map(rows).transpose()?;
-        let gradients = [place(dgate)?, place(dup)?];
+        let gradients = [rows(dgate)?, rows(dup)?];
         ahead::beside(self.device, &self.arena, sizes, |ahead| {
             self.device.gated_gradients([left, right], sizes, unit, gradients, y_at, self.dtype, ahead)
         })?;
@@ -152,7 +147,7 @@ impl Call<'_, '_> {
 mod tests {
     use nibble_nf4::QuantConfig;
 
-    use super::*;
+    use super::{super::super::ROOM, *};
     use crate::{
         Arena, Device, Rng, Weight,
         cuda::{ComputeCapability, DeviceInfo},
