@@ -164,10 +164,10 @@ pub fn attention(
     attend(tape, [q, k, v], [q_id, k_id, v_id], documents, None, config, gradients)
 }
 
-/// [`rope`] of q and k, then [`attention`]: one node, whose backward turns the gradients of q and k where the kernel makes them.
+/// [`rope()`] of q and k, then [`attention()`]: one node, whose backward turns the gradients of q and k where the kernel makes them.
 ///
 /// # Errors
-/// As [`rope`] and [`attention`].
+/// As [`rope()`] and [`attention()`].
 pub fn rope_attention<'m>(
     tape: &mut Tape<'m>,
     [q, k, v]: [Var; 3],
