@@ -7,7 +7,7 @@ use crate::{
     Error, Float, Result, Tensor, TensorMut,
     dtype::with_float,
     ops::{
-        matmul::{self, Input, Operand, Outer, Product, Segment, Term, add_outer, gemm, gemm_rows},
+        matmul::{self, Input, Operand, Outer, Output, Product, Segment, Term, add_outer, gemm, gemm_rows, gemm_rows_first},
         operand::{dense, output, precision, weight},
     },
 };
@@ -33,8 +33,8 @@ fn run(x: &Tensor, parts: &[Part], want_y: bool) -> Result<(Vec<Tensor>, Vec<Opt
     let biases = parts.iter().map(|part| part.bias.as_ref().map(Tensor::to_f32_vec).transpose()).collect::<Result<Vec<_>>>()?;
     let empty = |n: usize| Tensor::empty(x.arena(), x.dtype(), [rows, n]);
     let mut hs = adapters(parts).map(|(_, adapter)| empty(adapter.a.shape().rows())).collect::<Result<Vec<_>>>()?;
-    let wanted = if want_y { parts } else { &[] };
-    let mut ys = wanted.iter().map(|part| empty(part.outputs())).collect::<Result<Vec<_>>>()?;
+    let mut ys = parts.iter().filter(|_| want_y).map(|part| empty(part.outputs())).collect::<Result<Vec<_>>>()?;
+    let hs_count = hs.len();
     // Inputs of the products: x, what dropout left of it, then the results h.
     let mut read = vec![Input::Stored { source: dense(x)?, k: inputs }];
     let mut products = Vec::with_capacity(hs.len() + ys.len());
@@ -46,16 +46,20 @@ fn run(x: &Tensor, parts: &[Part], want_y: bool) -> Result<(Vec<Tensor>, Vec<Opt
         let term = Term { input, b: Operand::transpose(dense(&adapter.a)?), scale: 1.0 };
         products.push(Product { n: adapter.a.shape().rows(), c: output(h)?, terms: vec![term], bias: None });
     }
-    for ((part, bias), y) in wanted.iter().zip(&biases).zip(&mut ys) {
+    let mut places = ys.iter_mut();
+    for (part, bias) in parts.iter().zip(&biases) {
         let mut terms = vec![Term { input: 0, b: Operand::transpose(weight(&part.weight)?), scale: 1.0 }];
         if let Some(adapter) = &part.adapter {
             let results = read.iter().filter(|input| matches!(input, Input::Result(_))).count();
             terms.push(Term { input: read.len(), b: Operand::transpose(dense(&adapter.b)?), scale: adapter.scale });
             read.push(Input::Result(results));
         }
-        products.push(Product { n: part.outputs(), c: output(y)?, terms, bias: bias.as_deref() });
+        let c = places.next().map_or(Ok(Output::F32(&mut [])), output)?;
+        products.push(Product { n: part.outputs(), c, terms, bias: bias.as_deref() });
     }
-    gemm_rows(rows, &read, products, precision(x.dtype()));
+    // Without y each h is still summed as beside it: so that a pass that runs again gives the same bits.
+    let first = if want_y { products.len() } else { hs_count };
+    gemm_rows_first(rows, &read, products, first, precision(x.dtype()));
     let mut hs = hs.into_iter();
     Ok((ys, parts.iter().map(|part| part.adapter.as_ref().and_then(|_| hs.next())).collect()))
 }

@@ -140,6 +140,25 @@ fn forward_is_the_formula_for_every_weight_format() {
     }
 }
 
+#[test]
+fn what_an_unread_forward_keeps_has_the_same_bits() {
+    // On the CPU products of so many values are done one by one, smaller ones together.
+    for (outputs, inputs) in [(2600, 2568), (200, 2568), (136, 200)] {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let weight = Weight::Dense(normal(1, dtype, [outputs, inputs]));
+            let [a, b] = [[8, inputs], [outputs, 8]].map(|shape| normal(2, dtype, shape));
+            let parts = [Part { weight, bias: None, adapter: Some(Adapter { a, b, scale: SCALE, dropout: None }) }];
+            let x = normal(3, dtype, [64, inputs]);
+            let (_, read) = forward(&x, &parts).unwrap();
+            let unread = forward_unread(&x, &parts).unwrap();
+            for (read, unread) in read.0.iter().flatten().zip(unread.0.iter().flatten()) {
+                assert!(wide(read) == wide(unread), "{outputs} x {inputs}, {dtype:?}");
+            }
+            assert_eq!(read.0.len(), unread.0.len());
+        }
+    }
+}
+
 /// What backward gives, in f64: dx, then dW, dbias, dA and dB of each part, added to `START`.
 struct Gradients<M> {
     dx: M,

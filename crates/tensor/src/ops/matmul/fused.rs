@@ -50,18 +50,32 @@ pub(crate) struct Product<'a> {
 
 /// All products, each of `m` rows. Inputs that are results come behind the stored ones.
 pub(crate) fn gemm_rows(m: usize, inputs: &[Input], products: Vec<Product>, precision: Precision) {
-    gemm_rows_with(Kernel::best(precision), m, inputs, products, precision);
+    let first = products.len();
+    gemm_rows_with(Kernel::best(precision), m, inputs, products, first, precision);
+}
+
+/// The `first` of them alone, which read stored inputs alone: each sum in the order that it has among all.
+pub(crate) fn gemm_rows_first(m: usize, inputs: &[Input], products: Vec<Product>, first: usize, precision: Precision) {
+    gemm_rows_with(Kernel::best(precision), m, inputs, products, first, precision);
 }
 
 /// [`gemm_rows`] on a given instruction set, where the products are done together.
-fn gemm_rows_with(kernel: Kernel, m: usize, inputs: &[Input], mut products: Vec<Product>, precision: Precision) {
+fn gemm_rows_with(kernel: Kernel, m: usize, inputs: &[Input], mut products: Vec<Product>, first: usize, precision: Precision) {
     let widths: Vec<usize> = products.iter().map(|product| product.n).collect();
     let early = inputs.iter().map(|input| if let Input::Result(j) = input { j + 1 } else { 0 }).max().unwrap_or(0);
-    let plan = Plan::new(kernel, inputs, &products, &widths);
+    let mut plan = Plan::new(kernel, inputs, &products, &widths);
     let whole = products.iter().zip(&plan.uses).all(|(product, uses)| product.n > 0 && !uses.is_empty());
-    if m < FEW_ROWS || plan.words > MOST_WORDS || !whole {
-        one_by_one(m, inputs, &mut products, early, &widths, precision);
+    let together = m >= FEW_ROWS && plan.words <= MOST_WORDS && whole;
+    let all = products.len();
+    products.truncate(first);
+    if !together {
+        one_by_one(m, inputs, &mut products, early.min(first), &widths, precision);
         return;
+    }
+    let stored = inputs.iter().take_while(|input| matches!(input, Input::Stored { .. })).count();
+    let (inputs, early) = if first < all { (&inputs[..stored], 0) } else { (inputs, early) };
+    if first < all {
+        plan = Plan::new(kernel, inputs, &products, &widths);
     }
     let threads = if m * plan.words > SERIAL_WORK { rayon::current_num_threads() } else { 1 };
     scratch::with(Role::B, plan.words, |b| {

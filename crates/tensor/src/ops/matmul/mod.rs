@@ -28,7 +28,7 @@ mod scratch;
 mod tests;
 mod tiles;
 
-pub(crate) use fused::{Input, Product, Term, gemm_rows};
+pub(crate) use fused::{Input, Product, Term, gemm_rows, gemm_rows_first};
 pub(crate) use outer::{Outer, add_outer};
 
 use half::{bf16, f16};

@@ -72,7 +72,10 @@ fn together_and_one_by_one_are_the_same_but_for_rounding() {
             // Sums of k products below 1; results of 16 bits, and operands rounded to them, by a unit in the last place.
             let unit = if precision == Precision::F32 { 1e-6 } else { 1.0 / 256.0 };
             for kernel in Kernel::available(precision) {
-                let found = layers.run(|inputs, products| gemm_rows_with(kernel, m, inputs, products, precision));
+                let found = layers.run(|inputs, products| {
+                    let all = products.len();
+                    gemm_rows_with(kernel, m, inputs, products, all, precision);
+                });
                 let narrow = found.len() - m * ns[1];
                 for (i, (x, y)) in found.iter().zip(&expected).enumerate() {
                     let unit = if i < narrow { unit } else { 1.0 / 128.0 };
