@@ -30,7 +30,7 @@ fn a_config_alone_is_planned_and_the_parts_add_up() {
     assert_eq!(names, ["QLoRA", "LoRA", "full"]);
     let modes = plan["methods"][0]["modes"].as_array().unwrap();
     // Measured on an H200, in GB.
-    for (mode, measured) in modes.iter().zip([43.5, 31.7, 9.8, 7.79]) {
+    for (mode, measured) in modes.iter().zip([36.27, 31.98, 10.04, 7.79]) {
         let peak = mode["peak"].as_u64().unwrap();
         assert!((peak as f64 / 1e9 / measured - 1.0).abs() < 0.05, "{mode}");
         let sum: u64 = mode["components"].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum();
