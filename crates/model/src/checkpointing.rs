@@ -11,7 +11,7 @@ const LINK_SHARE: f64 = 0.9;
 /// What is kept of the forward pass for the backward pass. Every choice gives bitwise the same gradients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Checkpointing {
-    /// Everything an op saves.
+    /// Everything an op saves; a gated unit's result only where its backward does not make it again at no cost.
     #[default]
     None,
     /// Outputs of matrix products and attention; norms and the gated activation are made again.
