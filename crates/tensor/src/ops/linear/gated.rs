@@ -80,7 +80,13 @@ pub fn backward_gated(
     if let (Device::Cuda(device), true) = (dy.device(), waits) {
         return cuda::backward_gated(device, dy, [gate, up], y, activation, saved, parts, &mut grads);
     }
-    let y = y.map_or_else(|| glu::forward(&gate, &up, activation), Ok)?;
+    let is_read = part.adapter.is_some() || grads.weight.is_some();
+    let y = match y {
+        Some(y) => y,
+        None if is_read => glu::forward(&gate, &up, activation)?,
+        // Anything of its sizes: for dx and the bias its values are not read.
+        None => gate.clone(),
+    };
     let dx = backward(dys, y, saved, parts, vec![grads], true)?;
     let dx = dx.ok_or(Error::Argument { op: "gated unit", argument: "dx", expected: "what was asked for", found: 0 })?;
     glu::backward(&dx, gate, up, activation)
