@@ -226,6 +226,7 @@ fn what_an_adapter_adds_below_the_last_place_is_rounded_with_the_sum_and_not_los
 /// What a gated unit between its layers gives: gate, up, y and a forward; dgate, dup, dA and dB backward.
 struct GatedMlp {
     rank: usize,
+    dtype: DType,
     parts: Vec<Part>,
     down: Part,
     x: Tensor,
@@ -238,19 +239,19 @@ const ADAPTERS: usize = 6;
 const GATED: Case = Case { tokens: 1000, inputs: 136, outputs: &[4048, 4048], rank: 0, dtype: DType::Bf16 };
 
 impl GatedMlp {
-    fn new(arena: &Arena, rank: usize) -> Self {
-        let Case { tokens, inputs, outputs, dtype, .. } = GATED;
-        let [mut down] = <[Part; 1]>::try_from(parts(arena, Self::down(rank))).unwrap();
+    fn new(arena: &Arena, rank: usize, dtype: DType) -> Self {
+        let Case { tokens, inputs, outputs, .. } = GATED;
+        let [mut down] = <[Part; 1]>::try_from(parts(arena, Self::down(rank, dtype))).unwrap();
         if let Some(adapter) = &mut down.adapter {
             adapter.a = normal(arena, 50, [rank, outputs[0]], 0.05, dtype);
         }
         let x = normed(arena, 20, [tokens, inputs], dtype, true);
-        let parts = parts(arena, Case { rank, ..GATED });
-        Self { rank, parts, down, x, dy: normed(arena, 30, [tokens, inputs], dtype, true) }
+        let parts = parts(arena, Case { rank, dtype, ..GATED });
+        Self { rank, dtype, parts, down, x, dy: normed(arena, 30, [tokens, inputs], dtype, true) }
     }
 
-    fn down(rank: usize) -> Case {
-        Case { inputs: GATED.outputs[0], outputs: &[136], rank, ..GATED }
+    fn down(rank: usize, dtype: DType) -> Case {
+        Case { inputs: GATED.outputs[0], outputs: &[136], rank, dtype, ..GATED }
     }
 
     /// By the layers and the unit in turn, or as one; with y made again in the backward pass, or kept.
@@ -268,9 +269,9 @@ impl GatedMlp {
         let (a, saved) = linear::forward(&y, down).unwrap();
         let mut values: Vec<Vec<f32>> = [&gate, &up, &y, &a[0]].map(|x| x.to_f32_vec().unwrap()).into();
         if !as_one {
-            let all = gradients(arena, Self::down(self.rank), std::slice::from_ref(&self.dy), &y, down, &saved);
+            let all = gradients(arena, Self::down(self.rank, self.dtype), std::slice::from_ref(&self.dy), &y, down, &saved);
             let dx = Tensor::from_slice(&Arena::new(Device::Cpu), &all[0], gate.shape()).unwrap();
-            let dx = dx.to_dtype(GATED.dtype).unwrap().to_arena(arena).unwrap();
+            let dx = dx.to_dtype(self.dtype).unwrap().to_arena(arena).unwrap();
             let (dgate, dup) = glu::backward(&dx, gate, up, activation).unwrap();
             values.extend([dgate.to_f32_vec().unwrap(), dup.to_f32_vec().unwrap()]);
             values.extend(all.into_iter().skip(1));
@@ -300,13 +301,13 @@ fn a_gated_unit_in_the_ends_of_its_products_is_the_unit_by_itself() {
         let served = linear::makes_gated_again(arena.device(), GATED.dtype, sizes, 16, glu::Activation::Silu);
         assert!(served || !made_for, "the kernels serve it");
     }
-    for rank in [8, 16, 32] {
-        let mlp = GatedMlp::new(&arena, rank);
+    for (rank, dtype) in [(8, DType::Bf16), (16, DType::Bf16), (32, DType::Bf16), (16, DType::F16)] {
+        let mlp = GatedMlp::new(&arena, rank, dtype);
         for activation in [glu::Activation::Silu, glu::Activation::GeluTanh, glu::Activation::Gelu] {
             let apart = mlp.run(&arena, false, false, activation);
             for again in [false, true] {
                 let found = mlp.run(&arena, true, again, activation);
-                let what = format!("rank {rank}, {activation:?}, y again {again}");
+                let what = format!("rank {rank}, {dtype:?}, {activation:?}, y again {again}");
                 // The library's sums for the adapters of higher ranks have no one order.
                 let (exact, close) = found.split_at(if rank <= 16 { found.len() } else { ADAPTERS });
                 for (i, (found, apart)) in exact.iter().zip(&apart).enumerate() {
@@ -316,7 +317,7 @@ fn a_gated_unit_in_the_ends_of_its_products_is_the_unit_by_itself() {
             }
         }
         let (found, host) = (mlp.run(&arena, true, true, glu::Activation::Silu), Arena::new(Device::Cpu));
-        let expected = GatedMlp::new(&host, rank).run(&host, true, true, glu::Activation::Silu);
+        let expected = GatedMlp::new(&host, rank, dtype).run(&host, true, true, glu::Activation::Silu);
         assert_close(&found, &expected, "a gated unit, beside the host's");
     }
 }

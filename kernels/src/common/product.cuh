@@ -87,6 +87,14 @@ __device__ __forceinline__ void bring(const Buffers &buffers, Tiles tiles, const
         }
 }
 
+// Where a lane's row of the matrices of sixteen tokens from 16 g on lies in a box of 64 tokens x 64 columns, for
+// store_matrices_transposed of four words of a chunk.
+__device__ __forceinline__ u32 place_in_box(u32 g) {
+    const u32 warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const u32 token = g * 16 + lane / 16 * 8 + lane % 8, pack = warp * 2 + lane / 8 % 2;
+    return token * 128 + (pack ^ token % 8) * 16;
+}
+
 // A tile's sums, rounded, on their way from a warpgroup's registers to memory: pairs of tokens of a column of this thread and of the
 // eighth after it. They leave in chunks of 64 tokens, always the first of what is there.
 template <typename T>
@@ -106,15 +114,16 @@ struct Rounded {
         for (u32 i = WORDS; i < TILE_M / 4; i++) pair[i - WORDS] = pair[i];
         m += 64;
     }
+    // The first chunk to a box of 64 tokens x 64 columns, for the copy engine.
+    __device__ __forceinline__ void put(u32 box) const {
+#pragma unroll
+        for (u32 g = 0; g < 4; g++) {
+            const u32 *x = pair + g * 4;
+            store_matrices_transposed(box + place_in_box(g), x[0], x[1], x[2], x[3]);
+        }
+        fence_async();
+    }
 };
-
-// Where a lane's row of the matrices of sixteen tokens from 16 g on lies in a box of 64 tokens x 64 columns, for
-// store_matrices_transposed of four words of a chunk.
-__device__ __forceinline__ u32 place_in_box(u32 g) {
-    const u32 warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const u32 token = g * 16 + lane / 16 * 8 + lane % 8, pack = warp * 2 + lane / 8 % 2;
-    return token * 128 + (pack ^ token % 8) * 16;
-}
 
 // All of a warpgroup.
 __device__ __forceinline__ void group_sync() { barrier_sync(1 + threadIdx.x / 128, 128); }
@@ -132,12 +141,7 @@ struct Plain : Rounded<T> {
         const u32 box = buffers.out() + chunk % 2 * OUT_BYTES;
         if (leads_group()) bulk_wait_read<1>();
         group_sync();
-#pragma unroll
-        for (u32 g = 0; g < 4; g++) {
-            const u32 *x = this->pair + g * 4;
-            store_matrices_transposed(box + place_in_box(g), x[0], x[1], x[2], x[3]);
-        }
-        fence_async();
+        this->put(box);
         group_sync();
         if (leads_group()) {
             tma_store(y, box, this->n + threadIdx.x / 128 * 64, 0, this->m);

@@ -105,12 +105,7 @@ struct GatedGradients : Rounded<T> {
     __device__ __forceinline__ void leave_again(u32 box) const {
         if (leads_group()) bulk_wait_read();
         group_sync();
-#pragma unroll
-        for (u32 g = 0; g < 4; g++) {
-            const u32 *x = this->pair + g * 4;
-            store_matrices_transposed(box + place_in_box(g), x[0], x[1], x[2], x[3]);
-        }
-        fence_async();
+        this->put(box);
         group_sync();
         if (leads_group()) {
             tma_store(y, box, column(), 0, this->m);

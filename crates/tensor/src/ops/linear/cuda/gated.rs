@@ -34,9 +34,12 @@ pub(in super::super) fn forward_gated(
         return Ok(None);
     }
     let call = Call::new(device, x, parts)?;
-    let Some(h) = call.narrow()?.filter(|_| call.serves_gated()) else { return Ok(None) };
+    if !call.serves_gated() {
+        return Ok(None);
+    }
+    let Some(h) = call.narrow()? else { return Ok(None) };
     let beside = call.beside(&h)?;
-    let [gate, up] = <[Tensor; 2]>::try_from(call.outputs(room)?).unwrap_or_else(|_| unreachable!("served two parts"));
+    let Ok([gate, up]) = <[Tensor; 2]>::try_from(call.outputs(room)?) else { return Ok(None) };
     let y = Tensor::with_room(&call.arena, call.dtype, gate.shape(), room)?;
     let weight = call.weights_beside(0..2)?;
     let unit = GatedUnit { activation, gate: rows(&gate)?, up: rows(&up)? };
