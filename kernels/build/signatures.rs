@@ -78,6 +78,7 @@ fn argument(text: &str) -> Result<Argument, String> {
         [to, "*"] if element(to).is_some() => Ok(argument("Pointer", true, element(to))),
         ["const", to, "*"] | [to, "const", "*"] if element(to).is_some() => Ok(argument("Pointer", false, element(to))),
         ["const", "__grid_constant__", "TensorMap"] => value("TensorMap"),
+        ["const", "__grid_constant__", "Share"] => value("Share"),
         ["const", "__grid_constant__", "Widen"] => value("Widen"),
         ["u32"] | ["const", "u32"] => value("U32"),
         ["i32"] | ["const", "i32"] => value("I32"),

@@ -53,6 +53,8 @@ pub enum ArgKind {
     F32,
     /// A `CUtensorMap` by value: 128 bytes, aligned to 64.
     TensorMap,
+    /// A `Share` of `common/product.cuh` by value.
+    Share,
     /// A `Widen` of `common/widen.cuh` by value.
     Widen,
 }

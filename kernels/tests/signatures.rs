@@ -26,8 +26,8 @@ fn arguments_are_read_as_they_are_written() {
     let source = "extern \"C\" __global__ void __launch_bounds__(256, 2) f_fwd_bf16(\n    bf16 *__restrict__ y, const bf16 *x, // input\n    float const* w, u32 rows, i32 a, const u64 b, i64 c, /* scale, */ float s) {\n}";
     let expected = "&y:Pointerbf16 x:Pointerbf16 w:Pointerfloat rows:U32 a:I32 b:U64 c:I64 s:F32";
     assert_eq!(args(source).unwrap(), expected);
-    let source = "extern \"C\" __global__ __cluster_dims__(2, 1, 1) void __launch_bounds__(N * (1 + 1)) f_sm90(const __grid_constant__ TensorMap map, const __grid_constant__ Widen job) {";
-    assert_eq!(args(source).unwrap(), "map:TensorMap job:Widen");
+    let source = "extern \"C\" __global__ __cluster_dims__(2, 1, 1) void __launch_bounds__(N * (1 + 1)) f_sm90(const __grid_constant__ TensorMap map, const __grid_constant__ Share share, const __grid_constant__ Widen job) {";
+    assert_eq!(args(source).unwrap(), "map:TensorMap share:Share job:Widen");
     assert_eq!(args("extern \"C\" __global__ void f_x() {}").unwrap(), "");
 }
 

@@ -1,13 +1,17 @@
 // Products of many rows x [m, k] for Hopper, with the weights of a layer as they lie (`Lies`): y [m, n] = x wᵀ forward, y = x w backward.
 //
 // Tiles are made as wᵀ's rows times x's: 64 columns of y are the 64 rows of an instruction, tokens its 256 columns (the other way
-// round takes 2 % more energy for the same sums, and a large product is as fast as the power that a card may draw). Clusters of two
-// blocks take tiles of 256 columns x 256 tokens in turn: each block 128 columns, all tokens. One thread of a block has the copy engine
-// bring steps of 64 in k through a ring of buffers: its columns of w, and half of the tokens to both blocks. Two warpgroups multiply;
-// what becomes of their sums (the ends: `Plain`, those of product_gated.cuh) is done beside the first steps of their next tile. The warps beside the copying thread widen the
-// weight of a product to come (common/widen.cuh).
+// round takes 2 % more energy for the same sums, and a large product is as fast as the power that a card may draw). A block's tile has
+// 128 columns and 256 tokens; the blocks of a cluster lie beside each other (`Cluster`), those with the same columns bring their part
+// of w to each other, those with the same tokens of x, since what comes from the second-level cache takes 15 % of a product's energy.
+// One thread of a block has the copy engine bring steps of 64 in k through a ring of buffers. Two warpgroups multiply; what becomes of
+// their sums (the ends: `Plain`, those of product_gated.cuh) is done beside the first steps of their next tile. The warps beside the
+// copying thread widen the weight of a product to come (common/widen.cuh).
 //
-// Launch: block 384, any even grid, dynamic shared memory PRODUCT_BYTES.
+// A launch makes a share of a result (`Share`): all of it, or of two launches that run side by side the one makes most by clusters of
+// eight, and the other the rest by clusters of two, on the multiprocessors that no cluster of eight finds room on.
+//
+// Launch: block 384, any grid of whole clusters, dynamic shared memory PRODUCT_BYTES.
 #pragma once
 
 #include "common/cluster.cuh"
@@ -18,8 +22,8 @@
 #include "common/wgmma.cuh"
 #include "common/widen.cuh"
 
-// Columns of y and tokens of a block's tile; steps of k in a buffer; buffers; tiles along n that are taken together.
-constexpr u32 TILE_N = 128, TILE_M = 256, DEPTH = 64, STAGES = 4, BAND = 8;
+// Columns of y and tokens of a block's tile; steps of k in a buffer; buffers; columns of tiles that are taken together.
+constexpr u32 TILE_N = 128, TILE_M = 256, DEPTH = 64, STAGES = 4, BAND = 2048;
 constexpr u32 W_BYTES = TILE_N * DEPTH * 2, X_BYTES = TILE_M * DEPTH * 2, STAGE_BYTES = W_BYTES + X_BYTES;
 // 64 x 64 results on their way to memory, two a warpgroup.
 constexpr u32 OUT_BYTES = 64 * 64 * 2, OUT_AT = STAGES * STAGE_BYTES, BARRIERS_AT = OUT_AT + 4 * OUT_BYTES;
@@ -32,22 +36,71 @@ constexpr u32 WORKERS = 3;
 // of the one and 8 of the other in turn.
 enum class Lies { ROWS, TURNED, PAIRED };
 
-// The tiles of a cluster, one after another: bands of BAND along n, token by token, there and back, so that a band begins with tokens
+// How the blocks of a cluster lie: N beside each other along the columns of y, and M along its tokens.
+template <u32 N, u32 M>
+struct Cluster {
+    static_assert(M <= 2, "one block at most has the same columns");
+    // Blocks, and those that bring something to a block, itself among them.
+    static constexpr u32 SIZE = N * M, MATES = N + M - 1, COLUMNS = N * TILE_N, TOKENS = M * TILE_M;
+
+    static __device__ __forceinline__ u32 n() { return cluster_rank() % N; }
+    static __device__ __forceinline__ u32 m() { return cluster_rank() / N; }
+    // The blocks with the same tokens, and with the same columns, as bits.
+    static __device__ __forceinline__ u32 with_tokens() { return ((1u << N) - 1) << (m() * N); }
+    static __device__ __forceinline__ u32 with_columns() { return (M == 2 ? 1u | 1u << N : 1u) << n(); }
+    // The mates one after another, first those with the same tokens.
+    static __device__ __forceinline__ u32 mate(u32 i) { return i < N ? m() * N + i : n() + (m() + 1) % M * N; }
+};
+using Two = Cluster<2, 1>;
+using Eight = Cluster<4, 2>;
+
+// What a launch makes of a result: tokens m up to m_end, columns n up to n_end. m is a multiple of the tiles' tokens, n of their
+// columns. Of two launches that share a result the first leads, and the second follows: it begins when all blocks of the first have
+// begun, and reads what launches before the first have written when the first has waited for them (`meeting`: that it has, and how many
+// blocks have seen it; zero between launches).
+struct Share {
+    static constexpr u32 ALONE = 0, LEADS = 1, FOLLOWS = 2;
+    u32 *meeting;
+    u32 m, m_end, n, n_end, role;
+
+    __device__ __forceinline__ void begin() const {
+        launch_dependents();
+        if (role == FOLLOWS) {
+            if (threadIdx.x == 0) {
+                while (load_acquire(meeting) == 0) {}
+                if (atomicAdd(meeting + 1, 1u) + 1 == gridDim.x) atomicExch(meeting + 1, 0u), atomicExch(meeting, 0u);
+            }
+            __syncthreads();
+        } else {
+            wait_for_launches();
+            if (role == LEADS && blockIdx.x == 0 && threadIdx.x == 0) store_release(meeting, 1);
+        }
+    }
+    // The end of the second is the end of both.
+    __device__ __forceinline__ void end() const {
+        if (role == FOLLOWS) wait_for_launches();
+    }
+};
+
+// The tiles of a cluster, one after another: bands of BAND columns, token by token, there and back, so that a band begins with tokens
 // that the second-level cache still has.
+template <typename C>
 struct Tiles {
-    const u32 &m_size, &n_size;
+    const Share &share;
     u32 next, m, n;
 
-    __device__ __forceinline__ Tiles(const u32 &m_size, const u32 &n_size) : m_size(m_size), n_size(n_size), next(blockIdx.x / 2) {}
+    __device__ __forceinline__ explicit Tiles(const Share &share) : share(share), next(blockIdx.x / C::SIZE) {}
 
     // The first token and column of the next tile's share of this block; false after the last.
     __device__ __forceinline__ bool take() {
-        const u32 high = (n_size + 2 * TILE_N - 1) / (2 * TILE_N), wide = (m_size + TILE_M - 1) / TILE_M;
+        constexpr u32 ROWS = BAND / C::COLUMNS;
+        const u32 high = (share.n_end - share.n + C::COLUMNS - 1) / C::COLUMNS, wide = (share.m_end - share.m + C::TOKENS - 1) / C::TOKENS;
         if (next >= high * wide) return false;
-        const u32 band = next / (BAND * wide), rows = min(BAND, high - band * BAND), rest = next - band * BAND * wide;
+        const u32 band = next / (ROWS * wide), rows = min(ROWS, high - band * ROWS), rest = next - band * ROWS * wide;
         const u32 at = band % 2 ? wide - 1 - rest / rows : rest / rows;
-        n = ((band * BAND + rest % rows) * 2 + cluster_rank()) * TILE_N, m = at * TILE_M;
-        next += gridDim.x / 2;
+        n = share.n + (band * ROWS + rest % rows) * C::COLUMNS + C::n() * TILE_N;
+        m = share.m + at * C::TOKENS + C::m() * TILE_M;
+        next += gridDim.x / C::SIZE;
         return true;
     }
 };
@@ -65,25 +118,27 @@ struct Buffers {
     __device__ __forceinline__ u32 extra() const { return base + BARRIERS_AT + (2 * STAGES + threadIdx.x / 128) * 8; }
 };
 
-// All steps of all tiles; one thread.
-template <Lies LIES>
-__device__ __forceinline__ void bring(const Buffers &buffers, Tiles tiles, const TensorMap &x, const TensorMap &w, u32 k) {
-    const u32 rank = cluster_rank();
+// All steps of all tiles; one thread. Each block with the same columns brings its share of them to all, and each with the same tokens.
+template <Lies LIES, u32 N, u32 M>
+__device__ __forceinline__ void bring(const Buffers &buffers, Tiles<Cluster<N, M>> tiles, const TensorMap &x, const TensorMap &w, u32 k) {
+    using C = Cluster<N, M>;
+    const u32 with_tokens = C::with_tokens(), with_columns = C::with_columns(), from_n = C::n(), from_m = C::m();
     Ring<STAGES> ring;
     while (tiles.take())
         for (u32 at = 0; at < k; at += DEPTH, ring.next()) {
-            const u32 barrier = buffers.full(ring.index), to = buffers.w(ring.index);
+            const u32 barrier = buffers.full(ring.index), to = buffers.w(ring.index) + from_m * (W_BYTES / M);
             mbarrier_wait(buffers.empty(ring.index), ring.parity ^ 1);
             mbarrier_expect(barrier, STAGE_BYTES);
             if constexpr (LIES == Lies::PAIRED) {
-                tma_load4(to, w, barrier, at, 0, 0, tiles.n / 16);
+                tma_load4<M>(to, w, barrier, at, 0, 0, tiles.n / 16 + from_m * (TILE_N / 16 / M), with_columns);
             } else if constexpr (LIES == Lies::TURNED) {
-                tma_load(to, w, barrier, tiles.n, 0, at);
-                tma_load(to + W_BYTES / 2, w, barrier, tiles.n + 64, 0, at);
+#pragma unroll
+                for (u32 i = 0; i < 2 / M; i++)
+                    tma_load<M>(to + i * (W_BYTES / 2), w, barrier, tiles.n + (from_m + i) * 64, 0, at, with_columns);
             } else {
-                tma_load(to, w, barrier, at, 0, tiles.n);
+                tma_load<M>(to, w, barrier, at, 0, tiles.n + from_m * (TILE_N / M), with_columns);
             }
-            tma_load_both(buffers.x(ring.index) + rank * (X_BYTES / 2), x, barrier, at, 0, tiles.m + rank * (TILE_M / 2));
+            tma_load<N>(buffers.x(ring.index) + from_n * (X_BYTES / N), x, barrier, at, 0, tiles.m + from_n * (TILE_M / N), with_tokens);
         }
 }
 
@@ -104,7 +159,8 @@ struct Rounded {
     u32 pair[TILE_M / 4], m, n;
     bool waiting = false;
 
-    __device__ __forceinline__ void take(const float (&c)[TILE_M / 2], const Tiles &tiles) {
+    template <typename C>
+    __device__ __forceinline__ void take(const float (&c)[TILE_M / 2], const Tiles<C> &tiles) {
 #pragma unroll
         for (u32 i = 0; i < TILE_M / 4; i++) pair[i] = pack2<T>(c[2 * i], c[2 * i + 1]);
         m = tiles.m, n = tiles.n, waiting = true;
@@ -151,11 +207,14 @@ struct Plain : Rounded<T> {
 };
 
 // The sums of a warpgroup's tiles, from the buffers.
-template <typename T, Lies LIES>
+template <typename T, Lies LIES, typename C>
 struct Multiplier {
     const Buffers &buffers;
+    const u32 mate = C::mate(threadIdx.x % 32);  // whom this lane tells of an empty buffer, of the first lanes
     Ring<STAGES> ring;
-    u32 before;  // the buffer of the step before
+    u32 before = 0;  // the buffer of the step before
+
+    __device__ __forceinline__ explicit Multiplier(const Buffers &buffers) : buffers(buffers) {}
 
     // A tile, and the ends of the tile before it beside the first steps.
     template <typename E>
@@ -181,7 +240,7 @@ struct Multiplier {
     }
 
     __device__ __forceinline__ void release() const {
-        if (threadIdx.x % 32 < 2) mbarrier_arrive_at(buffers.empty(before), threadIdx.x % 32);
+        if (threadIdx.x % 32 < C::MATES) mbarrier_arrive_at(buffers.empty(before), mate);
     }
 
     // `deep` products of 16 in k, left under way; those of the step before are done.
@@ -218,20 +277,20 @@ struct Ahead {
     }
 };
 
-template <typename T, Lies LIES, typename E>
-__device__ __forceinline__ void product(E &ends, const TensorMap &x, const TensorMap &w, u32 m, u32 n, u32 k, const Ahead<T> &ahead) {
+template <typename T, Lies LIES, typename C, typename E>
+__device__ __forceinline__ void product(E &ends, const TensorMap &x, const TensorMap &w, const Share &share, u32 k, const Ahead<T> &ahead) {
     extern __shared__ __align__(1024) u8 memory[];
     const Buffers buffers = {shared_address(memory)};
     if (threadIdx.x == 0) {
         tma_prefetch(x), tma_prefetch(w);
-        for (u32 i = 0; i < STAGES; i++) mbarrier_init(buffers.full(i), 1), mbarrier_init(buffers.empty(i), 16);
+        for (u32 i = 0; i < STAGES; i++) mbarrier_init(buffers.full(i), 1), mbarrier_init(buffers.empty(i), 8 * C::MATES);
         for (u32 i = 0; i < 2; i++) mbarrier_init(buffers.extra() + i * 8, 1);
         mbarrier_init_fence();
     }
     __syncwarp();
     cluster_sync();
-    begin_early();
-    Tiles tiles(m, n);
+    share.begin();
+    Tiles<C> tiles(share);
     if (threadIdx.x >= 256) {
         registers_fewer<72>();
         if (threadIdx.x == 256) {
@@ -241,7 +300,7 @@ __device__ __forceinline__ void product(E &ends, const TensorMap &x, const Tenso
         }
     } else {
         registers_more<216>();
-        Multiplier<T, LIES> multiplier = {buffers, {}, 0};
+        Multiplier<T, LIES, C> multiplier(buffers);
         float c[TILE_M / 2];
         while (tiles.take()) {
             multiplier.run(c, k, ends);
@@ -257,4 +316,5 @@ __device__ __forceinline__ void product(E &ends, const TensorMap &x, const Tenso
     }
     __syncwarp();
     cluster_sync();
+    share.end();
 }

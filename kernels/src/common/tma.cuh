@@ -29,12 +29,29 @@ __device__ __forceinline__ void tma_load4(u32 dst, const TensorMap &map, u32 bar
                  : "memory");
 }
 
-// A box of three sizes to this place in both blocks of a cluster of two; its bytes count on the barrier of each.
-__device__ __forceinline__ void tma_load_both(u32 dst, const TensorMap &map, u32 barrier, u32 x, u32 y, u32 z) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
-                 "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(u16(3))
-                 : "memory");
+// The same to this place in COUNT blocks of a cluster, the bits of `blocks`; the bytes count on the barrier of each.
+template <u32 COUNT>
+__device__ __forceinline__ void tma_load(u32 dst, const TensorMap &map, u32 barrier, u32 x, u32 y, u32 z, u32 blocks) {
+    if constexpr (COUNT == 1) {
+        tma_load(dst, map, barrier, x, y, z);
+    } else {
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                     "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+                     "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "h"(u16(blocks))
+                     : "memory");
+    }
+}
+
+template <u32 COUNT>
+__device__ __forceinline__ void tma_load4(u32 dst, const TensorMap &map, u32 barrier, u32 x, u32 y, u32 z, u32 w, u32 blocks) {
+    if constexpr (COUNT == 1) {
+        tma_load4(dst, map, barrier, x, y, z, w);
+    } else {
+        asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                     "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(dst),
+                     "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(w), "h"(u16(blocks))
+                     : "memory");
+    }
 }
 
 // A box from shared memory to (x, y, z).

@@ -79,6 +79,8 @@ pub(super) struct Gpu {
     pub(super) charges: Charges,
     /// Bytes in a second over the host link, once timed.
     pub(super) link: OnceLock<f64>,
+    /// Clusters of eight blocks of a product that run at once, once asked.
+    pub(super) eights: OnceLock<usize>,
     /// Of a device that only counts.
     pub(super) dry: Option<Dry>,
 }
@@ -422,6 +424,7 @@ impl Gpu {
             profile: Mutex::default(),
             charges: Charges::default(),
             link: OnceLock::new(),
+            eights: OnceLock::new(),
             dry,
         }
     }

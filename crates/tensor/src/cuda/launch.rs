@@ -10,6 +10,7 @@ use super::{
     driver::check,
     matmul::Matrix,
     order::Order,
+    product::Share,
     widen::Widen,
 };
 use crate::{DType, Device, Error, Owner, Result, Tensor, TensorMut};
@@ -61,6 +62,8 @@ pub(crate) enum Arg {
     F32(f32),
     /// A box of a tensor that the copy engine moves.
     Map(TensorMap),
+    /// What a launch makes of a product.
+    Share(Share),
     /// Weights to widen.
     Widen(Widen),
 }
@@ -106,6 +109,7 @@ impl Arg {
             Self::U64(_) => ArgKind::U64,
             Self::F32(_) => ArgKind::F32,
             Self::Map(_) => ArgKind::TensorMap,
+            Self::Share(_) => ArgKind::Share,
             Self::Widen(_) => ArgKind::Widen,
         }
     }
@@ -116,6 +120,7 @@ impl Arg {
             Self::Pointer(value) | Self::U64(value) => std::ptr::from_ref(value).cast(),
             Self::U32(value) => std::ptr::from_ref(value).cast(),
             Self::Map(value) => std::ptr::from_ref(value).cast(),
+            Self::Share(value) => std::ptr::from_ref(value).cast(),
             Self::Widen(value) => std::ptr::from_ref(value).cast(),
             Self::F32(value) => std::ptr::from_ref(value).cast(),
         }
@@ -159,10 +164,17 @@ impl TensorMap {
     }
 
     /// Of a 16-bit matrix whose rows are those of two matrices of `rows` (a multiple of 8) one below the other: boxes of 64 columns of
-    /// 64 rows of each, 8 of the one and 8 of the other in turn.
-    pub(crate) fn paired(device: CudaDevice, matrix: Matrix, [rows, cols]: [usize; 2], dtype: DType) -> Result<Self> {
+    /// `box_rows`, 8 of the one and 8 of the other in turn.
+    pub(crate) fn paired(
+        device: CudaDevice,
+        matrix: Matrix,
+        [rows, cols]: [usize; 2],
+        dtype: DType,
+        box_rows: u32,
+    ) -> Result<Self> {
         let (pitch, dims) = (2 * matrix.ld as u64, [cols as u64, 8, 2, rows as u64 / 8]);
-        Self::encode(matrix.address, dtype, &dims, &[pitch, rows as u64 * pitch, 8 * pitch], &[64, 8, 2, 8], device.is_dry())
+        let strides = [pitch, rows as u64 * pitch, 8 * pitch];
+        Self::encode(matrix.address, dtype, &dims, &strides, &[64, 8, 2, box_rows / 16], device.is_dry())
     }
 
     /// Boxes of a tensor of as many sizes as `dims`, `strides` bytes apart from the second on, their rows swizzled; nothing of a dry
@@ -220,6 +232,39 @@ fn signature(name: &str) -> Result<&'static Kernel> {
     nibble_kernels::kernel(name).ok_or_else(missing)
 }
 
+fn config(stream: sys::CUstream, grid: Grid) -> sys::CUlaunchConfig {
+    sys::CUlaunchConfig {
+        gridDimX: grid.blocks[0],
+        gridDimY: grid.blocks[1],
+        gridDimZ: grid.blocks[2],
+        blockDimX: grid.threads[0],
+        blockDimY: grid.threads[1],
+        blockDimZ: 1,
+        sharedMemBytes: grid.shared,
+        hStream: stream,
+        attrs: std::ptr::null_mut(),
+        numAttrs: 0,
+    }
+}
+
+/// Adds a kernel to the stream; with `overlap` it may begin before the end of the one before it.
+fn enqueue(stream: sys::CUstream, overlap: bool, name: &str, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
+    let mut values: Vec<*mut std::ffi::c_void> = args.iter().map(|arg| arg.value().cast_mut()).collect();
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    };
+    let config = sys::CUlaunchConfig { attrs: &raw mut attribute, numAttrs: overlap.into(), ..config(stream, grid) };
+    // SAFETY: the handle is of a module that is never unloaded; the values have the kinds of its signature; they, configuration and
+    // attribute live until the driver has copied them, before it returns.
+    let status = unsafe { sys::cuLaunchKernelEx(&raw const config, function.handle, values.as_mut_ptr(), std::ptr::null_mut()) };
+    match status {
+        sys::CUresult::CUDA_SUCCESS => Ok(()),
+        failed => Err(Error::Kernel { kernel: name.into(), reason: super::driver::describe(failed) }),
+    }
+}
+
 fn expect_args(name: &str, kernel: &Kernel, args: &[Arg]) -> Result<()> {
     if args.iter().map(|arg| arg.kind()).eq(kernel.args.iter().map(|arg| arg.kind)) {
         return Ok(());
@@ -248,6 +293,30 @@ impl CudaDevice {
         self.launch_in(Order::Early, name, grid, args)
     }
 
+    /// Adds two kernels as [`Self::launch_early`] does the first of them; the second begins when all blocks of the first have begun, and
+    /// nothing comes between them.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub(crate) fn launch_beside(self, [(name, grid, args), second]: [(&str, Grid, &[Arg]); 2]) -> Result<()> {
+        if self.is_dry() {
+            expect_args(name, signature(name)?, args)?;
+            return expect_args(second.0, signature(second.0)?, second.2);
+        }
+        self.bind()?;
+        let functions =
+            [self.function_for(name, grid, args, Order::Early)?, self.function_for(second.0, second.1, second.2, Order::Early)?];
+        self.timed(
+            || name.to_owned(),
+            || {
+                let entered = self.gpu().queue.enter(Order::Early);
+                let overlap = entered.before == Order::Early && self.overlaps();
+                enqueue(entered.stream, overlap, name, functions[0], grid, args)?;
+                enqueue(entered.stream, true, second.0, functions[1], second.1, second.2)
+            },
+        )
+    }
+
     fn launch_in(self, order: Order, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
         if grid.blocks.contains(&0) {
             return Ok(());
@@ -256,46 +325,41 @@ impl CudaDevice {
             return expect_args(name, signature(name)?, args);
         }
         self.bind()?;
+        let function = self.function_for(name, grid, args, order)?;
+        let launch = || {
+            let entered = self.gpu().queue.enter(order);
+            let overlap = (entered.before, order) == (Order::Early, Order::Early) && self.overlaps();
+            enqueue(entered.stream, overlap, name, function, grid, args)
+        };
+        self.timed(|| name.to_owned(), launch)
+    }
+
+    fn function_for(self, name: &str, grid: Grid, args: &[Arg], order: Order) -> Result<Function> {
         let function = self.function(name, grid.shared, order)?;
         expect_args(name, function.kernel, args)?;
-        self.timed(|| name.to_owned(), || self.launch_checked(order, name, function, grid, args))
+        Ok(function)
     }
 
-    fn launch_checked(self, order: Order, name: &str, function: Function, grid: Grid, args: &[Arg]) -> Result<()> {
-        let mut values: Vec<*mut std::ffi::c_void> = args.iter().map(|arg| arg.value().cast_mut()).collect();
-        let entered = self.gpu().queue.enter(order);
-        let overlap = (entered.before, order) == (Order::Early, Order::Early) && self.overlaps();
-        let mut attribute = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
-        };
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks[0],
-            gridDimY: grid.blocks[1],
-            gridDimZ: grid.blocks[2],
-            blockDimX: grid.threads[0],
-            blockDimY: grid.threads[1],
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared,
-            hStream: entered.stream,
-            attrs: &raw mut attribute,
-            numAttrs: overlap.into(),
-        };
-        // SAFETY: the handle is of a module that is never unloaded; the values have the kinds of its signature; they, configuration
-        // and attribute live until the driver has copied them, before it returns.
-        let status =
-            unsafe { sys::cuLaunchKernelEx(&raw const config, function.handle, values.as_mut_ptr(), std::ptr::null_mut()) };
-        match status {
-            sys::CUresult::CUDA_SUCCESS => Ok(()),
-            failed => Err(Error::Kernel { kernel: name.into(), reason: super::driver::describe(failed) }),
-        }
+    /// How many clusters of a kernel whose blocks come in clusters the device runs at once.
+    pub(super) fn clusters_at_once(self, name: &str, grid: Grid) -> Result<usize> {
+        self.bind()?;
+        let function = self.function(name, grid.shared, Order::Strict)?;
+        let (config, mut count) = (config(std::ptr::null_mut(), grid), 0);
+        // SAFETY: the handle is of a module that is never unloaded; both others outlive the call.
+        check("cuOccupancyMaxActiveClusters", unsafe {
+            sys::cuOccupancyMaxActiveClusters(&raw mut count, function.handle, &raw const config)
+        })?;
+        Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// Whether launches may overlap: from Hopper on, and captured in graphs too from CUDA 12.3 on. While kernels are timed each
-    /// runs alone.
+    /// Whether launches may overlap. While kernels are timed each runs alone.
     fn overlaps(self) -> bool {
-        self.info().capability.major >= 9 && self.info().driver >= 12030 && !self.is_profiling()
+        self.can_overlap() && !self.is_profiling()
+    }
+
+    /// Whether the device can overlap launches: from Hopper on, and captured in graphs too from CUDA 12.3 on.
+    pub(super) fn can_overlap(self) -> bool {
+        self.info().capability.major >= 9 && self.info().driver >= 12030
     }
 
     /// Whether there is a kernel of that name for this device.
