@@ -44,8 +44,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_f16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                     const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                     const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                    const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, f16 *ahead,
-                                    const __grid_constant__ Widen job) {
+                                    const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again,
+                                    f16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<f16, SILU> ends(dgate, dup, y, gate, up, again);
     product<f16, Lies::TURNED, Two>(ends, x, w, share, k, {ahead, job});
 }
@@ -53,8 +53,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, f16 *ahead,
-                                     const __grid_constant__ Widen job) {
+                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                     f16 *ahead, const __grid_constant__ Widen job) {
     Gated<f16, GELU_TANH> ends(gate, up, y);
     product<f16, Lies::PAIRED, Two>(ends, x, w, share, k, {ahead, job});
 }
@@ -63,8 +63,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                          const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                          const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                         const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, f16 *ahead,
-                                         const __grid_constant__ Widen job) {
+                                         const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                         u32 again, f16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<f16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
     product<f16, Lies::TURNED, Two>(ends, x, w, share, k, {ahead, job});
 }
@@ -82,8 +82,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_bf16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                      const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, bf16 *ahead,
-                                     const __grid_constant__ Widen job) {
+                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again,
+                                     bf16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<bf16, SILU> ends(dgate, dup, y, gate, up, again);
     product<bf16, Lies::TURNED, Two>(ends, x, w, share, k, {ahead, job});
 }
@@ -91,8 +91,8 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
 extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
                                       const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                      const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, bf16 *ahead,
-                                      const __grid_constant__ Widen job) {
+                                      const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                      bf16 *ahead, const __grid_constant__ Widen job) {
     Gated<bf16, GELU_TANH> ends(gate, up, y);
     product<bf16, Lies::PAIRED, Two>(ends, x, w, share, k, {ahead, job});
 }
@@ -101,84 +101,84 @@ extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
                                           const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
                                           const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                          const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, bf16 *ahead,
-                                          const __grid_constant__ Widen job) {
+                                          const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                          u32 again, bf16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<bf16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
     product<bf16, Lies::TURNED, Two>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_oct_sm90_f16_silu(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
-                                const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, f16 *ahead,
-                                const __grid_constant__ Widen job) {
+                                    const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
+                                    const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, f16 *ahead,
+                                    const __grid_constant__ Widen job) {
     Gated<f16, SILU> ends(gate, up, y);
     product<f16, Lies::PAIRED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_oct_sm90_f16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
-                                    const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
-                                    const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                    const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, f16 *ahead,
-                                    const __grid_constant__ Widen job) {
+                                        const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
+                                        const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
+                                        const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                        u32 again, f16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<f16, SILU> ends(dgate, dup, y, gate, up, again);
     product<f16, Lies::TURNED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_oct_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
-                                     const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, f16 *ahead,
-                                     const __grid_constant__ Widen job) {
+                                         const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
+                                         const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                         f16 *ahead, const __grid_constant__ Widen job) {
     Gated<f16, GELU_TANH> ends(gate, up, y);
     product<f16, Lies::PAIRED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_oct_sm90_f16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
-                                         const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
-                                         const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                         const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, f16 *ahead,
-                                         const __grid_constant__ Widen job) {
+                                             const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
+                                             const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
+                                             const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                             u32 again, f16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<f16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
     product<f16, Lies::TURNED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_oct_sm90_bf16_silu(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
-                                 const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                 const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, bf16 *ahead,
-                                 const __grid_constant__ Widen job) {
+                                     const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
+                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                     bf16 *ahead, const __grid_constant__ Widen job) {
     Gated<bf16, SILU> ends(gate, up, y);
     product<bf16, Lies::PAIRED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_oct_sm90_bf16_silu(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
-                                     const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
-                                     const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                     const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, bf16 *ahead,
-                                     const __grid_constant__ Widen job) {
+                                         const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
+                                         const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
+                                         const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                         u32 again, bf16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<bf16, SILU> ends(dgate, dup, y, gate, up, again);
     product<bf16, Lies::TURNED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_oct_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap gate, const __grid_constant__ TensorMap up,
-                                      const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
-                                      const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, bf16 *ahead,
-                                      const __grid_constant__ Widen job) {
+                                          const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap x,
+                                          const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                          bf16 *ahead, const __grid_constant__ Widen job) {
     Gated<bf16, GELU_TANH> ends(gate, up, y);
     product<bf16, Lies::PAIRED, Eight>(ends, x, w, share, k, {ahead, job});
 }
 
 extern "C" __global__ void __cluster_dims__(8, 1, 1) __launch_bounds__(384, 1)
     product_gated_bwd_oct_sm90_bf16_gelu_tanh(const __grid_constant__ TensorMap dgate, const __grid_constant__ TensorMap dup,
-                                          const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
-                                          const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
-                                          const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k, u32 again, bf16 *ahead,
-                                          const __grid_constant__ Widen job) {
+                                              const __grid_constant__ TensorMap y, const __grid_constant__ TensorMap gate,
+                                              const __grid_constant__ TensorMap up, const __grid_constant__ TensorMap x,
+                                              const __grid_constant__ TensorMap w, const __grid_constant__ Share share, u32 k,
+                                              u32 again, bf16 *ahead, const __grid_constant__ Widen job) {
     GatedGradients<bf16, GELU_TANH> ends(dgate, dup, y, gate, up, again);
     product<bf16, Lies::TURNED, Eight>(ends, x, w, share, k, {ahead, job});
 }

@@ -300,6 +300,13 @@ fn a_gated_unit_in_the_ends_of_its_products_is_the_unit_by_itself() {
         let sizes = [GATED.tokens, GATED.outputs[0], GATED.inputs];
         let served = linear::makes_gated_again(arena.device(), GATED.dtype, sizes, 16, glu::Activation::Silu);
         assert!(served || !made_for, "the kernels serve it");
+        device.start_profile();
+        GatedMlp::new(&arena, 16, GATED.dtype).run(&arena, true, true, glu::Activation::Silu);
+        let kernels = device.end_profile().unwrap();
+        for shared in ["product_gated_oct_sm90", "product_gated_bwd_oct_sm90"] {
+            let found = kernels.iter().any(|kernel| kernel.name.starts_with(shared));
+            assert!(found || !made_for, "{shared} is not among {kernels:?}");
+        }
     }
     for (rank, dtype) in [(8, DType::Bf16), (16, DType::Bf16), (32, DType::Bf16), (16, DType::F16)] {
         let mlp = GatedMlp::new(&arena, rank, dtype);

@@ -3,7 +3,7 @@
 // Tiles are made as wᵀ's rows times x's: 64 columns of y are the 64 rows of an instruction, tokens its 256 columns (the other way
 // round takes 2 % more energy for the same sums, and a large product is as fast as the power that a card may draw). A block's tile has
 // 128 columns and 256 tokens; the blocks of a cluster lie beside each other (`Cluster`), those with the same columns bring their part
-// of w to each other, those with the same tokens of x, since what comes from the second-level cache takes 15 % of a product's energy.
+// of w to each other, those with the same tokens of x, since what comes from the second-level cache takes an eighth of a product's energy.
 // One thread of a block has the copy engine bring steps of 64 in k through a ring of buffers. Two warpgroups multiply; what becomes of
 // their sums (the ends: `Plain`, those of product_gated.cuh) is done beside the first steps of their next tile. The warps beside the
 // copying thread widen the weight of a product to come (common/widen.cuh).
@@ -39,7 +39,7 @@ enum class Lies { ROWS, TURNED, PAIRED };
 // How the blocks of a cluster lie: N beside each other along the columns of y, and M along its tokens.
 template <u32 N, u32 M>
 struct Cluster {
-    static_assert(M <= 2, "one block at most has the same columns");
+    static_assert(M <= 2, "one other block at most has the same columns");
     // Blocks, and those that bring something to a block, itself among them.
     static constexpr u32 SIZE = N * M, MATES = N + M - 1, COLUMNS = N * TILE_N, TOKENS = M * TILE_M;
 
@@ -54,27 +54,30 @@ struct Cluster {
 using Two = Cluster<2, 1>;
 using Eight = Cluster<4, 2>;
 
-// What a launch makes of a result: tokens m up to m_end, columns n up to n_end. m is a multiple of the tiles' tokens, n of their
-// columns. Of two launches that share a result the first leads, and the second follows: it begins when all blocks of the first have
-// begun, and reads what launches before the first have written when the first has waited for them (`meeting`: that it has, and how many
-// blocks have seen it; zero between launches).
+// What a launch makes of a result: tokens m up to m_end, columns n up to n_end. All but the ends of the result itself are ends of tiles,
+// so that no two shares have an element. Of two launches that share a result the first leads, and the second follows: it begins when all
+// blocks of the first have begun, and goes on when the first has waited for the launches before it (`meeting`: that it has, and how many
+// blocks of the second have seen it; zero between launches).
 struct Share {
     static constexpr u32 ALONE = 0, LEADS = 1, FOLLOWS = 2;
     u32 *meeting;
     u32 m, m_end, n, n_end, role;
 
     __device__ __forceinline__ void begin() const {
+        if (role == FOLLOWS) return follow();
         launch_dependents();
-        if (role == FOLLOWS) {
-            if (threadIdx.x == 0) {
-                while (load_acquire(meeting) == 0) {}
-                if (atomicAdd(meeting + 1, 1u) + 1 == gridDim.x) atomicExch(meeting + 1, 0u), atomicExch(meeting, 0u);
-            }
-            __syncthreads();
-        } else {
-            wait_for_launches();
-            if (role == LEADS && blockIdx.x == 0 && threadIdx.x == 0) store_release(meeting, 1);
+        wait_for_launches();
+        if (role == LEADS && blockIdx.x == 0 && threadIdx.x == 0) store_release(meeting, 1);
+    }
+    // The next launch begins when all blocks have met the first, so that the words are zero for those after it.
+    __device__ __forceinline__ void follow() const {
+        if (threadIdx.x == 0) {
+            while (load_acquire(meeting) == 0) {}
+            if (atomicAdd(meeting + 1, 1u) + 1 == gridDim.x) atomicExch(meeting + 1, 0u), atomicExch(meeting, 0u), __threadfence();
         }
+        __syncthreads();
+        fence_async_global();
+        launch_dependents();
     }
     // The end of the second is the end of both.
     __device__ __forceinline__ void end() const {

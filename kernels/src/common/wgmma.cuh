@@ -68,6 +68,9 @@ __device__ __forceinline__ void transpose4(u32 (&x)[4], u32 lane) {
 // Ordinary stores to shared memory so far, made visible to products and the copy engine.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// What this thread knows other launches to have stored to memory, made visible to the copy engine.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Takes registers from (or gives them to) the block's other warpgroups; every warp of the warpgroup.
 template <int N>
 __device__ __forceinline__ void registers_more() {

@@ -293,28 +293,26 @@ impl CudaDevice {
         self.launch_in(Order::Early, name, grid, args)
     }
 
-    /// Adds two kernels as [`Self::launch_early`] does the first of them; the second begins when all blocks of the first have begun, and
-    /// nothing comes between them.
+    /// Adds two kernels: the first as [`Self::launch_early`] does, the second beside it, so that it may begin when all blocks of the first
+    /// have begun. Nothing comes between them, and while kernels are timed both are timed together, under the name of the first.
     ///
     /// # Errors
-    /// As [`Self::launch`].
-    pub(crate) fn launch_beside(self, [(name, grid, args), second]: [(&str, Grid, &[Arg]); 2]) -> Result<()> {
+    /// As [`Self::launch`]; the first may have been added.
+    pub(crate) fn launch_beside(self, kernels: [(&str, Grid, &[Arg]); 2]) -> Result<()> {
+        let [first, second] = kernels;
         if self.is_dry() {
-            expect_args(name, signature(name)?, args)?;
-            return expect_args(second.0, signature(second.0)?, second.2);
+            return kernels.into_iter().try_for_each(|(name, _, args)| expect_args(name, signature(name)?, args));
         }
         self.bind()?;
-        let functions =
-            [self.function_for(name, grid, args, Order::Early)?, self.function_for(second.0, second.1, second.2, Order::Early)?];
-        self.timed(
-            || name.to_owned(),
-            || {
-                let entered = self.gpu().queue.enter(Order::Early);
-                let overlap = entered.before == Order::Early && self.overlaps();
-                enqueue(entered.stream, overlap, name, functions[0], grid, args)?;
-                enqueue(entered.stream, true, second.0, functions[1], second.1, second.2)
-            },
-        )
+        let function = |(name, grid, args): (&str, Grid, &[Arg])| self.function_for(name, grid, args, Order::Early);
+        let functions = [function(first)?, function(second)?];
+        let launch = || {
+            let entered = self.gpu().queue.enter(Order::Early);
+            let overlap = entered.before == Order::Early && self.overlaps();
+            enqueue(entered.stream, overlap, first.0, functions[0], first.1, first.2)?;
+            enqueue(entered.stream, true, second.0, functions[1], second.1, second.2)
+        };
+        self.timed(|| first.0.to_owned(), launch)
     }
 
     fn launch_in(self, order: Order, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
@@ -352,7 +350,7 @@ impl CudaDevice {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// Whether launches may overlap. While kernels are timed each runs alone.
+    /// Whether launches may overlap. While kernels are timed each runs alone, or with that beside it.
     fn overlaps(self) -> bool {
         self.can_overlap() && !self.is_profiling()
     }

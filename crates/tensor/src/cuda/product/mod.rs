@@ -10,12 +10,10 @@ use super::{
     context::CudaDevice,
     launch::{Arg, Grid, TensorMap, suffix},
     matmul::{Gemm, Matrix},
-    widen::{Widen, WidenBeside},
+    widen::WidenBeside,
 };
 use crate::{DType, Result};
 
-/// Elements of a tile of a cluster of two.
-const TILE: usize = 256 * 256;
 /// Rows of a box of B [k, n] and of C.
 const BOX: u32 = 64;
 /// Columns of the boxes that a gated product leaves.
@@ -137,20 +135,29 @@ impl CudaDevice {
         let grid = |cluster: Cluster, clusters: usize| Grid { shared: SHARED, ..Grid::new(cluster.blocks() * clusters, 384) };
         let (two, eight) = (name(""), name("oct_"));
         let crew = self.crew(&eight, grid(Cluster::Eight, 1));
-        let Some(shares) = Share::out(result, crew, self.zeros("launches that meet", 8)?) else {
+        let meeting = self.zeros("launches that meet", 8)?;
+        let Some(shares) = Share::out(result, crew, meeting) else {
             let clusters = crew.twos.min(Cluster::Two.tiles(result));
             return self.launch_early(&two, grid(Cluster::Two, clusters), &args(Cluster::Two, Share::all(result), ahead)?);
         };
         let first = args(Cluster::Eight, shares[0], ahead)?;
-        let rest = args(Cluster::Two, shares[1], &WidenBeside { out: 0, widen: Widen::default() })?;
-        self.launch_beside([(&eight, grid(Cluster::Eight, crew.eights), &first), (&two, grid(Cluster::Two, crew.beside), &rest)])
+        let rest = args(Cluster::Two, shares[1], &WidenBeside::default())?;
+        let launched = self
+            .launch_beside([(&eight, grid(Cluster::Eight, crew.eights), &first), (&two, grid(Cluster::Two, crew.beside), &rest)]);
+        if launched.is_err() {
+            // The first may have been launched, and told a second that is not there.
+            self.fill(meeting, 0, 8)?;
+        }
+        launched
     }
 
-    /// The clusters of a product; `eight` and `grid`: a kernel of clusters of eight.
+    /// The clusters of a product; `eight` and `grid`: a kernel of clusters of eight. None of eight where the driver does not tell how many,
+    /// or cannot have launches meet.
     fn crew(self, eight: &str, grid: Grid) -> Crew {
-        let ask = || if self.is_dry() { Ok(0) } else { self.clusters_at_once(eight, grid) };
-        // A driver that cannot tell, or cannot have launches meet, runs none.
-        let eights = *self.gpu().eights.get_or_init(|| if self.can_overlap() { ask().unwrap_or(0) } else { 0 });
+        // Of a device that only counts, about as many as of one that runs.
+        let counted = self.info().multiprocessors / Cluster::Eight.blocks();
+        let ask = || if self.is_dry() { counted.saturating_sub(1) } else { self.clusters_at_once(eight, grid).unwrap_or(0) };
+        let eights = *self.gpu().eights.get_or_init(|| if self.can_overlap() { ask() } else { 0 });
         let twos = self.clusters();
         Crew { twos, eights, beside: twos.saturating_sub(eights * Cluster::Eight.blocks() / Cluster::Two.blocks()) }
     }
@@ -168,11 +175,62 @@ impl CudaDevice {
         (capability.major, capability.minor) == (9, 0)
             && matches!(dtype, DType::Bf16 | DType::F16)
             && rounds > 0
-            && 8 * m * n >= FILLED * rounds * clusters * TILE
+            && 8 * m * n >= FILLED * rounds * clusters * Cluster::Two.tile().iter().product::<usize>()
     }
 }
 
 /// Whether the copy engine can read and write a matrix.
 pub(crate) fn is_aligned(matrix: &Matrix) -> bool {
     matrix.address.is_multiple_of(16) && matrix.ld.is_multiple_of(8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::{ComputeCapability, DeviceInfo};
+
+    /// A device that only counts checks each launch's arguments against the kernel's, by both kinds of clusters.
+    #[test]
+    fn launches_of_products_are_as_their_kernels_have_it() {
+        let (name, driver, capability) = ("a GPU with products".to_owned(), 13_000, ComputeCapability::HOPPER);
+        let info = DeviceInfo { ordinal: 0, name, capability, memory: 1 << 40, multiprocessors: 132, driver };
+        let device = CudaDevice::dry(&info);
+        let matrix = |ld, transposed| Matrix { address: 1 << 20, ld, transposed };
+        let ahead = WidenBeside::default();
+        // Shared out by tokens, by columns, and not.
+        for ([m, f], dtype) in [[2800, 1352], [3064, 2568], [1024, 4096]].into_iter().zip([DType::Bf16, DType::F16, DType::Bf16])
+        {
+            assert!(device.serves_product([m, f], dtype), "{m} x {f}");
+            for transposed in [false, true] {
+                let (a, b) = (matrix(136, false), matrix(if transposed { 136 } else { f }, transposed));
+                let sums = Gemm {
+                    m,
+                    n: f,
+                    k: 136,
+                    a,
+                    b,
+                    c: 1 << 20,
+                    ldc: f,
+                    alpha: 1.0,
+                    accumulate: false,
+                    bias: None,
+                    input: dtype,
+                    output: dtype,
+                };
+                assert!(device.serves_gemm(&sums));
+                device.product(&sums, &ahead).unwrap();
+            }
+            let rows = matrix(f, false);
+            for activation in ["silu", "gelu_tanh"] {
+                let unit = GatedUnit { activation, gate: rows, up: rows };
+                let (x, w) = (matrix(136, false), matrix(136, true));
+                device.gated_product([x, w], [m, f, 136], unit, rows, dtype, &ahead).unwrap();
+                for y in [None, Some(rows)] {
+                    device.gated_gradients([x, rows], [m, f, 136], unit, [rows, rows], y, dtype, &ahead).unwrap();
+                }
+            }
+        }
+        let crew = device.crew("product_oct_sm90_bf16", Grid::new(8, 384));
+        assert_eq!((crew.twos, crew.eights, crew.beside), (66, 15, 6));
+    }
 }

@@ -29,7 +29,7 @@ impl Cluster {
     }
 
     /// Tokens and columns of a tile.
-    const fn tile(self) -> [usize; 2] {
+    pub(super) const fn tile(self) -> [usize; 2] {
         [self.shape()[1] * BLOCK[1], self.shape()[0] * BLOCK[0]]
     }
 
@@ -116,7 +116,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn two_shares_are_the_whole_and_begin_with_tiles(m in 1..20_000usize, n in 1..40_000usize, eights in 0..17usize, beside in 0..9usize) {
+        fn two_shares_are_the_whole_and_begin_with_tiles(
+            m in 1..20_000usize, n in 1..40_000usize, eights in 0..17usize, beside in 0..9usize,
+        ) {
             let crew = Crew { twos: 4 * eights + beside + 1, eights, beside };
             let Some([first, rest]) = Share::out([m, n], crew, 7) else { return Ok(()) };
             prop_assert_eq!((first.m, first.n, first.role, rest.role, first.meeting, rest.meeting), (0, 0, 1, 2, 7, 7));
