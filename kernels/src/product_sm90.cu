@@ -3,9 +3,9 @@
 //   product_sm90         y [m, n] = x [m, k] w [n, k]ᵀ
 //   product_turned_sm90  y [m, n] = x [m, k] w [k, n]
 //
-// `oct` before `sm90`: by clusters of eight. Maps: boxes of 64 columns; of 128 rows of x (oct: 64), 128 rows of w (oct: 64; turned, both:
-// 64) and 64 rows of y. Launch: as product.cuh says; may be
-// launched early. With `ahead` other than null it also widens a weight, as `job` says (common/widen.cuh).
+// `oct` before `sm90`: by clusters of eight. Maps: boxes of 64 columns; of 128 rows of x (oct: 64), 128 rows of w (oct, and turned: 64) and
+// 64 rows of y. Launch: as product.cuh says; may be launched early. With `ahead` other than null it also widens a weight, as `job` says
+// (common/widen.cuh).
 //
 // Flops: 2 m n k. Bytes: x, w and y once, more of x and w than the second-level cache keeps.
 // spills: product_sm90_f16 24 loop bounds, between tiles

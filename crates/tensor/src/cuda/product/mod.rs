@@ -135,13 +135,13 @@ impl CudaDevice {
         let grid = |cluster: Cluster, clusters: usize| Grid { shared: SHARED, ..Grid::new(cluster.blocks() * clusters, 384) };
         let (two, eight) = (name(""), name("oct_"));
         let crew = self.crew(&eight, grid(Cluster::Eight, 1));
-        let meeting = self.zeros("launches that meet", 8)?;
-        let Some(shares) = Share::out(result, crew, meeting) else {
+        let Some(shares) = Share::out(result, crew) else {
             let clusters = crew.twos.min(Cluster::Two.tiles(result));
             return self.launch_early(&two, grid(Cluster::Two, clusters), &args(Cluster::Two, Share::all(result), ahead)?);
         };
-        let first = args(Cluster::Eight, shares[0], ahead)?;
-        let rest = args(Cluster::Two, shares[1], &WidenBeside::default())?;
+        let meeting = self.zeros("launches that meet", 8)?;
+        let [first, rest] = shares.map(|share| share.meeting_at(meeting));
+        let (first, rest) = (args(Cluster::Eight, first, ahead)?, args(Cluster::Two, rest, &WidenBeside::default())?);
         let launched = self
             .launch_beside([(&eight, grid(Cluster::Eight, crew.eights), &first), (&two, grid(Cluster::Two, crew.beside), &rest)]);
         if launched.is_err() {

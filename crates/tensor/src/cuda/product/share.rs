@@ -12,6 +12,9 @@ pub(super) enum Cluster {
 
 /// Columns and tokens of a block's tile.
 const BLOCK: [usize; 2] = [128, 256];
+/// Roles of launches that share a result; that of one alone is 0.
+const LEADS: u32 = 1;
+const FOLLOWS: u32 = 2;
 /// The most that sharing a result may take longer, were no power saved: a thirty-second.
 const LONGER: usize = 32;
 
@@ -77,9 +80,8 @@ impl Share {
         Self { m_end: m as u32, n_end: n as u32, ..Self::default() }
     }
 
-    /// What clusters of eight make of a result [m, n], and what clusters of two beside them; nothing where that takes longer. `meeting`:
-    /// two words that kernels find zero and leave zero.
-    pub(super) fn out([m, n]: [usize; 2], crew: Crew, meeting: u64) -> Option<[Self; 2]> {
+    /// What clusters of eight make of a result [m, n], and what clusters of two beside them; nothing where that takes longer.
+    pub(super) fn out([m, n]: [usize; 2], crew: Crew) -> Option<[Self; 2]> {
         let rounds = |cluster: Cluster, result, count: usize| cluster.tiles(result).div_ceil(count.max(1));
         let [tokens, columns] = Cluster::Eight.tile();
         let by_tokens = (tokens..m).step_by(tokens).map(|m_first| ([m_first, n], [m - m_first, n]));
@@ -94,11 +96,15 @@ impl Share {
         if longest(&best).0 * LONGER > alone * (LONGER + 1) {
             return None;
         }
-        let ([m_first, n_first], all) = (best.0, Self { meeting, ..Self::all([m, n]) });
-        let first = Self { role: 1, ..Self { meeting, ..Self::all([m_first, n_first]) } };
-        let rest =
-            Self { role: 2, m: if m_first < m { first.m_end } else { 0 }, n: if n_first < n { first.n_end } else { 0 }, ..all };
-        Some([first, rest])
+        let ([m_first, n_first], all) = (best.0, Self::all([m, n]));
+        let first = Self { role: LEADS, ..Self::all([m_first, n_first]) };
+        let rest = Self { role: FOLLOWS, ..all };
+        Some([first, if m_first < m { Self { m: first.m_end, ..rest } } else { Self { n: first.n_end, ..rest } }])
+    }
+
+    /// Of a launch that meets another by two words that kernels find zero and leave zero.
+    pub(super) const fn meeting_at(self, meeting: u64) -> Self {
+        Self { meeting, ..self }
     }
 }
 
@@ -120,8 +126,8 @@ mod tests {
             m in 1..20_000usize, n in 1..40_000usize, eights in 0..17usize, beside in 0..9usize,
         ) {
             let crew = Crew { twos: 4 * eights + beside + 1, eights, beside };
-            let Some([first, rest]) = Share::out([m, n], crew, 7) else { return Ok(()) };
-            prop_assert_eq!((first.m, first.n, first.role, rest.role, first.meeting, rest.meeting), (0, 0, 1, 2, 7, 7));
+            let Some([first, rest]) = Share::out([m, n], crew) else { return Ok(()) };
+            prop_assert_eq!((first.m, first.n, first.role, rest.role), (0, 0, LEADS, FOLLOWS));
             let [a, b] = [sizes(&first), sizes(&rest)];
             prop_assert_eq!(a[0] * a[1] + b[0] * b[1], m * n);
             prop_assert_eq!([rest.m_end, rest.n_end], [m as u32, n as u32]);
@@ -132,7 +138,7 @@ mod tests {
 
         #[test]
         fn none_takes_longer(m in 1..20_000usize, n in 1..40_000usize) {
-            let Some([first, rest]) = Share::out([m, n], H200, 0) else { return Ok(()) };
+            let Some([first, rest]) = Share::out([m, n], H200) else { return Ok(()) };
             let alone = Cluster::Two.tiles([m, n]).div_ceil(H200.twos);
             let eights = Cluster::Eight.tiles(sizes(&first)).div_ceil(H200.eights);
             let twos = Cluster::Two.tiles(sizes(&rest)).div_ceil(H200.beside);
@@ -146,9 +152,9 @@ mod tests {
         let step = [[8192, 4096], [8192, 28_672], [8192, 14_336], [8192, 1024], [1024, 128_256]];
         let tests = [[2816, 1536], [3066, 2568], [2800, 2704], [2800, 1352]];
         for large in step.into_iter().chain(tests) {
-            assert!(Share::out(large, H200, 0).is_some(), "{large:?}");
+            assert!(Share::out(large, H200).is_some(), "{large:?}");
         }
-        assert_eq!(Share::out([1024, 4096], H200, 0), None);
-        assert_eq!(Share::out([8192, 4096], Crew { eights: 0, ..H200 }, 0), None);
+        assert_eq!(Share::out([1024, 4096], H200), None);
+        assert_eq!(Share::out([8192, 4096], Crew { eights: 0, ..H200 }), None);
     }
 }
