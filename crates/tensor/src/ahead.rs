@@ -4,21 +4,22 @@
 //! for after what; a product that can ([`beside`]) gets the weight that is foreseen as a job, with a matrix of its own. Who asks for that
 //! weight next gets the matrix, with what was more than the product could do ([`take`]); when another is asked for, or memory is short, it
 //! is let go of. So no result depends on what was foreseen, and a weight whose memory is gone, as one is that waits on the host, is
-//! foreseen by nobody.
+//! foreseen by nobody. What was widened stays in memory as long as that is free ([`warm`]).
 
 mod request;
 mod successors;
+mod warm;
 
 use std::fmt;
 
-pub(crate) use request::Request;
-use request::WeakRequest;
+pub(crate) use request::{Request, WeakRequest};
 use successors::Successors;
+pub(crate) use warm::{Captured, Found, Warm};
 
 use crate::{
-    Arena, BlockWeight, DType, Owner, Result, Tensor,
+    Arena, BlockWeight, Error, Owner, Result, Tensor,
     cuda::{self, CudaDevice, Gemm, Widen},
-    ops::dequantize::cuda::block_weight,
+    ops::dequantize::cuda::block_weights,
 };
 
 /// Elements that are widened beside a floating-point operation of a product, at most: of Llama-3-8B o with gate and up has the most,
@@ -60,6 +61,7 @@ impl LookAhead {
         ahead.let_go();
         if !ahead.forbidden {
             ahead.requests.begin();
+            arena.warm().begin();
         }
         drop(ahead);
         Self(arena.clone())
@@ -80,10 +82,9 @@ impl Drop for LookAhead {
 }
 
 /// Weights for a product to widen, and the matrix for them.
-pub(crate) struct Job {
+struct Job {
     weights: Vec<BlockWeight>,
-    dtype: DType,
-    more: [usize; 2],
+    request: WeakRequest,
     out: Tensor,
     widen: Widen,
     /// Rows of the weights that it widens.
@@ -93,35 +94,39 @@ pub(crate) struct Job {
 impl Job {
     /// At most about as many `elements`.
     fn new(device: CudaDevice, arena: &Arena, request: &WeakRequest, elements: usize) -> Option<Self> {
-        let (weights, dtype, more) = (request.weights()?, request.dtype, request.more);
-        let (widen, rows) = Widen::new(device, &weights, more[1], elements).ok().filter(|(_, rows)| *rows > 0)?;
-        let _scope = arena.scope(Owner::Scratch);
+        let (weights, [more_rows, more_cols]) = (request.weights()?, request.more());
+        let (widen, rows) = Widen::new(device, &weights, more_cols, elements).ok().filter(|(_, rows)| *rows > 0)?;
         let all: usize = weights.iter().map(|weight| weight.shape.dims()[0]).sum();
         // Without memory for it the weight waits for its own product.
-        let out = Tensor::empty(arena, dtype, [all + more[0], weights[0].shape.last() + more[1]]).ok()?;
-        Some(Self { weights, dtype, more, out, widen, rows })
+        let out = memory(arena, request, [all + more_rows, weights[0].shape.last() + more_cols]).ok()?;
+        Some(Self { weights, request: request.clone(), out, widen, rows })
     }
 
     fn ahead(&mut self) -> Result<cuda::WidenBeside> {
         Ok(cuda::WidenBeside { out: self.out.address_mut()?, widen: self.widen })
     }
 
-    fn is(&self, request: &Request<'_>) -> bool {
-        (self.dtype, self.more) == (request.dtype, request.more) && request.are(&self.weights)
-    }
-
     /// The matrix, with the rows that the product leaves.
     fn finish(mut self, device: CudaDevice) -> Result<Tensor> {
-        let (ld, mut place, mut done) = (self.out.shape().last(), self.out.address_mut()?, self.rows);
-        for weight in &self.weights {
-            let rows = weight.shape.dims()[0];
-            let first = done.min(rows);
-            block_weight(device, weight, self.dtype, place, ld, first)?;
-            done -= first;
-            place += (rows * ld * self.dtype.size()) as u64;
-        }
+        let (ld, place) = (self.out.shape().last(), self.out.address_mut()?);
+        block_weights(device, &self.weights, self.request.dtype(), place, ld, self.rows)?;
         Ok(self.out)
     }
+}
+
+/// Memory for a matrix that is widened.
+fn memory(arena: &Arena, request: &WeakRequest, sizes: [usize; 2]) -> Result<Tensor> {
+    let _scope = arena.scope(Owner::Scratch);
+    Tensor::placed(arena, request.dtype(), sizes, |warm, heap, bytes| warm.place(heap, &request.identity, bytes))
+}
+
+/// Memory that holds the matrix that is asked for, if there is some.
+fn warm(arena: &Arena, request: &WeakRequest, sizes: [usize; 2]) -> Result<Option<Tensor>> {
+    if !arena.warm().has(request) {
+        return Ok(None);
+    }
+    let _scope = arena.scope(Owner::Scratch);
+    Tensor::placed(arena, request.dtype(), sizes, |warm, _, _| warm.take(request)).map(Some)
 }
 
 /// A product, by a kernel that widens the weight that is foreseen beside it where it can.
@@ -155,19 +160,61 @@ fn job(device: CudaDevice, arena: &Arena, [m, n, k]: [usize; 3]) -> Option<Job> 
     let request = ahead.requests.foreseen().filter(|_| ahead.begun.is_none())?.clone();
     // Taking memory may need the lock.
     drop(ahead);
+    if arena.warm().has(&request) {
+        return None;
+    }
     Job::new(device, arena, &request, (2.0 * m as f64 * n as f64 * k as f64 * BESIDE) as usize)
 }
 
-/// The matrix that is asked for, if a product has begun it; else the request is noted for the next pass.
-pub(crate) fn take(device: CudaDevice, arena: &Arena, request: &Request<'_>) -> Result<Option<Tensor>> {
+/// The matrix that is asked for: as it lies in free memory, as a product has begun it, or in memory that `widen` writes. It is noted for the
+/// next pass, and found in its memory as long as that is free.
+pub(crate) fn matrix(
+    device: CudaDevice,
+    arena: &Arena,
+    request: &Request<'_>,
+    widen: impl FnOnce(&mut Tensor) -> Result<()>,
+) -> Result<Tensor> {
+    let afresh = || {
+        let _scope = arena.scope(Owner::Scratch);
+        Tensor::empty(arena, request.dtype, request.sizes())
+    };
     let mut ahead = arena.ahead();
     if !ahead.requests.has_begun() {
-        return Ok(None);
+        drop(ahead);
+        return filled(afresh()?, widen);
     }
-    ahead.requests.note(&request.identity()?, request.weak(arena));
+    let (identity, weak) = (request.identity()?, request.weak(arena));
+    ahead.requests.note(&identity, weak.clone());
     let begun = ahead.begun.take();
     drop(ahead);
-    begun.filter(|job| job.is(request)).map(|job| job.finish(device)).transpose()
+    arena.warm().note(&identity);
+    let Some(weak) = weak else { return filled(afresh()?, widen) };
+    let mut out = match begun.filter(|job| job.request.identity == identity && request.are(&job.weights)) {
+        Some(job) => job.finish(device)?,
+        None => match warm(arena, &weak, request.sizes())? {
+            Some(out) => out,
+            None => filled(memory(arena, &weak, request.sizes())?, widen)?,
+        },
+    };
+    if arena.warm().keeps(&identity) {
+        out.remember(weak);
+    }
+    Ok(out)
+}
+
+fn filled(mut out: Tensor, fill: impl FnOnce(&mut Tensor) -> Result<()>) -> Result<Tensor> {
+    fill(&mut out)?;
+    Ok(out)
+}
+
+/// Widens weights to where a captured step expects to find them.
+pub(crate) fn restore(device: CudaDevice, found: &Found, address: u64) -> Result<()> {
+    let request = &found.holds;
+    let Some(weights) = request.weights() else {
+        return Err(Error::Cuda { call: "cuGraphLaunch", reason: "a weight of the graph is gone".into() });
+    };
+    let ld = weights[0].shape.last() + request.more()[1];
+    block_weights(device, &weights, request.dtype(), address, ld, 0)
 }
 
 #[cfg(test)]

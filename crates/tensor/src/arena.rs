@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     Device, Error, Owner, OwnerStats, Result,
-    ahead::Ahead,
+    ahead::{Ahead, Warm, WeakRequest},
     cuda::{DeviceHeap, Span},
     owner::Owners,
     shape::size_class,
@@ -41,6 +41,7 @@ struct Inner {
     /// The memory of a GPU; a processor's is in the pool.
     heap: Option<DeviceHeap>,
     ahead: Mutex<Ahead>,
+    warm: Mutex<Warm>,
 }
 
 #[derive(Debug, Default)]
@@ -89,7 +90,7 @@ impl Arena {
             Device::Cpu => None,
             Device::Cuda(device) => Some(DeviceHeap::new(device)?),
         };
-        Ok(Self(Arc::new(Inner { device, limit, pool: Mutex::default(), heap, ahead: Mutex::default() })))
+        Ok(Self(Arc::new(Inner { device, limit, pool: Mutex::default(), heap, ahead: Mutex::default(), warm: Mutex::default() })))
     }
 
     /// The device the memory is on.
@@ -172,6 +173,10 @@ impl Arena {
         self.0.ahead.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(crate) fn warm(&self) -> MutexGuard<'_, Warm> {
+        self.0.warm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether both are handles to one pool.
     pub(crate) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
@@ -186,14 +191,22 @@ impl Arena {
     /// # Errors
     /// [`Error::OutOfMemory`] when the limit would be passed or the system has no more.
     pub(crate) fn take(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
-        match self.take_once(bytes, place) {
+        self.take_placed(bytes, place, |_, _, _| None)
+    }
+
+    /// The same on a GPU: where `find` says, if it does.
+    ///
+    /// # Errors
+    /// As [`Arena::take`].
+    pub(crate) fn take_placed(&self, bytes: usize, place: &'static Location<'static>, find: impl Find) -> Result<Block> {
+        match self.take_once(bytes, place, &find) {
             // A weight that is widened for later waits for its turn.
-            Err(_) if self.ahead().let_go() => self.take_once(bytes, place),
+            Err(_) if self.ahead().let_go() => self.take_once(bytes, place, &find),
             taken => taken,
         }
     }
 
-    fn take_once(&self, bytes: usize, place: &'static Location<'static>) -> Result<Block> {
+    fn take_once(&self, bytes: usize, place: &'static Location<'static>, find: &impl Find) -> Result<Block> {
         let lines = size_class(bytes.div_ceil(64), CLASSES);
         let mut pool = self.pool();
         let out_of_memory =
@@ -204,16 +217,35 @@ impl Arena {
         }
         let memory = match &self.0.heap {
             None => pool.take(lines).map(Memory::Host),
-            Some(heap) => heap.take(bytes)?.map(|span| Memory::Device { span, address: heap.address(span) }),
+            Some(heap) => self.span(heap, bytes, find)?.map(|span| Memory::Device { span, address: heap.address(span) }),
         };
         let Some(memory) = memory else {
             return out_of_memory(pool.stats.live, pool.stats.live);
         };
         let owner = pool.count(memory.len(), place);
         drop(pool);
-        Ok(Block { memory, owner, arena: self.clone() })
+        Ok(Block { memory, owner, arena: self.clone(), holds: None })
+    }
+
+    /// A part of a device's memory: more of the device only when what is free and what is remembered in it does not do.
+    fn span(&self, heap: &DeviceHeap, bytes: usize, find: &impl Find) -> Result<Option<Span>> {
+        let mut warm = self.warm();
+        if let Some(span) = find(&mut warm, heap, bytes) {
+            return Ok(Some(span));
+        }
+        loop {
+            if let Some(span) = heap.take_within(|heap| heap.take_free(bytes)) {
+                return Ok(Some(span));
+            }
+            let Some(forgotten) = warm.forget() else { return heap.take(bytes) };
+            heap.give(forgotten);
+        }
     }
 }
+
+/// Finds memory for so many bytes in what is free or remembered.
+pub(crate) trait Find: Fn(&mut Warm, &DeviceHeap, usize) -> Option<Span> {}
+impl<F: Fn(&mut Warm, &DeviceHeap, usize) -> Option<Span>> Find for F {}
 
 impl Pool {
     fn take(&mut self, lines: usize) -> Option<Vec<Line>> {
@@ -266,6 +298,8 @@ pub(crate) struct Block {
     /// Index in the arena's account.
     owner: usize,
     arena: Arena,
+    /// What may be found in it when nobody holds it any more.
+    holds: Option<WeakRequest>,
 }
 
 #[derive(Debug)]
@@ -297,7 +331,12 @@ impl Block {
 
     /// A block over the same memory of a device: whose elements are whose is up to those who share it.
     pub(crate) fn share(whole: &Arc<Self>) -> Self {
-        Self { memory: Memory::Share(whole.clone()), owner: whole.owner, arena: whole.arena.clone() }
+        Self { memory: Memory::Share(whole.clone()), owner: whole.owner, arena: whole.arena.clone(), holds: None }
+    }
+
+    /// Whoever asks for these weights finds them here when nobody holds it any more and until it is needed.
+    pub(crate) fn remember(&mut self, holds: WeakRequest) {
+        self.holds = Some(holds);
     }
 
     /// Whether both are shares of one block.
@@ -355,8 +394,11 @@ impl Drop for Block {
             }
             Memory::Share(_) => {}
             Memory::Device { span, .. } => {
-                if let Some(heap) = &self.arena.0.heap {
-                    heap.give(span);
+                drop(pool);
+                match (&self.arena.0.heap, self.holds.take()) {
+                    (Some(heap), Some(holds)) => self.arena.warm().put(heap, holds, span),
+                    (Some(heap), None) => heap.give(span),
+                    (None, _) => {}
                 }
             }
         }

@@ -4,7 +4,8 @@ use std::{marker::PhantomData, panic::Location, sync::Arc};
 
 use crate::{
     Arena, DType, Device, Element, Error, Float, Result, Shape, TensorMut,
-    arena::Block,
+    ahead::WeakRequest,
+    arena::{Block, Find},
     cuda::{Arg, Grid, suffix},
     dtype::with_float,
     view_mut::MemoryMut,
@@ -41,6 +42,21 @@ impl Tensor {
         let shape = shape.into();
         let block = Arc::new(arena.take(shape.numel() * dtype.size(), Location::caller())?);
         Ok(Self { block, dtype, shape, offset: 0, gap: 0, room: 0 })
+    }
+
+    /// The same on a GPU, where `find` says, if it does.
+    #[track_caller]
+    pub(crate) fn placed(arena: &Arena, dtype: DType, shape: impl Into<Shape>, find: impl Find) -> Result<Self> {
+        let shape = shape.into();
+        let block = Arc::new(arena.take_placed(shape.numel() * dtype.size(), Location::caller(), find)?);
+        Ok(Self { block, dtype, shape, offset: 0, gap: 0, room: 0 })
+    }
+
+    /// Whoever asks for these weights finds them in its memory when nobody holds it any more; the only handle remembers.
+    pub(crate) fn remember(&mut self, holds: WeakRequest) {
+        if let Some(block) = Arc::get_mut(&mut self.block) {
+            block.remember(holds);
+        }
     }
 
     /// Zeros.

@@ -2,7 +2,7 @@
 //!
 //! Streams are padded to one of few shapes. The inputs of a shape (tokens, documents, labels) have memory of their own, which each step of that shape writes anew; all
 //! else that changes from step to step is read from device memory. The first step of a shape runs kernel by kernel, the second
-//! is captured as a graph, later ones replay it. Loss and gradient norm are copied to pinned memory and read when asked for.
+//! is captured as a graph, later ones replay it; the third and the fourth may be captured again, for they find more weights widened. Loss and gradient norm are copied to pinned memory and read when asked for.
 
 use nibble_autograd::{ParamGrads, ParamStore, Tape};
 use nibble_data::Batch;
@@ -21,6 +21,8 @@ use crate::{Result, TrainConfig, trainer::resolve};
 const MOST_SHAPES: usize = 32;
 /// Tokens of a stream are padded to a multiple of this, in 16 classes an octave: 2 % on average.
 const PAD: usize = 64;
+/// How often a step is captured for more of the weights that the one before has widened.
+const CAPTURES: usize = 3;
 /// Steps that may be on their way at once.
 const SLOTS: usize = 2;
 
@@ -65,6 +67,8 @@ struct Shape {
     /// F32 `[micro-batches]`.
     losses: Tensor,
     graph: Option<Graph>,
+    /// How often it was captured.
+    captured: usize,
     steps: usize,
 }
 
@@ -105,7 +109,8 @@ impl DeviceSteps {
         dropout.announce(self.device)?;
         let shape = &mut self.shapes[index];
         shape.steps += 1;
-        if shape.graph.as_ref().is_some_and(|graph| !graph.is_valid()) {
+        let again = |graph: &Graph| !graph.is_valid() || shape.captured < CAPTURES && !graph.is_settled();
+        if shape.graph.as_ref().is_some_and(again) {
             shape.graph = None;
         }
         if self.device.is_profiling() || self.device.is_dry() {
@@ -115,6 +120,7 @@ impl DeviceSteps {
             let (graph, ()) =
                 Graph::capture(&arena, || shape.run(&mut parts, dropout).map_err(Captured::from)).map_err(|error| error.0)?;
             shape.graph = Some(graph);
+            shape.captured += 1;
         }
         match &shape.graph {
             Some(graph) => {
@@ -181,7 +187,7 @@ impl DeviceSteps {
             .map(|(batch, labels)| Ok((Stream::new(arena, &batch.tokens, &batch.cu_seqlens)?, labels)))
             .collect::<Result<Vec<_>>>()?;
         let losses = Tensor::zeros(arena, DType::F32, [batches.len()])?;
-        self.shapes.push(Shape { batches, checkpointing, losses, graph: None, steps: 0 });
+        self.shapes.push(Shape { batches, checkpointing, losses, graph: None, captured: 0, steps: 0 });
         Ok(self.shapes.len() - 1)
     }
 }

@@ -13,12 +13,19 @@ pub(crate) struct Request<'a> {
     pub(crate) more: [usize; 2],
 }
 
+/// What tells a request from others: where the scales of its weights lie, and the layout.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Identity {
+    scales: Vec<u64>,
+    dtype: DType,
+    more: [usize; 2],
+}
+
 /// A request, for as long as its weights' memory is held by others.
 #[derive(Clone, Debug)]
-pub(super) struct WeakRequest {
+pub(crate) struct WeakRequest {
+    pub(super) identity: Identity,
     weights: Vec<WeakBlocks>,
-    pub(super) dtype: DType,
-    pub(super) more: [usize; 2],
 }
 
 /// A doubly quantised weight.
@@ -35,7 +42,7 @@ struct WeakBlocks {
 
 impl Request<'_> {
     /// What tells it from others, wherever the codes of its weights lie at the time.
-    pub(super) fn identity(&self) -> Result<(Vec<u64>, DType, [usize; 2])> {
+    pub(super) fn identity(&self) -> Result<Identity> {
         let address = |weight: &&Weight| match weight {
             Weight::Nf4(blocks) | Weight::Fp4(blocks) => match &blocks.absmax {
                 Absmax::Plain(absmax) => absmax.address(),
@@ -44,7 +51,13 @@ impl Request<'_> {
             Weight::Int8(int8) => int8.scale.address(),
             Weight::Dense(dense) => dense.address(),
         };
-        Ok((self.weights.iter().map(address).collect::<Result<_>>()?, self.dtype, self.more))
+        Ok(Identity { scales: self.weights.iter().map(address).collect::<Result<_>>()?, dtype: self.dtype, more: self.more })
+    }
+
+    /// Rows and columns of the matrix.
+    pub(crate) fn sizes(&self) -> [usize; 2] {
+        let rows: usize = self.weights.iter().map(|weight| weight.shape().dims()[0]).sum();
+        [rows + self.more[0], self.weights.first().map_or(0, |weight| weight.shape().last()) + self.more[1]]
     }
 
     /// Whether the weights are these, in the same memory.
@@ -61,7 +74,7 @@ impl Request<'_> {
         self.weights.len() == weights.len() && self.weights.iter().zip(weights).all(same)
     }
 
-    /// To be foreseen; nothing for what a product does not widen.
+    /// To be foreseen and found again; nothing for what a product does not widen.
     pub(super) fn weak(&self, arena: &Arena) -> Option<WeakRequest> {
         let blocks = self.weights.iter().map(|weight| match weight {
             Weight::Nf4(blocks) | Weight::Fp4(blocks) if blocks.packed.arena().is(arena) => Some(blocks),
@@ -72,14 +85,36 @@ impl Request<'_> {
             return None;
         }
         let weights = blocks.into_iter().map(WeakBlocks::new).collect::<Option<_>>()?;
-        Some(WeakRequest { weights, dtype: self.dtype, more: self.more })
+        Some(WeakRequest { identity: self.identity().ok()?, weights })
     }
 }
 
 impl WeakRequest {
     /// The weights, if all of their memory is still held.
-    pub(super) fn weights(&self) -> Option<Vec<BlockWeight>> {
+    pub(crate) fn weights(&self) -> Option<Vec<BlockWeight>> {
         self.weights.iter().map(WeakBlocks::get).collect()
+    }
+
+    pub(super) fn dtype(&self) -> DType {
+        self.identity.dtype
+    }
+
+    pub(super) fn more(&self) -> [usize; 2] {
+        self.identity.more
+    }
+
+    /// Whether the weights are still somebody's; their codes may wait on the host.
+    pub(super) fn is_alive(&self) -> bool {
+        self.weights.iter().all(|weight| weight.codes.get().is_some())
+    }
+
+    /// Whether it is for the same weights, wherever their codes lie, in the same layout.
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        let same = |(one, other): (&WeakBlocks, &WeakBlocks)| match (one.codes.get(), other.codes.get()) {
+            (Some(one), Some(other)) => one.is_same_memory(&other),
+            _ => false,
+        };
+        self.identity == other.identity && self.weights.iter().zip(&other.weights).all(same)
     }
 }
 

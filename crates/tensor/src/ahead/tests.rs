@@ -2,7 +2,7 @@ use nibble_nf4::{Format, QuantConfig};
 
 use super::*;
 use crate::{
-    Device, Rng, Shape, Weight,
+    DType, Device, Rng, Shape, Weight,
     cuda::{ComputeCapability, DeviceInfo},
     ops::{
         glu::Activation,

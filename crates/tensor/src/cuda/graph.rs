@@ -4,20 +4,25 @@ use std::sync::atomic::Ordering;
 
 use cudarc::driver::sys;
 
-use super::{context::CudaDevice, driver::check, heap::Span};
-use crate::{Arena, Device, Error, Owner, Result};
+use super::{context::CudaDevice, driver::check, heap::Span, memory::DeviceHeap};
+use crate::{
+    Arena, Device, Error, Owner, Result,
+    ahead::{self, Captured},
+};
 
 /// The work of a function, recorded: kernels, their arguments and the memory between them.
 ///
 /// Replaying repeats it with the same addresses. The tensors that the function made are gone; their memory belongs to whoever
 /// takes it next, so a graph only replays while nobody holds it ([`Graph::is_valid`]). What it reads and writes beyond them
-/// must outlive it: the caller keeps those tensors.
+/// must outlive it: the caller keeps those tensors. Weights that it found widened in free memory are widened there again before it runs,
+/// where they are not any more.
 #[derive(Debug)]
 pub struct Graph {
     device: CudaDevice,
     arena: Arena,
     executable: sys::CUgraphExec,
     scratch: Vec<Span>,
+    widened: Captured,
 }
 
 // SAFETY: the handle is used from one thread at a time, with the context bound.
@@ -40,8 +45,9 @@ impl Graph {
         check("cuStreamBeginCapture", unsafe { sys::cuStreamBeginCapture_v2(device.stream(), mode) })?;
         gpu.capturing.store(true, Ordering::Relaxed);
         heap.record();
+        arena.warm().record();
         let value = f();
-        let scratch = heap.recorded();
+        let (scratch, widened) = (heap.recorded(), arena.warm().recorded(heap));
         gpu.capturing.store(false, Ordering::Relaxed);
         let mut graph = std::ptr::null_mut();
         // SAFETY: ends the capture begun above, also when `f` failed.
@@ -56,13 +62,21 @@ impl Graph {
             made
         });
         made?;
-        Ok((Self { device, arena: arena.clone(), executable, scratch }, value))
+        Ok((Self { device, arena: arena.clone(), executable, scratch, widened }, value))
     }
 
-    /// Whether the memory between its kernels is nobody's now.
+    /// Whether the memory between its kernels is nobody's now, and the weights that it needs are there.
     #[must_use]
     pub fn is_valid(&self) -> bool {
-        self.arena.device_heap().is_some_and(|heap| heap.all_free(&self.scratch))
+        let warm = self.arena.warm();
+        let free = self.heap().is_ok_and(|heap| warm.all_free(heap, &self.scratch));
+        free && self.widened.found.iter().all(|found| warm.is_there(found) || found.holds.weights().is_some())
+    }
+
+    /// Whether it leaves the widened weights that it finds: else the same work captured again may find more of them.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.widened.is_settled()
     }
 
     /// Runs it again.
@@ -73,9 +87,22 @@ impl Graph {
         if !self.is_valid() {
             return Err(Error::Cuda { call: "cuGraphLaunch", reason: "the graph's memory holds tensors now".into() });
         }
+        let (heap, mut warm) = (self.heap()?, self.arena.warm());
+        for found in &self.widened.found {
+            if !warm.is_there(found) {
+                warm.forget_within(heap, &[found.span]);
+                ahead::restore(self.device, found, heap.address(found.span))?;
+            }
+        }
         self.device.bind()?;
         // SAFETY: the executable lives as long as this value.
-        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.stream()) })
+        check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.stream()) })?;
+        warm.ran(heap, &self.scratch, &self.widened);
+        Ok(())
+    }
+
+    fn heap(&self) -> Result<&DeviceHeap> {
+        self.arena.device_heap().ok_or(Error::Argument { op: "capture", argument: "device", expected: "a GPU", found: 0 })
     }
 }
 

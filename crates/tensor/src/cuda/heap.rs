@@ -1,6 +1,6 @@
-//! Which parts of an address range are taken: best fit, split and joined again. Knows nothing of a device.
+//! Which parts of an address range are taken: first fit, split and joined again. Knows nothing of a device.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 /// What offsets and sizes are multiples of: the widest access of a kernel, twice.
 pub(crate) const ALIGN: usize = 256;
@@ -14,32 +14,61 @@ pub(crate) struct Span {
     pub(crate) len: usize,
 }
 
+impl Span {
+    /// Bytes that both have.
+    pub(crate) fn shared(self, other: Self) -> usize {
+        let end = (self.offset + self.len).min(other.offset + other.len);
+        end.saturating_sub(self.offset.max(other.offset))
+    }
+}
+
+/// The bytes that a part of at least so many takes.
+fn length(bytes: usize) -> usize {
+    bytes.max(1).next_multiple_of(ALIGN)
+}
+
 /// A range that grows at its end. The same calls give the same offsets.
 #[derive(Debug, Default)]
 pub(crate) struct Heap {
     /// Offset to length of what is free.
     free: BTreeMap<usize, usize>,
-    /// (length, offset) of the same, to find the smallest that fits.
-    by_size: BTreeSet<(usize, usize)>,
     /// Bytes of the range so far.
     end: usize,
 }
 
 impl Heap {
-    /// The smallest free part that holds `bytes`, or new bytes at the end.
+    /// The first free part that holds `bytes`.
+    pub(crate) fn take_free(&mut self, bytes: usize) -> Option<Span> {
+        let len = length(bytes);
+        let (&offset, &size) = self.free.iter().find(|&(_, &size)| size >= len)?;
+        self.cut(Span { offset, len }, Span { offset, len: size })
+    }
+
+    /// The last free part of just `bytes`, else the end of the last that holds them.
+    pub(crate) fn take_last(&mut self, bytes: usize) -> Option<Span> {
+        let len = length(bytes);
+        let last = |fits: fn(usize, usize) -> bool| self.free.iter().rev().find(|&(_, &size)| fits(size, len));
+        let (&offset, &size) = last(|size, len| size == len).or_else(|| last(|size, len| size >= len))?;
+        self.cut(Span { offset: offset + size - len, len }, Span { offset, len: size })
+    }
+
+    /// A part, if all of it is free.
+    pub(crate) fn take_at(&mut self, span: Span) -> Option<Span> {
+        let (&offset, &len) = self.free.range(..=span.offset).next_back()?;
+        (offset + len >= span.offset + span.len).then_some(())?;
+        self.cut(span, Span { offset, len })
+    }
+
+    /// The first free part that holds `bytes`, or new bytes at the end.
     pub(crate) fn take(&mut self, bytes: usize) -> Span {
-        let len = bytes.max(1).next_multiple_of(ALIGN);
-        if let Some(&(size, offset)) = self.by_size.range((len, 0)..).next() {
-            self.remove(offset, size);
-            if size > len {
-                self.insert(offset + len, size - len);
-            }
-            return Span { offset, len };
+        if let Some(span) = self.take_free(bytes) {
+            return span;
         }
+        let len = length(bytes);
         // What is free at the end needs only the rest.
         let offset = match self.free.last_key_value() {
             Some((&offset, &size)) if offset + size == self.end => {
-                self.remove(offset, size);
+                self.free.remove(&offset);
                 offset
             }
             _ => self.end,
@@ -54,14 +83,13 @@ impl Heap {
         if let Some((&before, &size)) = self.free.range(..offset).next_back()
             && before + size == offset
         {
-            self.remove(before, size);
+            self.free.remove(&before);
             (offset, len) = (before, len + size);
         }
-        if let Some(&size) = self.free.get(&(offset + len)) {
-            self.remove(offset + len, size);
+        if let Some(size) = self.free.remove(&(offset + len)) {
             len += size;
         }
-        self.insert(offset, len);
+        self.free.insert(offset, len);
     }
 
     /// Bytes of the range so far, free ones included.
@@ -75,29 +103,33 @@ impl Heap {
             && offset + size == self.end
             && self.end > end
         {
-            self.remove(offset, size);
+            self.free.remove(&offset);
             let kept = end.saturating_sub(offset);
             if kept > 0 {
-                self.insert(offset, kept);
+                self.free.insert(offset, kept);
             }
             self.end = offset + kept;
         }
     }
 
-    /// Whether all of `span` is free.
-    pub(crate) fn is_free(&self, span: Span) -> bool {
-        let found = self.free.range(..=span.offset).next_back();
-        found.is_some_and(|(&offset, &size)| offset + size >= span.offset + span.len)
+    /// How many bytes of `span` are free.
+    pub(crate) fn free_within(&self, span: Span) -> usize {
+        let before = self.free.range(..span.offset).next_back();
+        let parts = before.into_iter().chain(self.free.range(span.offset..span.offset + span.len));
+        parts.map(|(&offset, &len)| span.shared(Span { offset, len })).sum()
     }
 
-    fn insert(&mut self, offset: usize, len: usize) {
-        self.free.insert(offset, len);
-        self.by_size.insert((len, offset));
-    }
-
-    fn remove(&mut self, offset: usize, len: usize) {
-        self.free.remove(&offset);
-        self.by_size.remove(&(len, offset));
+    /// `span`, of `part`, which is free.
+    fn cut(&mut self, span: Span, part: Span) -> Option<Span> {
+        self.free.remove(&part.offset);
+        let (before, after) = (span.offset - part.offset, part.offset + part.len - span.offset - span.len);
+        if before > 0 {
+            self.free.insert(part.offset, before);
+        }
+        if after > 0 {
+            self.free.insert(span.offset + span.len, after);
+        }
+        Some(span)
     }
 }
 
@@ -108,15 +140,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn neighbours_join_and_the_smallest_that_fits_is_taken() {
+    fn neighbours_join_and_the_first_that_fits_is_taken() {
         let mut heap = Heap::default();
         let spans: Vec<Span> = [1000, 300, 5000, 300].map(|bytes| heap.take(bytes)).into();
         assert_eq!(spans[1], Span { offset: 1024, len: 512 });
         heap.give(spans[2]);
         heap.give(spans[0]);
-        assert_eq!(heap.take(900).offset, 0, "1024 fits better than 5120");
+        assert_eq!(heap.take(900).offset, 0);
         heap.give(spans[1]);
         assert_eq!(heap.take(5500).offset, 1024, "joined with its neighbour");
+    }
+
+    #[test]
+    fn a_part_can_be_taken_from_the_end_or_where_it_was() {
+        let mut heap = Heap::default();
+        let spans: Vec<Span> = [4096, 256, 1024, 256, 512].map(|bytes| heap.take(bytes)).into();
+        [0, 2, 4].map(|i| heap.give(spans[i]));
+        let last = heap.take_last(1024).unwrap();
+        assert_eq!(last, spans[2], "the last that holds it");
+        assert_eq!(heap.take_last(600).unwrap().offset, 4096 - 768, "its end");
+        assert_eq!(heap.take_at(last), None);
+        heap.give(last);
+        assert_eq!(heap.take_last(512), Some(spans[4]), "no other is cut for what fits");
+        heap.take_at(last).unwrap();
+        let middle = Span { offset: 1024, len: 1024 };
+        assert_eq!(heap.take_at(middle), Some(middle));
+        assert_eq!(heap.take_at(middle), None);
+        assert_eq!(heap.free_within(Span { offset: 0, len: 4096 }), 4096 - 768 - 1024);
+        assert_eq!(heap.take_free(4096), None);
     }
 
     #[test]
@@ -130,24 +181,33 @@ mod tests {
 
     proptest! {
         #[test]
-        fn taken_parts_never_overlap_and_all_comes_back(ops in proptest::collection::vec((1usize..20_000, 0usize..8), 1..200)) {
+        fn taken_parts_never_overlap_and_all_comes_back(ops in proptest::collection::vec((1usize..20_000, 0usize..8, 0..4), 1..200)) {
             let mut heap = Heap::default();
             let mut held: Vec<Span> = Vec::new();
-            for (bytes, drop) in ops {
-                let span = heap.take(bytes);
-                prop_assert!(span.len >= bytes && span.offset % ALIGN == 0 && span.offset + span.len <= heap.end());
+            let mut last = Span { offset: 0, len: ALIGN };
+            for (bytes, drop, how) in ops {
+                let end = heap.end();
+                let within = match how {
+                    0 => None,
+                    1 => heap.take_free(bytes),
+                    2 => heap.take_last(bytes),
+                    _ => heap.take_at(last).filter(|span| *span == last),
+                };
+                prop_assert_eq!(heap.end(), end);
+                let span = within.unwrap_or_else(|| heap.take(bytes));
+                prop_assert!(within.is_some() && how == 3 || span.len >= bytes && span.offset % ALIGN == 0 && span.offset + span.len <= heap.end());
                 prop_assert!(held.iter().all(|other| span.offset + span.len <= other.offset || other.offset + other.len <= span.offset));
-                prop_assert!(!heap.is_free(span));
+                prop_assert_eq!(heap.free_within(span), 0);
                 held.push(span);
                 if drop < held.len() {
-                    heap.give(held.swap_remove(drop));
+                    last = held.swap_remove(drop);
+                    heap.give(last);
                 }
             }
             for span in held {
                 heap.give(span);
             }
-            let all = Span { offset: 0, len: heap.end() };
-            prop_assert!(heap.is_free(all));
+            prop_assert_eq!(heap.free_within(Span { offset: 0, len: heap.end() }), heap.end());
         }
     }
 }

@@ -52,6 +52,16 @@ impl DeviceHeap {
         Ok(Self { device, base, reserved, state: Mutex::default() })
     }
 
+    /// A part of what has memory, by one of the heap's ways.
+    pub(crate) fn take_within(&self, way: impl FnOnce(&mut Heap) -> Option<Span>) -> Option<Span> {
+        let mut state = self.state();
+        let span = way(&mut state.heap)?;
+        if let Some(recording) = &mut state.recording {
+            recording.push(span);
+        }
+        Some(span)
+    }
+
     /// A part of at least `bytes`; nothing when the device has no more memory.
     pub(crate) fn take(&self, bytes: usize) -> Result<Option<Span>> {
         let mut state = self.state();
@@ -93,7 +103,7 @@ impl DeviceHeap {
         self.state().recording = Some(Vec::new());
     }
 
-    /// The parts taken since [`DeviceHeap::record`] that are free now, joined.
+    /// The parts taken since [`DeviceHeap::record`], joined.
     pub(crate) fn recorded(&self) -> Vec<Span> {
         let mut spans = self.state().recording.take().unwrap_or_default();
         spans.sort_unstable_by_key(|span| span.offset);
@@ -109,10 +119,9 @@ impl DeviceHeap {
         joined
     }
 
-    /// Whether none of `spans` is taken.
-    pub(crate) fn all_free(&self, spans: &[Span]) -> bool {
-        let state = self.state();
-        spans.iter().all(|&span| state.heap.is_free(span))
+    /// How many bytes of `span` are free.
+    pub(crate) fn free_within(&self, span: Span) -> usize {
+        self.state().heap.free_within(span)
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {

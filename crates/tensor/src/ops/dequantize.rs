@@ -22,7 +22,6 @@ pub(crate) mod cuda {
     use crate::{
         Absmax, Arena, BlockWeight, DType, Error, Int8Weight, Result, Tensor, Weight, ahead,
         cuda::{Arg, CudaDevice, Grid, suffix},
-        ops::typed::scratch,
     };
 
     const OP: &str = "dequantize";
@@ -45,31 +44,49 @@ pub(crate) mod cuda {
         weights: &[&Weight],
         dtype: DType,
         arena: &Arena,
-        [more_rows, more_cols]: [usize; 2],
+        more: [usize; 2],
     ) -> Result<Tensor> {
-        if let Some(out) = ahead::take(device, arena, &ahead::Request { weights, dtype, more: [more_rows, more_cols] })? {
-            return Ok(out);
-        }
-        let rows: usize = weights.iter().map(|weight| weight.shape().dims()[0]).sum();
-        let ld = weights.first().map_or(0, |weight| weight.shape().last()) + more_cols;
-        let mut out = scratch(arena, dtype, [rows + more_rows, ld])?;
-        let mut place = out.address_mut()?;
-        for weight in weights {
-            match weight {
-                Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld, 0)?,
-                Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
-                Weight::Dense(dense) => {
-                    return Err(Error::DType {
-                        op: OP,
-                        operand: "weight",
-                        expected: "4-bit or 8-bit blocks",
-                        found: dense.dtype(),
-                    });
+        let request = ahead::Request { weights, dtype, more };
+        ahead::matrix(device, arena, &request, |out| {
+            let (ld, mut place) = (out.shape().last(), out.address_mut()?);
+            for weight in weights {
+                match weight {
+                    Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld, 0)?,
+                    Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
+                    Weight::Dense(dense) => {
+                        return Err(Error::DType {
+                            op: OP,
+                            operand: "weight",
+                            expected: "4-bit or 8-bit blocks",
+                            found: dense.dtype(),
+                        });
+                    }
                 }
+                place += (weight.shape().dims()[0] * ld * dtype.size()) as u64;
             }
-            place += (weight.shape().dims()[0] * ld * dtype.size()) as u64;
+            Ok(())
+        })
+    }
+
+    /// Weights one below the other, but for the first `done` rows, into `place`, an address of elements of `dtype` with rows `ld` apart.
+    pub(crate) fn block_weights(
+        device: CudaDevice,
+        weights: &[BlockWeight],
+        dtype: DType,
+        mut place: u64,
+        ld: usize,
+        mut done: usize,
+    ) -> Result<()> {
+        for weight in weights {
+            let rows = weight.shape.dims()[0];
+            let first = done.min(rows);
+            if first < rows {
+                block_weight(device, weight, dtype, place, ld, first)?;
+            }
+            done -= first;
+            place += (rows * ld * dtype.size()) as u64;
         }
-        Ok(out)
+        Ok(())
     }
 
     /// The address of the 16 values of a format, on the device.
@@ -117,7 +134,7 @@ pub(crate) mod cuda {
     }
 
     /// Into `out`, an address of elements of `dtype` with rows `ld` apart, the rows from `first` on: of whole groups of 256 blocks.
-    pub(crate) fn block_weight(
+    fn block_weight(
         device: CudaDevice,
         weight: &BlockWeight,
         dtype: DType,

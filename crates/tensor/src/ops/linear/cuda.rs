@@ -48,10 +48,13 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
     }
     let mut ys = call.outputs(room)?;
     match &beside {
-        Some(beside) if call.is_one_product(&ys) => call.product_beside(rows(beside)?, 0..ys.len(), &ys[0])?,
+        Some(beside) if call.is_one_product(&ys) => {
+            let weight = call.weights_beside(0..ys.len())?;
+            call.product_beside(rows(beside)?, rows(&weight)?, 0..ys.len(), &ys[0])?;
+        }
         Some(beside) => {
-            for (i, y) in ys.iter().enumerate() {
-                call.product_beside(rows(beside)?, i..i + 1, y)?;
+            for parts in call.widened_together() {
+                call.products_beside(rows(beside)?, parts, &ys)?;
             }
         }
         None => {
@@ -155,13 +158,13 @@ impl Call<'_, '_> {
     /// what a young adapter adds, below half of the last place of x Wᵀ, would be lost, and the adapter would not learn.
     fn product_and_adapter(&self, i: usize, h: Option<&Tensor>, y: &mut Tensor) -> Result<()> {
         let part = &self.parts[i];
-        let Some(h) = h.filter(|_| self.pairs[i].is_some()) else { return self.base_product(part, y) };
+        let Some(h) = h.filter(|_| self.pairs[i].is_some()) else { return self.base_product(i, y) };
         if self.dtype == DType::F32 {
-            self.base_product(part, y)?;
+            self.base_product(i, y)?;
             return self.add_adapter(i, h, y);
         }
         let sum = scratch(&self.arena, DType::F32, [self.tokens, part.outputs()])?;
-        let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
+        let weight = self.widened(i..i + 1)?;
         self.biased_product(part.bias.as_ref(), part.outputs(), &sum, [rows(self.x()?)?, rows(&weight)?], self.inputs)?;
         drop(weight);
         self.add_adapter(i, h, &sum)?;
@@ -193,12 +196,13 @@ impl Call<'_, '_> {
     }
 
     /// y = x Wᵀ + bias.
-    fn base_product(&self, part: &Part, y: &mut Tensor) -> Result<()> {
+    fn base_product(&self, i: usize, y: &mut Tensor) -> Result<()> {
+        let part = &self.parts[i];
         let bias = part.bias.as_ref().map(|bias| bias.to_dtype(self.dtype)).transpose()?;
         if product_of_few(self.device, self.x()?, &part.weight, bias.as_ref(), y)? {
             return Ok(());
         }
-        let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
+        let weight = self.widened(i..i + 1)?;
         self.biased_product(part.bias.as_ref(), part.outputs(), y, [rows(self.x()?)?, rows(&weight)?], self.inputs)
     }
 
@@ -242,19 +246,33 @@ impl Call<'_, '_> {
         side_by_side(ys) && self.tokens >= self.inputs && self.parts.iter().all(|part| part.bias.is_none())
     }
 
-    /// y = [x | h] [W | 0 s B 0]ᵀ + bias of a part, or of several without bias whose y lie side by side from `y` on.
-    fn product_beside(&self, beside: Matrix, parts: Range<usize>, y: &Tensor) -> Result<()> {
+    /// The parts whose weights are widened as one matrix: all, as for the input gradient (`riders`), or each alone.
+    fn widened_together(&self) -> Vec<Range<usize>> {
+        let all = 0..self.parts.len();
+        if self.tokens >= self.inputs { vec![all] } else { all.map(|i| i..i + 1).collect() }
+    }
+
+    /// y = [x | h] [W | 0 s B 0]ᵀ + bias of each part, from one matrix of their weights.
+    fn products_beside(&self, beside: Matrix, parts: Range<usize>, ys: &[Tensor]) -> Result<()> {
         let weight = self.weights_beside(parts.clone())?;
+        let (mut at, ld) = (rows(&weight)?, weight.shape().last());
+        for i in parts {
+            self.product_beside(beside, at, i..i + 1, &ys[i])?;
+            at = columns(at, self.parts[i].outputs() * ld, self.dtype);
+        }
+        Ok(())
+    }
+
+    /// y = [x | h] [W | 0 s B 0]ᵀ + bias of a part, or of several without bias whose y lie side by side from `y` on.
+    fn product_beside(&self, beside: Matrix, weight: Matrix, parts: Range<usize>, y: &Tensor) -> Result<()> {
         let bias = self.parts[parts.start].bias.as_ref();
         let outputs = self.parts[parts].iter().map(Part::outputs).sum();
-        self.biased_product(bias, outputs, y, [beside, rows(&weight)?], self.inputs + self.ranks)
+        self.biased_product(bias, outputs, y, [beside, weight], self.inputs + self.ranks)
     }
 
     /// [W | 0 s B 0] of some parts, one below the other.
     fn weights_beside(&self, parts: Range<usize>) -> Result<Tensor> {
-        let weights: Vec<&Weight> = self.parts[parts.clone()].iter().map(|part| &part.weight).collect();
-        // Rows begin with a line of memory, as those of x with room do.
-        let weight = widened(self.device, &weights, self.dtype, &self.arena, [0, self.ranks.next_multiple_of(ROOM)])?;
+        let weight = self.widened(parts.clone())?;
         let (ld, mut outputs) = (weight.shape().last(), 0);
         for i in parts {
             let place = columns(rows(&weight)?, outputs * ld + self.inputs, self.dtype);
@@ -262,6 +280,19 @@ impl Call<'_, '_> {
             outputs += self.parts[i].outputs();
         }
         Ok(weight)
+    }
+
+    /// The weights of some parts, one below the other. Where adapters ride there is room for s B beside and for A below, in one matrix, so
+    /// that forward and backward find what the other has widened.
+    fn widened(&self, parts: Range<usize>) -> Result<Tensor> {
+        if let [Part { weight: weight @ Weight::Dense(_), .. }] = &self.parts[parts.clone()] {
+            return matrix(self.device, weight, self.dtype, &self.arena);
+        }
+        let rides = self.parts[parts.clone()].iter().all(|part| self.rides(part));
+        // Rows begin with a line of memory, as those of x with room do.
+        let more = if rides { [self.ranks, self.ranks.next_multiple_of(ROOM)] } else { [0, 0] };
+        let weights: Vec<&Weight> = self.parts[parts].iter().map(|part| &part.weight).collect();
+        widened(self.device, &weights, self.dtype, &self.arena, more)
     }
 
     /// The columns 0 s B 0 of one part.
@@ -396,7 +427,7 @@ impl Call<'_, '_> {
         }
         let others = riders.clone().unwrap_or(0..0);
         for (i, (part, dy)) in self.parts.iter().zip(dys).enumerate().filter(|(i, _)| !others.contains(i)) {
-            let weight = matrix(self.device, &part.weight, self.dtype, &self.arena)?;
+            let weight = self.widened(i..i + 1)?;
             let sizes = [self.tokens, self.inputs, part.outputs()];
             self.gemm(sizes, rows(dy)?, rows(&weight)?, rows(&dx)?, 1.0, i > 0 || riders.is_some())?;
         }
@@ -415,16 +446,15 @@ impl Call<'_, '_> {
     /// [dy … | t] and [W ; … ; A], and how many columns of the one and rows of the other there are: t behind the rows already, or both
     /// copied.
     fn gradients_beside(&self, riders: Range<usize>, dys: &[Tensor], t: Matrix) -> Result<Option<([Tensor; 2], usize)>> {
-        let (parts, dys, Some(a)) = (&self.parts[riders.clone()], &dys[riders], self.all_a()?) else { return Ok(None) };
+        let (parts, dys, Some(a)) = (&self.parts[riders.clone()], &dys[riders.clone()], self.all_a()?) else { return Ok(None) };
         let outputs: usize = parts.iter().map(Part::outputs).sum();
         let beside = match dys {
             [dy] if dy.room() < self.ranks => self.copied_beside(dy, t)?,
             _ => dys[0].clone(),
         };
-        let weights: Vec<&Weight> = parts.iter().map(|part| &part.weight).collect();
-        let weight = widened(self.device, &weights, self.dtype, &self.arena, [self.ranks, 0])?;
+        let weight = self.widened(riders)?;
         // Launched early, as what is before and after it.
-        let below = columns(rows(&weight)?, outputs * self.inputs, self.dtype);
+        let below = columns(rows(&weight)?, outputs * weight.shape().last(), self.dtype);
         self.copy_rows([self.ranks, self.inputs], below, a)?;
         Ok(Some(([beside, weight], outputs + self.ranks)))
     }
