@@ -132,12 +132,14 @@ fn what_was_begun_makes_room_for_what_is_needed() {
 
 #[test]
 fn products_of_few_rows_and_weights_that_are_not_doubly_quantised_are_left_alone() {
-    let arena = gpu(usize::MAX);
-    let (a, b) = (plain(weight(&arena, [16_384, 4096])), plain(weight(&arena, [4096, 4096])));
     for tokens in [1024, 4096] {
+        let arena = gpu(usize::MAX);
+        let (a, b) = (plain(weight(&arena, [16_384, 4096])), plain(weight(&arena, [4096, 4096])));
         pass(&arena, tokens, &[&a, &b]);
         assert_eq!(pass(&arena, tokens, &[&a, &b]), [tokens == 4096, false]);
     }
+    let arena = gpu(usize::MAX);
+    let (a, b) = (plain(weight(&arena, [16_384, 4096])), plain(weight(&arena, [4096, 4096])));
     let once = QuantConfig { double_quant: false, ..QuantConfig::default() };
     let narrow = weight(&arena, [4096, 128]);
     for other in [Weight::empty(&arena, [4096, 4096], &once).unwrap(), narrow] {

@@ -145,7 +145,9 @@ impl Warm {
 
     /// Whether a matrix is there.
     pub(crate) fn is_there(&self, found: &Found) -> bool {
-        self.matrices.get(&found.holds.identity).is_some_and(|matrix| matrix.span == found.span && matrix.holds.is_of(&found.holds))
+        self.matrices
+            .get(&found.holds.identity)
+            .is_some_and(|matrix| matrix.span == found.span && matrix.holds.is_of(&found.holds))
     }
 
     /// A captured step ran: what it wrote over is gone, what it leaves is there.

@@ -155,7 +155,9 @@ mod tests {
     fn a_part_can_be_taken_from_the_end_or_where_it_was() {
         let mut heap = Heap::default();
         let spans: Vec<Span> = [4096, 256, 1024, 256, 512].map(|bytes| heap.take(bytes)).into();
-        [0, 2, 4].map(|i| heap.give(spans[i]));
+        for i in [0, 2, 4] {
+            heap.give(spans[i]);
+        }
         let last = heap.take_last(1024).unwrap();
         assert_eq!(last, spans[2], "the last that holds it");
         assert_eq!(heap.take_last(600).unwrap().offset, 4096 - 768, "its end");

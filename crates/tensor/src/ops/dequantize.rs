@@ -134,14 +134,7 @@ pub(crate) mod cuda {
     }
 
     /// Into `out`, an address of elements of `dtype` with rows `ld` apart, the rows from `first` on: of whole groups of 256 blocks.
-    fn block_weight(
-        device: CudaDevice,
-        weight: &BlockWeight,
-        dtype: DType,
-        out: u64,
-        ld: usize,
-        first: usize,
-    ) -> Result<()> {
+    fn block_weight(device: CudaDevice, weight: &BlockWeight, dtype: DType, out: u64, ld: usize, first: usize) -> Result<()> {
         let suffix = suffix(OP, dtype)?;
         let (rows, cols, block_size) = (weight.shape.dims()[0] - first, weight.shape.last(), weight.config.block_size);
         let sizes = [Arg::size(rows), Arg::size(cols), Arg::size(ld), Arg::size(block_size)];
