@@ -4,7 +4,7 @@
 use nibble_nf4::{QuantConfig, quantize};
 use nibble_tensor::{
     Arena, DType, Device, LookAhead, Rng, Tensor, Weight,
-    cuda::ComputeCapability,
+    cuda::{ComputeCapability, Graph},
     ops::{
         Documents, attention, glu,
         linear::{self, Adapter, Part, PartGrads, Saved},
@@ -368,13 +368,49 @@ fn weights_widened_beside_the_product_before_theirs_give_the_same_bits() {
             if reversed { through(&arena, last) } else { through(&arena, first) }
         };
         let (live, expected) = (arena.stats().live, [run(false), run(true)]);
-        // Learned, foreseen, foreseen wrongly, and right again.
-        for reversed in [false, false, true, false] {
+        // Learned, foreseen, found in free memory, asked for in another order, and found again.
+        for reversed in [false, false, false, true, false] {
             let pass = LookAhead::new(&arena);
             let found = run(reversed);
             drop(pass);
             assert!(found == expected[usize::from(reversed)], "{dtype:?}, reversed {reversed}");
             assert_eq!(arena.stats().live, live);
         }
+    }
+}
+
+#[test]
+fn a_captured_pass_finds_weights_widened_and_widens_again_what_was_lost() {
+    let arena = nibble_tests::arena();
+    if arena.device() == Device::Cpu {
+        assert!(std::env::var_os("REQUIRE_CUDA").is_none(), "NIBBLE_TEST_DEVICE=cuda was not given");
+        return;
+    }
+    let case = Case { tokens: 2816, inputs: 1536, outputs: &[1536], rank: 16, dtype: DType::Bf16 };
+    let layers = [parts(&arena, case), parts(&arena, Case { rank: 8, ..case })];
+    let x = normed(&arena, 20, [case.tokens, case.inputs], case.dtype, true);
+    let mut results = Tensor::zeros(&arena, case.dtype, [2 * case.tokens, 1536]).unwrap();
+    let mut pass = || {
+        let _pass = LookAhead::new(&arena);
+        for (i, parts) in layers.iter().enumerate() {
+            results.copy_rows(i * case.tokens, &linear::forward(&x, parts)?.0[0])?;
+        }
+        Ok::<_, nibble_tensor::Error>(())
+    };
+    for _ in 0..2 {
+        pass().unwrap();
+    }
+    let graph = Graph::capture(&arena, &mut pass).unwrap().0;
+    assert!(graph.is_settled() && graph.is_valid());
+    let expected = results.to_f32_vec().unwrap();
+    for _ in 0..3 {
+        results.set_zero().unwrap();
+        graph.launch().unwrap();
+        assert!(results.to_f32_vec().unwrap() == expected);
+        // All that was free holds something else.
+        let free = arena.device_bytes().unwrap() - arena.stats().live;
+        let others: Vec<Tensor> = (0..free >> 20).map(|_| Tensor::tiled(&arena, &[0xffu8], [1 << 20]).unwrap()).collect();
+        assert!(!graph.is_valid() && graph.launch().is_err());
+        drop(others);
     }
 }

@@ -126,7 +126,7 @@ fn warm(arena: &Arena, request: &WeakRequest, sizes: [usize; 2]) -> Result<Optio
         return Ok(None);
     }
     let _scope = arena.scope(Owner::Scratch);
-    Tensor::placed(arena, request.dtype(), sizes, |warm, _, _| warm.take(request)).map(Some)
+    Tensor::placed(arena, request.dtype(), sizes, |warm, heap, _| warm.take(heap, request)).map(Some)
 }
 
 /// A product, by a kernel that widens the weight that is foreseen beside it where it can.
@@ -196,9 +196,7 @@ pub(crate) fn matrix(
             None => filled(memory(arena, &weak, request.sizes())?, widen)?,
         },
     };
-    if arena.warm().keeps(&identity) {
-        out.remember(weak);
-    }
+    out.remember(weak);
     Ok(out)
 }
 

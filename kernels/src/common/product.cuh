@@ -86,11 +86,13 @@ struct Share {
 };
 
 // The tiles of a cluster, one after another: bands of BAND columns, token by token, there and back, so that a band begins with tokens
-// that the second-level cache still has.
+// that the second-level cache still has. Every other tile is summed from the end of k, where the tile before it has just been: from the same
+// rows of w, or of x where a band ends. Of gate and up of Llama-3-8B memory is read a tenth less for it, and of o a fifth.
 template <typename C>
 struct Tiles {
     const Share &share;
     u32 next, m, n;
+    bool back = true;
 
     __device__ __forceinline__ explicit Tiles(const Share &share) : share(share), next(blockIdx.x / C::SIZE) {}
 
@@ -104,8 +106,11 @@ struct Tiles {
         n = share.n + (band * ROWS + rest % rows) * C::COLUMNS + C::n() * TILE_N;
         m = share.m + at * C::TOKENS + C::m() * TILE_M;
         next += gridDim.x / C::SIZE;
+        back = !back;
         return true;
     }
+    // The first of the i-th DEPTH columns of k; what is left of k comes last either way.
+    __device__ __forceinline__ u32 step(u32 i, u32 k) const { return (back && i < k / DEPTH ? k / DEPTH - 1 - i : i) * DEPTH; }
 };
 
 // Where everything lies in shared memory, from `base` on.
@@ -128,7 +133,8 @@ __device__ __forceinline__ void bring(const Buffers &buffers, Tiles<Cluster<N, M
     const u32 with_tokens = C::with_tokens(), with_columns = C::with_columns(), from_n = C::n(), from_m = C::m();
     Ring<STAGES> ring;
     while (tiles.take())
-        for (u32 at = 0; at < k; at += DEPTH, ring.next()) {
+        for (u32 nth = 0; nth * DEPTH < k; nth++, ring.next()) {
+            const u32 at = tiles.step(nth, k);
             const u32 barrier = buffers.full(ring.index), to = buffers.w(ring.index) + from_m * (W_BYTES / M);
             mbarrier_wait(buffers.empty(ring.index), ring.parity ^ 1);
             mbarrier_expect(barrier, STAGE_BYTES);

@@ -5,9 +5,9 @@
 //! backward. Such memory is free: it does not count as held, and the device is asked for more only when all of it is forgotten, first the
 //! matrix whose turn is last by the pass before. What the same pass needs much later, as what forward widens for backward, is not kept.
 //!
-//! A matrix has a place, the end of what is free when it is first kept, away from what a forward pass leaves for backward; it is kept
-//! there or not at all. So passes that are alike leave the same matrices in the same places, where a captured step needs to find what it
-//! found when it was captured ([`Captured`]).
+//! For the next pass a matrix is kept in its place, the end of what is free when it is first kept, away from what a forward pass leaves for
+//! backward; or not at all, once its place was not free when it was widened. So passes that are alike come to leave the same matrices in
+//! the same places, where a captured step needs to find what it found when it was captured ([`Captured`]).
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,14 +15,14 @@ use super::request::{Identity, WeakRequest};
 use crate::cuda::{DeviceHeap, Span};
 
 /// Requests between which a matrix is kept within a pass: a block that is run again, and its backward.
-const SOON: usize = 10;
+const SOON: usize = 8;
 
 /// What free memory of an arena holds.
 #[derive(Debug, Default)]
 pub(crate) struct Warm {
     matrices: HashMap<Identity, Matrix>,
-    /// Where each is kept.
-    places: HashMap<Identity, Span>,
+    /// Where each is kept; nowhere once that was not free.
+    places: HashMap<Identity, Option<Span>>,
     turns: Turns,
     /// What was found by a step that is being captured.
     recording: Option<Vec<Found>>,
@@ -74,41 +74,49 @@ impl Warm {
         self.matrices.get(&request.identity).is_some_and(|matrix| matrix.holds.is_of(request))
     }
 
+    /// Where the matrices are, in order.
+    #[cfg(test)]
+    pub(super) fn spans(&self) -> Vec<Span> {
+        let mut spans: Vec<Span> = self.matrices.values().map(|matrix| matrix.span).collect();
+        spans.sort_unstable_by_key(|span| span.offset);
+        spans
+    }
+
     /// The memory of a matrix that holds what is asked for; it is the caller's.
-    pub(crate) fn take(&mut self, request: &WeakRequest) -> Option<Span> {
+    pub(crate) fn take(&mut self, heap: &DeviceHeap, request: &WeakRequest) -> Option<Span> {
         if !self.has(request) {
             return None;
         }
         let Matrix { span, holds, before } = self.matrices.remove(&request.identity)?;
+        heap.note(span);
         if let Some(found) = self.recording.as_mut().filter(|_| before) {
             found.push(Found { holds, span });
         }
         Some(span)
     }
 
-    /// Whether a matrix is kept when its product is done.
-    pub(super) fn keeps(&self, identity: &Identity) -> bool {
-        self.turns.is_soon(identity)
-    }
-
-    /// Memory for a matrix that is widened afresh; none for one that is not kept, which may lie anywhere.
+    /// Memory for a matrix that is widened afresh: its place; none for one that may lie anywhere.
     pub(crate) fn place(&mut self, heap: &DeviceHeap, identity: &Identity, bytes: usize) -> Option<Span> {
-        if !self.keeps(identity) {
+        if self.turns.again(identity) == Again::Later {
             return None;
         }
-        match self.places.get(identity) {
-            Some(&place) => heap.take_within(|heap| heap.take_at(place)),
-            None => heap.take_within(|heap| heap.take_last(bytes)),
-        }
+        let Some(place) = self.places.get_mut(identity) else { return heap.take_within(|heap| heap.take_last(bytes)) };
+        *place = place.and_then(|span| heap.take_within(|heap| heap.take_at(span)));
+        *place
     }
 
     /// Memory that nobody holds any more, with what it holds.
     pub(crate) fn put(&mut self, heap: &DeviceHeap, holds: WeakRequest, span: Span) {
-        let place = *self.places.entry(holds.identity.clone()).or_insert(span);
-        if place != span || self.matrices.contains_key(&holds.identity) {
-            return heap.give(span);
+        let kept = match self.turns.again(&holds.identity) {
+            Again::Soon => true,
+            Again::NextPass => *self.places.entry(holds.identity.clone()).or_insert(Some(span)) == Some(span),
+            Again::Later => false,
+        };
+        if kept && !self.matrices.contains_key(&holds.identity) {
+            self.matrices.insert(holds.identity.clone(), Matrix { span, holds, before: false });
+        } else {
+            heap.give(span);
         }
-        self.matrices.insert(holds.identity.clone(), Matrix { span, holds, before: false });
     }
 
     /// Forgets the matrix that is needed last, for its memory.
@@ -132,7 +140,9 @@ impl Warm {
         let found = self.recording.take().unwrap_or_default();
         let new = self.matrices.extract_if(|_, matrix| !matrix.before);
         let left: Vec<Found> = new.map(|(_, Matrix { span, holds, .. })| Found { holds, span }).collect();
-        left.iter().for_each(|left| heap.give(left.span));
+        for left in &left {
+            heap.give(left.span);
+        }
         self.insert(heap, &found);
         Captured { found, left }
     }
@@ -164,11 +174,22 @@ impl Warm {
 
     fn insert(&mut self, heap: &DeviceHeap, all: &[Found]) {
         for Found { holds, span } in all {
-            if heap.take_within(|heap| heap.take_at(*span)).is_some() {
-                self.put(heap, holds.clone(), *span);
+            if !self.matrices.contains_key(&holds.identity) && heap.take_within(|heap| heap.take_at(*span)).is_some() {
+                self.matrices.insert(holds.identity.clone(), Matrix { span: *span, holds: holds.clone(), before: false });
             }
         }
     }
+}
+
+/// When weights are asked for again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Again {
+    /// In this pass, before [`SOON`] others.
+    Soon,
+    /// In the next pass and not in this one.
+    NextPass,
+    /// Later in this pass, or never as far as is known.
+    Later,
 }
 
 /// When weights are asked for, by what the pass before asked for.
@@ -190,19 +211,22 @@ impl Turns {
         }
     }
 
-    /// Whether it is asked for again a little after the request that is on or comes next, or by the next pass and not by this one; unknown
-    /// in the first.
-    fn is_soon(&self, identity: &Identity) -> bool {
+    /// When `identity` is asked for again after the request that is on or comes next.
+    fn again(&self, identity: &Identity) -> Again {
         let now = self.now.len();
-        let again = |turns: &Vec<usize>| turns.iter().find(|&&turn| turn > now).is_none_or(|turn| turn - now < SOON);
-        self.before.get(identity).is_some_and(again)
+        let Some(turns) = self.before.get(identity) else { return Again::Later };
+        match turns.iter().find(|&&turn| turn > now) {
+            None => Again::NextPass,
+            Some(turn) if turn - now < SOON => Again::Soon,
+            Some(_) => Again::Later,
+        }
     }
 
     /// How many requests come before the next for `identity`.
     fn until(&self, identity: &Identity) -> usize {
         let (now, turns) = (self.now.len(), self.before.get(identity).map(Vec::as_slice).unwrap_or_default());
         let next = turns.iter().find(|&&turn| turn >= now).copied();
-        let again = || turns.first().map(|first| self.len.max(now) + first);
-        next.or_else(again).map_or(usize::MAX - 1, |turn| turn - now)
+        let in_another = || turns.first().map(|first| self.len.max(now) + first);
+        next.or_else(in_another).map_or(usize::MAX - 1, |turn| turn - now)
     }
 }

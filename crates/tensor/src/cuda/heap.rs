@@ -41,7 +41,7 @@ impl Heap {
     pub(crate) fn take_free(&mut self, bytes: usize) -> Option<Span> {
         let len = length(bytes);
         let (&offset, &size) = self.free.iter().find(|&(_, &size)| size >= len)?;
-        self.cut(Span { offset, len }, Span { offset, len: size })
+        Some(self.cut(Span { offset, len }, Span { offset, len: size }))
     }
 
     /// The last free part of just `bytes`, else the end of the last that holds them.
@@ -49,14 +49,14 @@ impl Heap {
         let len = length(bytes);
         let last = |fits: fn(usize, usize) -> bool| self.free.iter().rev().find(|&(_, &size)| fits(size, len));
         let (&offset, &size) = last(|size, len| size == len).or_else(|| last(|size, len| size >= len))?;
-        self.cut(Span { offset: offset + size - len, len }, Span { offset, len: size })
+        Some(self.cut(Span { offset: offset + size - len, len }, Span { offset, len: size }))
     }
 
     /// A part, if all of it is free.
     pub(crate) fn take_at(&mut self, span: Span) -> Option<Span> {
         let (&offset, &len) = self.free.range(..=span.offset).next_back()?;
         (offset + len >= span.offset + span.len).then_some(())?;
-        self.cut(span, Span { offset, len })
+        Some(self.cut(span, Span { offset, len }))
     }
 
     /// The first free part that holds `bytes`, or new bytes at the end.
@@ -120,7 +120,7 @@ impl Heap {
     }
 
     /// `span`, of `part`, which is free.
-    fn cut(&mut self, span: Span, part: Span) -> Option<Span> {
+    fn cut(&mut self, span: Span, part: Span) -> Span {
         self.free.remove(&part.offset);
         let (before, after) = (span.offset - part.offset, part.offset + part.len - span.offset - span.len);
         if before > 0 {
@@ -129,7 +129,7 @@ impl Heap {
         if after > 0 {
             self.free.insert(span.offset + span.len, after);
         }
-        Some(span)
+        span
     }
 }
 

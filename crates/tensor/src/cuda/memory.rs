@@ -54,12 +54,16 @@ impl DeviceHeap {
 
     /// A part of what has memory, by one of the heap's ways.
     pub(crate) fn take_within(&self, way: impl FnOnce(&mut Heap) -> Option<Span>) -> Option<Span> {
-        let mut state = self.state();
-        let span = way(&mut state.heap)?;
-        if let Some(recording) = &mut state.recording {
+        let span = way(&mut self.state().heap)?;
+        self.note(span);
+        Some(span)
+    }
+
+    /// That a part which was not free is taken by another, for a recording.
+    pub(crate) fn note(&self, span: Span) {
+        if let Some(recording) = &mut self.state().recording {
             recording.push(span);
         }
-        Some(span)
     }
 
     /// A part of at least `bytes`; nothing when the device has no more memory.

@@ -14,20 +14,18 @@ mod call;
 mod few;
 mod gated;
 mod hopper;
+mod weights;
 
 use std::ops::Range;
 
 use call::{Call, columns, rows, transposed};
 pub(super) use gated::{backward_gated, forward_gated, serves_gated_gradients};
 
-use super::{OP, Part, PartGrads, ROOM, Saved};
+use super::{OP, Part, PartGrads, Saved};
 use crate::{
-    DType, Result, Shape, Tensor, TensorMut, Weight, ahead,
+    DType, Result, Shape, Tensor, TensorMut, ahead,
     cuda::{Arg, CudaDevice, Gemm, Grid, Matrix, suffix},
-    ops::{
-        dequantize::cuda::{matrix, product_of_few, widened},
-        typed::scratch,
-    },
+    ops::{dequantize::cuda::product_of_few, typed::scratch},
 };
 
 pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usize) -> Result<(Vec<Tensor>, Saved)> {
@@ -246,12 +244,6 @@ impl Call<'_, '_> {
         side_by_side(ys) && self.tokens >= self.inputs && self.parts.iter().all(|part| part.bias.is_none())
     }
 
-    /// The parts whose weights are widened as one matrix: all, as for the input gradient (`riders`), or each alone.
-    fn widened_together(&self) -> Vec<Range<usize>> {
-        let all = 0..self.parts.len();
-        if self.tokens >= self.inputs { vec![all] } else { all.map(|i| i..i + 1).collect() }
-    }
-
     /// y = [x | h] [W | 0 s B 0]ᵀ + bias of each part, from one matrix of their weights.
     fn products_beside(&self, beside: Matrix, parts: Range<usize>, ys: &[Tensor]) -> Result<()> {
         let weight = self.weights_beside(parts.clone())?;
@@ -268,48 +260,6 @@ impl Call<'_, '_> {
         let bias = self.parts[parts.start].bias.as_ref();
         let outputs = self.parts[parts].iter().map(Part::outputs).sum();
         self.biased_product(bias, outputs, y, [beside, weight], self.inputs + self.ranks)
-    }
-
-    /// [W | 0 s B 0] of some parts, one below the other.
-    fn weights_beside(&self, parts: Range<usize>) -> Result<Tensor> {
-        let weight = self.widened(parts.clone())?;
-        let (ld, mut outputs) = (weight.shape().last(), 0);
-        for i in parts {
-            let place = columns(rows(&weight)?, outputs * ld + self.inputs, self.dtype);
-            self.place_adapter(i, place)?;
-            outputs += self.parts[i].outputs();
-        }
-        Ok(weight)
-    }
-
-    /// The weights of some parts, one below the other. Where adapters ride there is room for s B beside and for A below, in one matrix, so
-    /// that forward and backward find what the other has widened.
-    fn widened(&self, parts: Range<usize>) -> Result<Tensor> {
-        if let [Part { weight: weight @ Weight::Dense(_), .. }] = &self.parts[parts.clone()] {
-            return matrix(self.device, weight, self.dtype, &self.arena);
-        }
-        let rides = self.parts[parts.clone()].iter().all(|part| self.rides(part));
-        // Rows begin with a line of memory, as those of x with room do.
-        let more = if rides { [self.ranks, self.ranks.next_multiple_of(ROOM)] } else { [0, 0] };
-        let weights: Vec<&Weight> = self.parts[parts].iter().map(|part| &part.weight).collect();
-        widened(self.device, &weights, self.dtype, &self.arena, more)
-    }
-
-    /// The columns 0 s B 0 of one part.
-    fn place_adapter(&self, i: usize, place: Matrix) -> Result<()> {
-        let (part, b) = (&self.parts[i], self.pairs[i].as_ref().map(|(_, b)| b));
-        let args = [
-            Arg::Pointer(place.address),
-            Arg::read_or_none(b)?,
-            Arg::F32(part.adapter.as_ref().map_or(0.0, |adapter| adapter.scale)),
-            Arg::size(part.outputs()),
-            Arg::size(b.map_or(0, |b| b.shape().last())),
-            Arg::size(self.offsets[i]),
-            Arg::size(self.ranks),
-            Arg::size(place.ld),
-        ];
-        let grid = Grid::over(part.outputs() * self.ranks, 2048, 256);
-        self.device.launch_early(&format!("place_columns_{}", suffix(OP, self.dtype)?), grid, &args)
     }
 
     /// h = dropout(x) Aᵀ of all parts, side by side, and the same `beside` x where it rides.
