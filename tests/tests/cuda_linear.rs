@@ -370,7 +370,7 @@ fn weights_widened_beside_the_product_before_theirs_give_the_same_bits() {
         let (live, expected) = (arena.stats().live, [run(false), run(true)]);
         // Learned, foreseen, found in free memory, asked for in another order, and found again.
         for reversed in [false, false, false, true, false] {
-            let pass = LookAhead::new(&arena);
+            let pass = LookAhead::new(&arena, tokens);
             let found = run(reversed);
             drop(pass);
             assert!(found == expected[usize::from(reversed)], "{dtype:?}, reversed {reversed}");
@@ -391,7 +391,7 @@ fn a_captured_pass_finds_weights_widened_and_widens_again_what_was_lost() {
     let x = normed(&arena, 20, [case.tokens, case.inputs], case.dtype, true);
     let mut results = Tensor::zeros(&arena, case.dtype, [2 * case.tokens, 1536]).unwrap();
     let mut pass = || {
-        let _pass = LookAhead::new(&arena);
+        let _pass = LookAhead::new(&arena, case.tokens);
         for (i, parts) in layers.iter().enumerate() {
             results.copy_rows(i * case.tokens, &linear::forward(&x, parts)?.0[0])?;
         }

@@ -55,13 +55,13 @@ impl Ahead {
 pub struct LookAhead(Arena);
 
 impl LookAhead {
-    /// Of the weights in an arena; ends the one before.
-    pub fn new(arena: &Arena) -> Self {
+    /// Over so many `tokens`, with the weights in an arena; ends the one before.
+    pub fn new(arena: &Arena, tokens: usize) -> Self {
         let mut ahead = arena.ahead();
         ahead.let_go();
         if !ahead.forbidden {
             ahead.requests.begin();
-            arena.warm().begin();
+            arena.warm().begin(tokens);
         }
         drop(ahead);
         Self(arena.clone())

@@ -227,23 +227,21 @@ impl Arena {
         Ok(Block { memory, owner, arena: self.clone(), holds: None })
     }
 
-    /// A part of a device's memory: more of the device only when what is free and what is remembered in it does not do.
+    /// A part of a device's memory, whatever it held.
     fn span(&self, heap: &DeviceHeap, bytes: usize, find: &impl Find) -> Result<Option<Span>> {
         let mut warm = self.warm();
-        if let Some(span) = find(&mut warm, heap, bytes) {
-            return Ok(Some(span));
+        let span = match find(&mut warm, heap, bytes) {
+            None => heap.take(bytes)?,
+            found => found,
+        };
+        if let Some(span) = span {
+            warm.taken(span, heap.free());
         }
-        loop {
-            if let Some(span) = heap.take_within(|heap| heap.take_free(bytes)) {
-                return Ok(Some(span));
-            }
-            let Some(forgotten) = warm.forget() else { return heap.take(bytes) };
-            heap.give(forgotten);
-        }
+        Ok(span)
     }
 }
 
-/// Finds memory for so many bytes in what is free or remembered.
+/// Takes memory for so many bytes, if it has a place for them.
 pub(crate) trait Find: Fn(&mut Warm, &DeviceHeap, usize) -> Option<Span> {}
 impl<F: Fn(&mut Warm, &DeviceHeap, usize) -> Option<Span>> Find for F {}
 
@@ -395,10 +393,11 @@ impl Drop for Block {
             Memory::Share(_) => {}
             Memory::Device { span, .. } => {
                 drop(pool);
-                match (&self.arena.0.heap, self.holds.take()) {
-                    (Some(heap), Some(holds)) => self.arena.warm().put(heap, holds, span),
-                    (Some(heap), None) => heap.give(span),
-                    (None, _) => {}
+                if let Some(heap) = &self.arena.0.heap {
+                    heap.give(span);
+                }
+                if let Some(holds) = self.holds.take() {
+                    self.arena.warm().put(holds, span);
                 }
             }
         }

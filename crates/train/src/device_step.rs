@@ -214,7 +214,7 @@ impl Shape {
         parts.model.release_weights()?;
         parts.grads.zero()?;
         for (i, ((stream, labels), &checkpointing)) in self.batches.iter().zip(&self.checkpointing).enumerate() {
-            let _pass = LookAhead::new(parts.model.arena());
+            let _pass = LookAhead::new(parts.model.arena(), stream.documents.tokens());
             let options = LossOptions { checkpointing, dropout: Some(dropout.stream(i as u64)) };
             let mut tape = Tape::new(parts.params);
             let loss = parts.model.loss(&mut tape, &stream.for_step(), labels, options)?;

@@ -103,11 +103,6 @@ impl WeakRequest {
         self.identity.more
     }
 
-    /// Whether the weights are still somebody's; their codes may wait on the host.
-    pub(super) fn is_alive(&self) -> bool {
-        self.weights.iter().all(|weight| weight.codes.get().is_some())
-    }
-
     /// Whether it is for the same weights, wherever their codes lie, in the same layout.
     pub(super) fn is_of(&self, other: &Self) -> bool {
         let same = |(one, other): (&WeakBlocks, &WeakBlocks)| match (one.codes.get(), other.codes.get()) {

@@ -27,7 +27,7 @@ fn plain(weight: Weight) -> Vec<Part> {
 
 /// Layers that are run one after the other, each with its input: after which of them a weight was begun.
 fn pass(arena: &Arena, tokens: usize, layers: &[&Vec<Part>]) -> Vec<bool> {
-    let _pass = LookAhead::new(arena);
+    let _pass = LookAhead::new(arena, tokens);
     let begun = layers.iter().map(|parts| {
         let x = Tensor::empty(arena, DType::Bf16, [tokens, parts[0].weight.shape().last()]).unwrap();
         linear::forward(&x, parts).unwrap();
@@ -84,7 +84,7 @@ fn a_small_product_widens_the_first_rows_and_the_rest_is_widened_when_it_is_aske
     let arena = gpu(usize::MAX);
     let (a, b) = (plain(weight(&arena, [1024, 4096])), plain(weight(&arena, [14_336, 4096])));
     pass(&arena, 8192, &[&a, &b]);
-    let _pass = LookAhead::new(&arena);
+    let _pass = LookAhead::new(&arena, 8192);
     let x = Tensor::empty(&arena, DType::Bf16, [8192, 4096]).unwrap();
     linear::forward(&x, &a).unwrap();
     let rows = arena.ahead().begun.as_ref().map(|job| job.rows);
@@ -117,7 +117,7 @@ fn what_was_begun_makes_room_for_what_is_needed() {
     let arena = gpu(1 << 30);
     let layers = [[4096, 4096], [14_336, 4096]].map(|shape| plain(weight(&arena, shape)));
     pass(&arena, 8192, &[&layers[0], &layers[1]]);
-    let _pass = LookAhead::new(&arena);
+    let _pass = LookAhead::new(&arena, 8192);
     let x = Tensor::empty(&arena, DType::Bf16, [8192, 4096]).unwrap();
     linear::forward(&x, &layers[0]).unwrap();
     assert!(arena.ahead().begun.is_some());
@@ -143,9 +143,8 @@ fn products_of_few_rows_and_weights_that_are_not_doubly_quantised_are_left_alone
         let arena = gpu(usize::MAX);
         let (a, b) = (plain(weight(&arena, [16_384, 4096])), plain(weight(&arena, [4096, 4096])));
         let other = plain(Weight::empty(&arena, shape, &config).unwrap());
-        pass(&arena, 8192, &[&a, &other, &b, &a]);
-        // The first is still there when it is asked for again.
-        assert_eq!(pass(&arena, 8192, &[&a, &other, &b, &a]), [false, true, false, false]);
+        pass(&arena, 8192, &[&a, &other, &b]);
+        assert_eq!(pass(&arena, 8192, &[&a, &other, &b]), [false, true, false]);
     }
 }
 
@@ -165,7 +164,7 @@ fn products_with_a_gated_unit_in_their_ends_widen_too() {
     let (arena, tokens) = (gpu(usize::MAX), 8192);
     let (both, down) = (adapted(&arena, &[14_336, 14_336], 4096), adapted(&arena, &[4096], 14_336));
     let run = || {
-        let _pass = LookAhead::new(&arena);
+        let _pass = LookAhead::new(&arena, 8192);
         let begun = || arena.ahead().begun.is_some();
         let x = Tensor::with_room(&arena, DType::Bf16, [tokens, 4096], 64).unwrap();
         let (gated, _) = linear::forward_gated(&x, &both, Activation::Silu).unwrap();
@@ -187,7 +186,7 @@ fn weights_of_several_layers_are_begun_as_one_forward_and_backward() {
     let (arena, tokens) = (gpu(usize::MAX), 8192);
     let all = [adapted(&arena, &[4096], 4096), adapted(&arena, &[14_336, 14_336], 4096), adapted(&arena, &[4096], 14_336)];
     let run = || {
-        let _pass = LookAhead::new(&arena);
+        let _pass = LookAhead::new(&arena, 8192);
         let mut begun = Vec::new();
         let mut made = Vec::new();
         for parts in &all {
@@ -244,7 +243,7 @@ fn asked(arena: &Arena, layer: &[Part]) -> WeakRequest {
 
 /// Forward and backward through layers with adapters: of how many the forward pass finds the weights in free memory.
 fn there_and_back(arena: &Arena, layers: &[Vec<Part>]) -> usize {
-    let (_pass, tokens) = (LookAhead::new(arena), 8192);
+    let (_pass, tokens) = (LookAhead::new(arena, 8192), 8192);
     let (mut found, mut made) = (0, Vec::new());
     for parts in layers {
         found += usize::from(arena.warm().has(&asked(arena, parts)));
@@ -271,22 +270,21 @@ fn what_backward_widened_is_found_forward_and_comes_to_lie_in_the_same_places() 
     assert_eq!(there_and_back(&arena, &layers), 0);
     there_and_back(&arena, &layers);
     let (places, stats) = (arena.warm().spans(), arena.stats());
-    assert!(places.len() > 15 && stats.live == live, "{places:?}");
+    assert!(places.len() > layers.len() / 2 && stats.live == live, "{places:?}");
     for _ in 0..3 {
         assert_eq!(there_and_back(&arena, &layers), places.len());
         assert_eq!((arena.warm().spans(), arena.stats()), (places.clone(), stats));
     }
     // What is free is free for others.
-    let last = places[places.len() - 1];
-    let other = Tensor::empty(&arena, DType::U8, [last.offset - places[0].offset]).unwrap();
-    assert!(arena.stats().system_allocations == stats.system_allocations && arena.warm().spans().len() < places.len());
+    let other = Tensor::empty(&arena, DType::U8, [arena.device_heap().unwrap().free() / 10 * 9]).unwrap();
+    assert!(arena.stats().system_allocations == stats.system_allocations && arena.warm().spans().len() < places.len() / 2);
     drop(other);
-    // Some have lost their places to what came instead of them; none has another.
     there_and_back(&arena, &layers);
-    let rest = arena.warm().spans();
-    assert!(rest.len() > 15 && rest.iter().all(|span| places.contains(span)), "{rest:?}");
-    assert_eq!(there_and_back(&arena, &layers), rest.len());
-    assert_eq!((arena.warm().spans(), arena.stats()), (rest, stats));
+    assert_eq!((arena.warm().spans(), arena.stats()), (places, stats));
+    // Of a longer pass nothing is known.
+    drop(LookAhead::new(&arena, 8193));
+    there_and_back(&arena, &layers);
+    assert!(arena.warm().spans().is_empty());
 }
 
 #[test]
@@ -307,18 +305,6 @@ fn weights_that_are_gone_are_not_found() {
 }
 
 #[test]
-fn the_weight_whose_turn_is_last_is_forgotten_first() {
-    let arena = gpu(usize::MAX);
-    let layers = [4096, 3072, 2048].map(|n| plain(weight(&arena, [n, 4096])));
-    let layers: Vec<&Vec<Part>> = layers.iter().collect();
-    for _ in 0..3 {
-        pass(&arena, 8192, &layers);
-    }
-    let forgotten: Vec<usize> = std::iter::from_fn(|| arena.warm().forget()).map(|span| span.len).collect();
-    assert_eq!(forgotten, [2048, 3072, 4096].map(|rows| rows * 4096 * 2));
-}
-
-#[test]
 fn a_captured_step_leaves_what_it_found_until_it_runs() {
     let arena = gpu(usize::MAX);
     let (layers, heap) = (many(&arena), arena.device_heap().unwrap());
@@ -327,16 +313,16 @@ fn a_captured_step_leaves_what_it_found_until_it_runs() {
         arena.warm().record();
         there_and_back(&arena, &layers);
         let written = heap.recorded();
-        (written, arena.warm().recorded(heap))
+        (written, arena.warm().recorded())
     };
     there_and_back(&arena, &layers);
     // Captured with nothing there: it leaves more than it finds, once it runs.
     let (written, first) = capture();
     assert!(first.found.is_empty() && arena.warm().spans().is_empty() && !first.is_settled());
-    arena.warm().ran(heap, &written, &first);
-    assert!(arena.warm().spans().len() > 15);
+    arena.warm().ran(&written, &first);
+    assert!(arena.warm().spans().len() > layers.len() / 2);
     // Until what it leaves is what it finds.
-    arena.warm().forget_within(heap, &written);
+    arena.warm().forget(&written);
     for _ in 0..3 {
         there_and_back(&arena, &layers);
     }
@@ -345,13 +331,15 @@ fn a_captured_step_leaves_what_it_found_until_it_runs() {
     assert!(captured.found.len() == places.len() && captured.is_settled());
     let all_there = || captured.found.iter().all(|found| arena.warm().is_there(found));
     assert!(all_there() && arena.warm().spans() == places);
-    let covered = |span: &Span| written.iter().any(|written| written.shared(*span) == span.len);
-    assert!(places.iter().all(covered), "what is found is the step's memory");
-    // Memory that somebody holds is not free, and what was lost is not there.
-    assert!(arena.warm().all_free(heap, &written));
-    let held = Tensor::empty(&arena, DType::U8, [places[places.len() - 1].offset - places[0].offset]).unwrap();
-    assert!(!arena.warm().all_free(heap, &written) && !all_there());
-    drop(held);
-    arena.warm().ran(heap, &written, &captured);
+    let covers =
+        |span: &Span| written.iter().any(|part| part.offset <= span.offset && span.offset + span.len <= part.offset + part.len);
+    assert!(places.iter().all(covers), "what is found is the step's memory");
+    // What others write over is not there any more.
+    assert!(heap.all_free(&written));
+    let other = Tensor::empty(&arena, DType::U8, [heap.free() / 10 * 9]).unwrap();
+    assert!(!heap.all_free(&written));
+    drop(other);
+    assert!(heap.all_free(&written) && !all_there());
+    arena.warm().ran(&written, &captured);
     assert!(all_there() && arena.warm().spans() == places);
 }

@@ -1,28 +1,31 @@
 //! Widened weights that free memory still holds.
 //!
-//! A matrix whose product is done goes back with a note of what it holds. Until its memory is needed for something else, who asks for the
-//! same weights gets it as it is: what backward widened for the next pass forward, what a block that is run again widened for its
-//! backward. Such memory is free: it does not count as held, and the device is asked for more only when all of it is forgotten, first the
-//! matrix whose turn is last by the pass before. What the same pass needs much later, as what forward widens for backward, is not kept.
-//!
-//! For the next pass a matrix is kept in its place, the end of what is free when it is first kept, away from what a forward pass leaves for
-//! backward; or not at all, once its place was not free when it was widened. So passes that are alike come to leave the same matrices in
-//! the same places, where a captured step needs to find what it found when it was captured ([`Captured`]).
+//! The memory of a matrix goes back when its product is done, with a note of what it holds. Who asks for the same weights before the
+//! memory is taken for something else gets it as it is: what backward widened for the next pass forward, what a block that is run again
+//! widened for its backward. Such memory is free like any other: others are placed as if nothing were in it, from the start on.
+//! So that little of it is written over, a matrix that will be asked for by the next pass has a place of its own, as far at the end as
+//! possible; where little memory is free until its product is done, by the passes before of as many tokens, or the place is not free, it
+//! lies anywhere like others and is not found again. A place that was not free once is given up: so passes that are alike come to leave
+//! the same matrices in the same places, where a captured step needs to find what it found when it was captured ([`Captured`]).
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use super::request::{Identity, WeakRequest};
 use crate::cuda::{DeviceHeap, Span};
 
-/// Requests between which a matrix is kept within a pass: a block that is run again, and its backward.
+/// Requests between which a matrix may be found within a pass: a block that is run again, and its backward.
 const SOON: usize = 8;
+/// Little memory is free where it is less than that many of the matrix.
+const PLENTY: usize = 4;
 
 /// What free memory of an arena holds.
 #[derive(Debug, Default)]
 pub(crate) struct Warm {
     matrices: HashMap<Identity, Matrix>,
-    /// Where each is kept; nowhere once that was not free.
+    /// The place of each; none once it was not free.
     places: HashMap<Identity, Option<Span>>,
+    /// All places there are, offset to length.
+    occupied: BTreeMap<usize, usize>,
     turns: Turns,
     /// What was found by a step that is being captured.
     recording: Option<Vec<Found>>,
@@ -60,14 +63,20 @@ impl Captured {
 }
 
 impl Warm {
-    /// A pass begins.
-    pub(super) fn begin(&mut self) {
-        self.turns.begin();
+    /// A pass over so many tokens begins.
+    pub(super) fn begin(&mut self, tokens: usize) {
+        self.turns.begin(tokens);
     }
 
     /// Weights are asked for.
     pub(super) fn note(&mut self, identity: &Identity) {
         self.turns.now.push(identity.clone());
+    }
+
+    /// Somebody took `span`, of which nothing is left, and so much is free.
+    pub(crate) fn taken(&mut self, span: Span, free: usize) {
+        self.forget(&[span]);
+        self.turns.taken(free);
     }
 
     pub(super) fn has(&self, request: &WeakRequest) -> bool {
@@ -82,51 +91,54 @@ impl Warm {
         spans
     }
 
-    /// The memory of a matrix that holds what is asked for; it is the caller's.
+    /// Takes the memory of a matrix that holds what is asked for.
     pub(crate) fn take(&mut self, heap: &DeviceHeap, request: &WeakRequest) -> Option<Span> {
         if !self.has(request) {
             return None;
         }
         let Matrix { span, holds, before } = self.matrices.remove(&request.identity)?;
-        heap.note(span);
+        let taken = heap.take_within(|heap| heap.take_at(span));
         if let Some(found) = self.recording.as_mut().filter(|_| before) {
             found.push(Found { holds, span });
         }
-        Some(span)
+        taken
     }
 
-    /// Memory for a matrix that is widened afresh: its place; none for one that may lie anywhere.
+    /// Takes memory for a matrix that is widened afresh where it may be found again; none for one that may lie anywhere.
     pub(crate) fn place(&mut self, heap: &DeviceHeap, identity: &Identity, bytes: usize) -> Option<Span> {
-        if self.turns.again(identity) == Again::Later {
+        if self.turns.again(identity) == Again::Later || self.turns.free_soon() < PLENTY * bytes {
             return None;
         }
-        let Some(place) = self.places.get_mut(identity) else { return heap.take_within(|heap| heap.take_last(bytes)) };
-        *place = place.and_then(|span| heap.take_within(|heap| heap.take_at(span)));
-        *place
+        let Some(place) = self.places.get_mut(identity) else {
+            let span = heap.take_within(|heap| heap.take_last(bytes, &self.occupied))?;
+            self.places.insert(identity.clone(), Some(span));
+            self.occupied.insert(span.offset, span.len);
+            return Some(span);
+        };
+        let span = (*place)?;
+        let taken = heap.take_within(|heap| heap.take_at(span));
+        if taken.is_none() {
+            self.occupied.remove(&span.offset);
+            *place = None;
+        }
+        taken
     }
 
-    /// Memory that nobody holds any more, with what it holds.
-    pub(crate) fn put(&mut self, heap: &DeviceHeap, holds: WeakRequest, span: Span) {
+    /// Notes what free memory holds.
+    pub(crate) fn put(&mut self, holds: WeakRequest, span: Span) {
         let kept = match self.turns.again(&holds.identity) {
             Again::Soon => true,
-            Again::NextPass => *self.places.entry(holds.identity.clone()).or_insert(Some(span)) == Some(span),
+            Again::NextPass => self.places.get(&holds.identity) == Some(&Some(span)),
             Again::Later => false,
         };
-        if kept && !self.matrices.contains_key(&holds.identity) {
+        if kept {
             self.matrices.insert(holds.identity.clone(), Matrix { span, holds, before: false });
-        } else {
-            heap.give(span);
         }
     }
 
-    /// Forgets the matrix that is needed last, for its memory.
-    pub(crate) fn forget(&mut self) -> Option<Span> {
-        let last = self.matrices.iter().max_by_key(|(identity, matrix)| {
-            let turn = if matrix.holds.is_alive() { self.turns.until(identity) } else { usize::MAX };
-            (turn, matrix.span.offset)
-        });
-        let identity = last?.0.clone();
-        self.matrices.remove(&identity).map(|matrix| matrix.span)
+    /// Forgets what lies in any of `spans`, which others write.
+    pub(crate) fn forget(&mut self, spans: &[Span]) {
+        self.matrices.retain(|_, matrix| !spans.iter().any(|span| span.overlaps(matrix.span)));
     }
 
     /// A step begins that is captured and does not run.
@@ -136,48 +148,29 @@ impl Warm {
     }
 
     /// What the step found and leaves. As nothing of it ran, there is what it found.
-    pub(crate) fn recorded(&mut self, heap: &DeviceHeap) -> Captured {
+    pub(crate) fn recorded(&mut self) -> Captured {
         let found = self.recording.take().unwrap_or_default();
         let new = self.matrices.extract_if(|_, matrix| !matrix.before);
-        let left: Vec<Found> = new.map(|(_, Matrix { span, holds, .. })| Found { holds, span }).collect();
-        for left in &left {
-            heap.give(left.span);
-        }
-        self.insert(heap, &found);
+        let left = new.map(|(_, Matrix { span, holds, .. })| Found { holds, span }).collect();
+        self.insert(&found);
         Captured { found, left }
-    }
-
-    /// Whether `spans` are nobody's.
-    pub(crate) fn all_free(&self, heap: &DeviceHeap, spans: &[Span]) -> bool {
-        let warm = |span: Span| self.matrices.values().map(|matrix| matrix.span.shared(span)).sum::<usize>();
-        spans.iter().all(|&span| heap.free_within(span) + warm(span) == span.len)
     }
 
     /// Whether a matrix is there.
     pub(crate) fn is_there(&self, found: &Found) -> bool {
-        self.matrices
-            .get(&found.holds.identity)
-            .is_some_and(|matrix| matrix.span == found.span && matrix.holds.is_of(&found.holds))
+        let matrix = self.matrices.get(&found.holds.identity);
+        matrix.is_some_and(|matrix| matrix.span == found.span && matrix.holds.is_of(&found.holds))
     }
 
     /// A captured step ran: what it wrote over is gone, what it leaves is there.
-    pub(crate) fn ran(&mut self, heap: &DeviceHeap, written: &[Span], captured: &Captured) {
-        self.forget_within(heap, written);
-        self.insert(heap, &captured.left);
+    pub(crate) fn ran(&mut self, written: &[Span], captured: &Captured) {
+        self.forget(written);
+        self.insert(&captured.left);
     }
 
-    /// Forgets what lies in any of `spans`.
-    pub(crate) fn forget_within(&mut self, heap: &DeviceHeap, spans: &[Span]) {
-        let gone = self.matrices.extract_if(|_, matrix| spans.iter().any(|span| span.shared(matrix.span) > 0));
-        gone.for_each(|(_, matrix)| heap.give(matrix.span));
-    }
-
-    fn insert(&mut self, heap: &DeviceHeap, all: &[Found]) {
-        for Found { holds, span } in all {
-            if !self.matrices.contains_key(&holds.identity) && heap.take_within(|heap| heap.take_at(*span)).is_some() {
-                self.matrices.insert(holds.identity.clone(), Matrix { span: *span, holds: holds.clone(), before: false });
-            }
-        }
+    fn insert(&mut self, all: &[Found]) {
+        let matrix = |found: &Found| Matrix { span: found.span, holds: found.holds.clone(), before: false };
+        self.matrices.extend(all.iter().map(|found| (found.holds.identity.clone(), matrix(found))));
     }
 }
 
@@ -192,23 +185,41 @@ enum Again {
     Later,
 }
 
-/// When weights are asked for, by what the pass before asked for.
+/// When weights are asked for, by what the pass before asked for; and how much is free meanwhile.
 #[derive(Debug, Default)]
 struct Turns {
-    /// Of the pass that runs.
+    /// What the pass that runs has asked for.
     now: Vec<Identity>,
-    /// Of the one before: the turns of each, and how many there were.
+    /// The turns of each in the pass before.
     before: HashMap<Identity, Vec<usize>>,
-    len: usize,
+    /// The least that was free between a turn and the next, in any pass.
+    least_free: Vec<usize>,
+    /// Tokens of the longest pass.
+    longest: usize,
 }
 
 impl Turns {
-    fn begin(&mut self) {
+    /// Nothing is known of a pass that is longer than all before.
+    fn begin(&mut self, tokens: usize) {
         self.before.clear();
-        self.len = self.now.len();
-        for (turn, identity) in self.now.drain(..).enumerate() {
+        for (turn, identity) in self.now.drain(..).enumerate().filter(|_| tokens <= self.longest) {
             self.before.entry(identity).or_default().push(turn);
         }
+        self.longest = self.longest.max(tokens);
+    }
+
+    fn taken(&mut self, free: usize) {
+        let turn = self.now.len();
+        if self.least_free.len() <= turn {
+            self.least_free.resize(turn + 1, usize::MAX);
+        }
+        self.least_free[turn] = self.least_free[turn].min(free);
+    }
+
+    /// The least that is free from before the request that is on or comes next until after it.
+    fn free_soon(&self) -> usize {
+        let now = self.now.len();
+        self.least_free.iter().take(now + 3).skip(now.saturating_sub(1)).copied().min().unwrap_or(0)
     }
 
     /// When `identity` is asked for again after the request that is on or comes next.
@@ -220,13 +231,5 @@ impl Turns {
             Some(turn) if turn - now < SOON => Again::Soon,
             Some(_) => Again::Later,
         }
-    }
-
-    /// How many requests come before the next for `identity`.
-    fn until(&self, identity: &Identity) -> usize {
-        let (now, turns) = (self.now.len(), self.before.get(identity).map(Vec::as_slice).unwrap_or_default());
-        let next = turns.iter().find(|&&turn| turn >= now).copied();
-        let in_another = || turns.first().map(|first| self.len.max(now) + first);
-        next.or_else(in_another).map_or(usize::MAX - 1, |turn| turn - now)
     }
 }

@@ -47,7 +47,7 @@ impl Graph {
         heap.record();
         arena.warm().record();
         let value = f();
-        let (scratch, widened) = (heap.recorded(), arena.warm().recorded(heap));
+        let (scratch, widened) = (heap.recorded(), arena.warm().recorded());
         gpu.capturing.store(false, Ordering::Relaxed);
         let mut graph = std::ptr::null_mut();
         // SAFETY: ends the capture begun above, also when `f` failed.
@@ -69,7 +69,7 @@ impl Graph {
     #[must_use]
     pub fn is_valid(&self) -> bool {
         let warm = self.arena.warm();
-        let free = self.heap().is_ok_and(|heap| warm.all_free(heap, &self.scratch));
+        let free = self.heap().is_ok_and(|heap| heap.all_free(&self.scratch));
         free && self.widened.found.iter().all(|found| warm.is_there(found) || found.holds.weights().is_some())
     }
 
@@ -90,14 +90,14 @@ impl Graph {
         let (heap, mut warm) = (self.heap()?, self.arena.warm());
         for found in &self.widened.found {
             if !warm.is_there(found) {
-                warm.forget_within(heap, &[found.span]);
+                warm.forget(&[found.span]);
                 ahead::restore(self.device, found, heap.address(found.span))?;
             }
         }
         self.device.bind()?;
         // SAFETY: the executable lives as long as this value.
         check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.stream()) })?;
-        warm.ran(heap, &self.scratch, &self.widened);
+        warm.ran(&self.scratch, &self.widened);
         Ok(())
     }
 

@@ -15,10 +15,9 @@ pub(crate) struct Span {
 }
 
 impl Span {
-    /// Bytes that both have.
-    pub(crate) fn shared(self, other: Self) -> usize {
-        let end = (self.offset + self.len).min(other.offset + other.len);
-        end.saturating_sub(self.offset.max(other.offset))
+    /// Whether both have a byte.
+    pub(crate) fn overlaps(self, other: Self) -> bool {
+        self.offset < other.offset + other.len && other.offset < self.offset + self.len
     }
 }
 
@@ -34,22 +33,30 @@ pub(crate) struct Heap {
     free: BTreeMap<usize, usize>,
     /// Bytes of the range so far.
     end: usize,
+    /// Those of them that are taken.
+    taken: usize,
 }
 
 impl Heap {
-    /// The first free part that holds `bytes`.
-    pub(crate) fn take_free(&mut self, bytes: usize) -> Option<Span> {
+    /// As far at the end as `bytes` are free beside the parts of `but`, offset to length.
+    pub(crate) fn take_last(&mut self, bytes: usize, but: &BTreeMap<usize, usize>) -> Option<Span> {
         let len = length(bytes);
-        let (&offset, &size) = self.free.iter().find(|&(_, &size)| size >= len)?;
-        Some(self.cut(Span { offset, len }, Span { offset, len: size }))
-    }
-
-    /// The last free part of just `bytes`, else the end of the last that holds them.
-    pub(crate) fn take_last(&mut self, bytes: usize) -> Option<Span> {
-        let len = length(bytes);
-        let last = |fits: fn(usize, usize) -> bool| self.free.iter().rev().find(|&(_, &size)| fits(size, len));
-        let (&offset, &size) = last(|size, len| size == len).or_else(|| last(|size, len| size >= len))?;
-        Some(self.cut(Span { offset: offset + size - len, len }, Span { offset, len: size }))
+        let ends_at = |offset: usize, size: usize| {
+            let mut end = offset + size;
+            for (&other, &other_len) in but.range(..end).rev() {
+                if other + other_len <= offset || end >= other + other_len + len {
+                    break;
+                }
+                end = end.min(other);
+            }
+            (end >= offset + len).then_some(end)
+        };
+        let find = |(&offset, &size): (&usize, &usize)| {
+            let end = ends_at(offset, size)?;
+            Some((Span { offset: end - len, len }, Span { offset, len: size }))
+        };
+        let (span, part) = self.free.iter().rev().find_map(find)?;
+        Some(self.cut(span, part))
     }
 
     /// A part, if all of it is free.
@@ -61,10 +68,10 @@ impl Heap {
 
     /// The first free part that holds `bytes`, or new bytes at the end.
     pub(crate) fn take(&mut self, bytes: usize) -> Span {
-        if let Some(span) = self.take_free(bytes) {
-            return span;
-        }
         let len = length(bytes);
+        if let Some((&offset, &size)) = self.free.iter().find(|&(_, &size)| size >= len) {
+            return self.cut(Span { offset, len }, Span { offset, len: size });
+        }
         // What is free at the end needs only the rest.
         let offset = match self.free.last_key_value() {
             Some((&offset, &size)) if offset + size == self.end => {
@@ -74,12 +81,14 @@ impl Heap {
             _ => self.end,
         };
         self.end = offset + len;
+        self.taken += len;
         Span { offset, len }
     }
 
     /// Gives a part back.
     pub(crate) fn give(&mut self, span: Span) {
         let (mut offset, mut len) = (span.offset, span.len);
+        self.taken -= len;
         if let Some((&before, &size)) = self.free.range(..offset).next_back()
             && before + size == offset
         {
@@ -112,16 +121,21 @@ impl Heap {
         }
     }
 
-    /// How many bytes of `span` are free.
-    pub(crate) fn free_within(&self, span: Span) -> usize {
-        let before = self.free.range(..span.offset).next_back();
-        let parts = before.into_iter().chain(self.free.range(span.offset..span.offset + span.len));
-        parts.map(|(&offset, &len)| span.shared(Span { offset, len })).sum()
+    /// Whether all of `span` is free.
+    pub(crate) fn is_free(&self, span: Span) -> bool {
+        let found = self.free.range(..=span.offset).next_back();
+        found.is_some_and(|(&offset, &size)| offset + size >= span.offset + span.len)
+    }
+
+    /// Free bytes.
+    pub(crate) fn free(&self) -> usize {
+        self.end - self.taken
     }
 
     /// `span`, of `part`, which is free.
     fn cut(&mut self, span: Span, part: Span) -> Span {
         self.free.remove(&part.offset);
+        self.taken += span.len;
         let (before, after) = (span.offset - part.offset, part.offset + part.len - span.offset - span.len);
         if before > 0 {
             self.free.insert(part.offset, before);
@@ -158,18 +172,20 @@ mod tests {
         for i in [0, 2, 4] {
             heap.give(spans[i]);
         }
-        let last = heap.take_last(1024).unwrap();
+        let (none, mut but) = (BTreeMap::new(), BTreeMap::new());
+        let last = heap.take_last(1024, &none).unwrap();
         assert_eq!(last, spans[2], "the last that holds it");
-        assert_eq!(heap.take_last(600).unwrap().offset, 4096 - 768, "its end");
         assert_eq!(heap.take_at(last), None);
-        heap.give(last);
-        assert_eq!(heap.take_last(512), Some(spans[4]), "no other is cut for what fits");
-        heap.take_at(last).unwrap();
+        assert_eq!(heap.take_last(600, &none).unwrap().offset, 4096 - 768, "its end");
+        // 0 .. 3328 and 5632 .. 6144 are free.
+        but.extend([(5632, 512), (3072, 256), (1024, 1280)]);
+        assert_eq!(heap.take_last(512, &but).unwrap().offset, 2560);
+        assert_eq!(heap.take_last(512, &but).unwrap().offset, 512);
         let middle = Span { offset: 1024, len: 1024 };
+        assert!(heap.is_free(middle) && heap.free() == 3328 + 512 - 1024);
         assert_eq!(heap.take_at(middle), Some(middle));
         assert_eq!(heap.take_at(middle), None);
-        assert_eq!(heap.free_within(Span { offset: 0, len: 4096 }), 4096 - 768 - 1024);
-        assert_eq!(heap.take_free(4096), None);
+        assert_eq!(heap.take_last(1024, &none), None);
     }
 
     #[test]
@@ -191,16 +207,17 @@ mod tests {
                 let end = heap.end();
                 let within = match how {
                     0 => None,
-                    1 => heap.take_free(bytes),
-                    2 => heap.take_last(bytes),
-                    _ => heap.take_at(last).filter(|span| *span == last),
+                    1 => heap.take_last(bytes, &BTreeMap::new()),
+                    2 => heap.take_last(bytes, &BTreeMap::from([(last.offset, last.len)])).filter(|span| !span.overlaps(last)),
+                    _ => heap.take_at(last),
                 };
                 prop_assert_eq!(heap.end(), end);
                 let span = within.unwrap_or_else(|| heap.take(bytes));
                 prop_assert!(within.is_some() && how == 3 || span.len >= bytes && span.offset % ALIGN == 0 && span.offset + span.len <= heap.end());
                 prop_assert!(held.iter().all(|other| span.offset + span.len <= other.offset || other.offset + other.len <= span.offset));
-                prop_assert_eq!(heap.free_within(span), 0);
+                prop_assert!(!heap.is_free(span));
                 held.push(span);
+                prop_assert_eq!(heap.end() - heap.free(), held.iter().map(|span| span.len).sum::<usize>());
                 if drop < held.len() {
                     last = held.swap_remove(drop);
                     heap.give(last);
@@ -209,7 +226,8 @@ mod tests {
             for span in held {
                 heap.give(span);
             }
-            prop_assert_eq!(heap.free_within(Span { offset: 0, len: heap.end() }), heap.end());
+            let all = Span { offset: 0, len: heap.end() };
+            prop_assert!(heap.free() == heap.end() && heap.is_free(all));
         }
     }
 }

@@ -54,16 +54,12 @@ impl DeviceHeap {
 
     /// A part of what has memory, by one of the heap's ways.
     pub(crate) fn take_within(&self, way: impl FnOnce(&mut Heap) -> Option<Span>) -> Option<Span> {
-        let span = way(&mut self.state().heap)?;
-        self.note(span);
-        Some(span)
-    }
-
-    /// That a part which was not free is taken by another, for a recording.
-    pub(crate) fn note(&self, span: Span) {
-        if let Some(recording) = &mut self.state().recording {
+        let mut state = self.state();
+        let span = way(&mut state.heap)?;
+        if let Some(recording) = &mut state.recording {
             recording.push(span);
         }
+        Some(span)
     }
 
     /// A part of at least `bytes`; nothing when the device has no more memory.
@@ -123,9 +119,15 @@ impl DeviceHeap {
         joined
     }
 
-    /// How many bytes of `span` are free.
-    pub(crate) fn free_within(&self, span: Span) -> usize {
-        self.state().heap.free_within(span)
+    /// Whether none of `spans` is taken.
+    pub(crate) fn all_free(&self, spans: &[Span]) -> bool {
+        let state = self.state();
+        spans.iter().all(|&span| state.heap.is_free(span))
+    }
+
+    /// Free bytes of those that were taken once.
+    pub(crate) fn free(&self) -> usize {
+        self.state().heap.free()
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
