@@ -2,7 +2,7 @@
 
 use nibble_nf4::{Format, QuantConfig};
 use nibble_tensor::{
-    Absmax, Arena, DType, Device, Rng, Tensor, Weight,
+    Absmax, Arena, DType, Device, LookAhead, Rng, Tensor, Weight,
     cuda::Graph,
     ops::{
         attention,
@@ -234,5 +234,45 @@ fn a_step_of_attention_is_the_hosts() {
             let error = relative_error(found, expected);
             assert!(error < tolerance, "{heads} / {kv_heads} x {size} {dtype}: {what} off by {error:.1e}");
         }
+    }
+}
+
+#[test]
+fn a_captured_pass_finds_widened_weights_and_widens_again_what_was_lost() {
+    let Some(arena) = gpu() else { return };
+    let tokens = 2816;
+    let layers = [16, 8].map(|rank| parts(&arena, &[1536], 1536, &QuantConfig::default(), rank, DType::Bf16));
+    let x = normal(&arena, [tokens, 1536], DType::Bf16);
+    let mut results = Tensor::zeros(&arena, DType::Bf16, [2 * tokens, 1536]).unwrap();
+    // Memory enough for the weights to have places.
+    drop(Tensor::empty(&arena, DType::U8, [1 << 26]).unwrap());
+    let mut pass = || {
+        let _pass = LookAhead::new(&arena, tokens);
+        for (i, parts) in layers.iter().enumerate() {
+            results.copy_rows(i * tokens, &linear::forward(&x, parts)?.0[0])?;
+        }
+        Ok::<_, nibble_tensor::Error>(())
+    };
+    for _ in 0..2 {
+        pass().unwrap();
+    }
+    if let Device::Cuda(device) = arena.device() {
+        device.start_profile();
+        pass().unwrap();
+        let kernels = device.end_profile().unwrap();
+        assert!(!kernels.iter().any(|kernel| kernel.name.starts_with("dequantize")), "{kernels:?}");
+    }
+    let graph = Graph::capture(&arena, &mut pass).unwrap().0;
+    assert!(graph.is_settled() && graph.is_valid());
+    let (expected, others) = (results.to_f32_vec().unwrap(), vec![0xffu8; 1 << 20]);
+    for _ in 0..3 {
+        results.set_zero().unwrap();
+        graph.launch().unwrap();
+        assert!(results.to_f32_vec().unwrap() == expected);
+        // All that was free holds something else.
+        let free = arena.device_bytes().unwrap() - arena.stats().live;
+        let all: Vec<Tensor> = (0..free >> 20).map(|_| Tensor::from_slice(&arena, &others, [1 << 20]).unwrap()).collect();
+        assert!(!graph.is_valid() && graph.launch().is_err());
+        drop(all);
     }
 }
