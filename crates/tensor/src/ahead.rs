@@ -78,6 +78,7 @@ impl Drop for LookAhead {
         let mut ahead = self.0.ahead();
         ahead.let_go();
         ahead.requests.end();
+        self.0.warm().end();
     }
 }
 

@@ -68,6 +68,11 @@ impl Warm {
         self.turns.begin(tokens);
     }
 
+    /// The pass ends.
+    pub(super) fn end(&mut self) {
+        self.turns.on = false;
+    }
+
     /// Weights are asked for.
     pub(super) fn note(&mut self, identity: &Identity) {
         self.turns.now.push(identity.clone());
@@ -188,6 +193,8 @@ enum Again {
 /// When weights are asked for, by what the pass before asked for; and how much is free meanwhile.
 #[derive(Debug, Default)]
 struct Turns {
+    /// Whether a pass runs.
+    on: bool,
     /// What the pass that runs has asked for.
     now: Vec<Identity>,
     /// The turns of each in the pass before.
@@ -201,6 +208,7 @@ struct Turns {
 impl Turns {
     /// Nothing is known of a pass that is longer than all before.
     fn begin(&mut self, tokens: usize) {
+        self.on = true;
         self.before.clear();
         for (turn, identity) in self.now.drain(..).enumerate().filter(|_| tokens <= self.longest) {
             self.before.entry(identity).or_default().push(turn);
@@ -209,6 +217,9 @@ impl Turns {
     }
 
     fn taken(&mut self, free: usize) {
+        if !self.on {
+            return;
+        }
         let turn = self.now.len();
         if self.least_free.len() <= turn {
             self.least_free.resize(turn + 1, usize::MAX);
