@@ -10,7 +10,7 @@ mod request;
 mod successors;
 mod warm;
 
-use std::fmt;
+use std::{cell::Cell, fmt};
 
 pub(crate) use request::{Request, WeakRequest};
 use successors::Successors;
@@ -18,7 +18,7 @@ pub(crate) use warm::{Captured, Found, Warm};
 
 use crate::{
     Arena, BlockWeight, Error, Owner, Result, Tensor,
-    cuda::{self, CudaDevice, Gemm, Widen},
+    cuda::{self, CudaDevice, DeviceHeap, Gemm, Widen},
     ops::dequantize::cuda::block_weights,
 };
 
@@ -126,8 +126,10 @@ fn warm(arena: &Arena, request: &WeakRequest, sizes: [usize; 2]) -> Result<Optio
     if !arena.warm().has(request) {
         return Ok(None);
     }
-    let _scope = arena.scope(Owner::Scratch);
-    Tensor::placed(arena, request.dtype(), sizes, |warm, heap, _| warm.take(heap, request)).map(Some)
+    let (_scope, found) = (arena.scope(Owner::Scratch), Cell::new(false));
+    let take = |warm: &mut Warm, heap: &DeviceHeap, _| warm.take(heap, request).inspect(|_| found.set(true));
+    let out = Tensor::placed(arena, request.dtype(), sizes, take)?;
+    Ok(found.get().then_some(out))
 }
 
 /// A product, by a kernel that widens the weight that is foreseen beside it where it can.

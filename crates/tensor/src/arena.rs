@@ -393,11 +393,13 @@ impl Drop for Block {
             Memory::Share(_) => {}
             Memory::Device { span, .. } => {
                 drop(pool);
+                // Nobody may take it in between.
+                let mut warm = self.arena.warm();
                 if let Some(heap) = &self.arena.0.heap {
                     heap.give(span);
                 }
                 if let Some(holds) = self.holds.take() {
-                    self.arena.warm().put(holds, span);
+                    warm.put(holds, span);
                 }
             }
         }

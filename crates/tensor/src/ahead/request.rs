@@ -91,7 +91,7 @@ impl Request<'_> {
 
 impl WeakRequest {
     /// The weights, if all of their memory is still held.
-    pub(crate) fn weights(&self) -> Option<Vec<BlockWeight>> {
+    pub(super) fn weights(&self) -> Option<Vec<BlockWeight>> {
         self.weights.iter().map(WeakBlocks::get).collect()
     }
 
@@ -103,12 +103,17 @@ impl WeakRequest {
         self.identity.more
     }
 
-    /// Whether it is for the same weights, wherever their codes lie, in the same layout.
-    pub(super) fn is_of(&self, other: &Self) -> bool {
-        let same = |(one, other): (&WeakBlocks, &WeakBlocks)| match (one.codes.get(), other.codes.get()) {
-            (Some(one), Some(other)) => one.is_same_memory(&other),
-            _ => false,
+    /// Whether all of the weights' memory is still held.
+    pub(crate) fn is_whole(&self) -> bool {
+        let held = |weight: &WeakBlocks| {
+            [&weight.packed, &weight.codes, &weight.absmax, &weight.map].map(WeakTensor::is_held) == [true; 4]
         };
+        self.weights.iter().all(held)
+    }
+
+    /// Whether it is for the same weights, which are still somebody's, wherever their codes lie; in the same layout.
+    pub(super) fn is_of(&self, other: &Self) -> bool {
+        let same = |(one, other): (&WeakBlocks, &WeakBlocks)| one.codes.is_held() && one.codes.is_same_memory(&other.codes);
         self.identity == other.identity && self.weights.iter().zip(&other.weights).all(same)
     }
 }

@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 use super::{context::CudaDevice, driver::check, heap::Span, memory::DeviceHeap};
 use crate::{
     Arena, Device, Error, Owner, Result,
-    ahead::{self, Captured},
+    ahead::{self, Captured, Found},
 };
 
 /// The work of a function, recorded: kernels, their arguments and the memory between them.
@@ -70,7 +70,7 @@ impl Graph {
     pub fn is_valid(&self) -> bool {
         let warm = self.arena.warm();
         let free = self.heap().is_ok_and(|heap| heap.all_free(&self.scratch));
-        free && self.widened.found.iter().all(|found| warm.is_there(found) || found.holds.weights().is_some())
+        free && self.widened.found.iter().all(|found| warm.is_there(found) || found.holds.is_whole())
     }
 
     /// Whether it leaves the widened weights that it finds: else the same work captured again may find more of them.
@@ -87,17 +87,20 @@ impl Graph {
         if !self.is_valid() {
             return Err(Error::Cuda { call: "cuGraphLaunch", reason: "the graph's memory holds tensors now".into() });
         }
-        let (heap, mut warm) = (self.heap()?, self.arena.warm());
-        for found in &self.widened.found {
-            if !warm.is_there(found) {
-                warm.forget(&[found.span]);
-                ahead::restore(self.device, found, heap.address(found.span))?;
-            }
+        let heap = self.heap()?;
+        let lost: Vec<&Found> = {
+            let mut warm = self.arena.warm();
+            let lost: Vec<&Found> = self.widened.found.iter().filter(|found| !warm.is_there(found)).collect();
+            warm.forget(&lost.iter().map(|found| found.span).collect::<Vec<_>>());
+            lost
+        };
+        for found in lost {
+            ahead::restore(self.device, found, heap.address(found.span))?;
         }
         self.device.bind()?;
         // SAFETY: the executable lives as long as this value.
         check("cuGraphLaunch", unsafe { sys::cuGraphLaunch(self.executable, self.device.stream()) })?;
-        warm.ran(&self.scratch, &self.widened);
+        self.arena.warm().ran(&self.scratch, &self.widened);
         Ok(())
     }
 

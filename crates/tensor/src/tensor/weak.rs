@@ -22,6 +22,18 @@ impl WeakTensor {
     }
 }
 
+impl WeakTensor {
+    /// Whether its memory is still held.
+    pub(crate) fn is_held(&self) -> bool {
+        self.block.strong_count() > 0
+    }
+
+    /// Whether both are the same elements in the same memory, held or not.
+    pub(crate) fn is_same_memory(&self, other: &Self) -> bool {
+        self.block.ptr_eq(&other.block) && (self.dtype, self.shape, self.offset) == (other.dtype, other.shape, other.offset)
+    }
+}
+
 impl Tensor {
     /// Another handle that does not keep the memory; none with gaps between the rows.
     pub(crate) fn weak(&self) -> Option<WeakTensor> {
@@ -41,7 +53,9 @@ mod tests {
         let tensor = Tensor::from_slice(&arena, &[1.0f32, 2.0, 3.0, 4.0], [2, 2]).unwrap();
         let row = tensor.rows(1, 1).unwrap().weak().unwrap();
         assert_eq!(row.get().unwrap().to_vec::<f32>().unwrap(), [3.0, 4.0]);
+        let [same, other] = [1, 0].map(|i| tensor.rows(i, 1).unwrap().weak().unwrap());
+        assert!(row.is_held() && row.is_same_memory(&same) && !row.is_same_memory(&other));
         drop(tensor);
-        assert!(row.get().is_none() && arena.stats().live == 0);
+        assert!(row.get().is_none() && !row.is_held() && arena.stats().live == 0);
     }
 }
