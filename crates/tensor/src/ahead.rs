@@ -2,9 +2,9 @@
 //!
 //! A pass over a model asks for the same weights in the same order each time. While a [`LookAhead`] lives, its arena notes what was asked
 //! for after what; a product that can ([`beside`]) gets the weight that is foreseen as a job, with a matrix of its own. Who asks for that
-//! weight next gets the matrix, with what was more than the product could do ([`take`]); when another is asked for, or memory is short, it
+//! weight next gets the matrix, with what was more than the product could do ([`matrix`]); when another is asked for, or memory is short, it
 //! is let go of. So no result depends on what was foreseen, and a weight whose memory is gone, as one is that waits on the host, is
-//! foreseen by nobody. What was widened stays in memory as long as that is free ([`warm`]).
+//! foreseen by nobody. What was widened stays in memory as long as that is free ([`mod@warm`]).
 
 mod request;
 mod successors;
@@ -99,7 +99,7 @@ impl Job {
         let (widen, rows) = Widen::new(device, &weights, more_cols, elements).ok().filter(|(_, rows)| *rows > 0)?;
         let all: usize = weights.iter().map(|weight| weight.shape.dims()[0]).sum();
         // Without memory for it the weight waits for its own product.
-        let out = memory(arena, request, [all + more_rows, weights[0].shape.last() + more_cols]).ok()?;
+        let out = memory(arena, request, [all + more_rows, weights[0].shape.last() + more_cols], true).ok()?;
         Some(Self { weights, request: request.clone(), out, widen, rows })
     }
 
@@ -115,10 +115,10 @@ impl Job {
     }
 }
 
-/// Memory for a matrix that is widened.
-fn memory(arena: &Arena, request: &WeakRequest, sizes: [usize; 2]) -> Result<Tensor> {
+/// Memory for a matrix that is widened, for the request that is on or, `foreseen`, for the next.
+fn memory(arena: &Arena, request: &WeakRequest, sizes: [usize; 2], foreseen: bool) -> Result<Tensor> {
     let _scope = arena.scope(Owner::Scratch);
-    Tensor::placed(arena, request.dtype(), sizes, |warm, heap, bytes| warm.place(heap, &request.identity, bytes))
+    Tensor::placed(arena, request.dtype(), sizes, |warm, heap, bytes| warm.place(heap, &request.identity, bytes, foreseen))
 }
 
 /// Memory that holds the matrix that is asked for, if there is some.
@@ -163,9 +163,12 @@ fn job(device: CudaDevice, arena: &Arena, [m, n, k]: [usize; 3]) -> Option<Job> 
     let request = ahead.requests.foreseen().filter(|_| ahead.begun.is_none())?.clone();
     // Taking memory may need the lock.
     drop(ahead);
-    if arena.warm().has(&request) {
+    let warm = arena.warm();
+    // What is asked for twice is still held.
+    if warm.has(&request) || warm.is_last(&request) {
         return None;
     }
+    drop(warm);
     Job::new(device, arena, &request, (2.0 * m as f64 * n as f64 * k as f64 * BESIDE) as usize)
 }
 
@@ -196,7 +199,7 @@ pub(crate) fn matrix(
         Some(job) => job.finish(device)?,
         None => match warm(arena, &weak, request.sizes())? {
             Some(out) => out,
-            None => filled(memory(arena, &weak, request.sizes())?, widen)?,
+            None => filled(memory(arena, &weak, request.sizes(), false)?, widen)?,
         },
     };
     out.remember(weak);

@@ -67,7 +67,7 @@ struct Shape {
     /// F32 `[micro-batches]`.
     losses: Tensor,
     graph: Option<Graph>,
-    /// How often it was captured.
+    /// How often it was captured since it was not valid.
     captured: usize,
     steps: usize,
 }
@@ -109,9 +109,10 @@ impl DeviceSteps {
         dropout.announce(self.device)?;
         let shape = &mut self.shapes[index];
         shape.steps += 1;
-        let again = |graph: &Graph| !graph.is_valid() || shape.captured < CAPTURES && !graph.is_settled();
-        if shape.graph.as_ref().is_some_and(again) {
-            shape.graph = None;
+        match &shape.graph {
+            Some(graph) if !graph.is_valid() => (shape.graph, shape.captured) = (None, 0),
+            Some(graph) if !graph.is_settled() && shape.captured < CAPTURES => shape.graph = None,
+            _ => {}
         }
         if self.device.is_profiling() || self.device.is_dry() {
             shape.graph = None;

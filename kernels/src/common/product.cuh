@@ -86,13 +86,13 @@ struct Share {
 };
 
 // The tiles of a cluster, one after another: bands of BAND columns, token by token, there and back, so that a band begins with tokens
-// that the second-level cache still has. Every other tile is summed from the end of k, where the tile before it has just been: from the same
-// rows of w, or of x where a band ends. Of gate and up of Llama-3-8B memory is read a tenth less for it, and of o a fifth.
+// that the second-level cache still has. Every other tile of a cluster is summed from the end of k, where all clusters have just been in the
+// same rows of w, or of x where a band ends. Of gate and up of Llama-3-8B memory is read a tenth less for it, and of o a fifth.
 template <typename C>
 struct Tiles {
     const Share &share;
     u32 next, m, n;
-    bool back = true;
+    bool back = true;  // before the first; for the copying thread
 
     __device__ __forceinline__ explicit Tiles(const Share &share) : share(share), next(blockIdx.x / C::SIZE) {}
 

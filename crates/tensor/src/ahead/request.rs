@@ -13,11 +13,12 @@ pub(crate) struct Request<'a> {
     pub(crate) more: [usize; 2],
 }
 
-/// What tells a request from others: where the scales of its weights lie, and the layout.
+/// What tells a request from others: where the scales of its weights lie, and the matrix's layout.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Identity {
     scales: Vec<u64>,
     dtype: DType,
+    sizes: [usize; 2],
     more: [usize; 2],
 }
 
@@ -51,11 +52,12 @@ impl Request<'_> {
             Weight::Int8(int8) => int8.scale.address(),
             Weight::Dense(dense) => dense.address(),
         };
-        Ok(Identity { scales: self.weights.iter().map(address).collect::<Result<_>>()?, dtype: self.dtype, more: self.more })
+        let scales = self.weights.iter().map(address).collect::<Result<_>>()?;
+        Ok(Identity { scales, dtype: self.dtype, sizes: self.sizes(), more: self.more })
     }
 
     /// Rows and columns of the matrix.
-    pub(crate) fn sizes(&self) -> [usize; 2] {
+    pub(super) fn sizes(&self) -> [usize; 2] {
         let rows: usize = self.weights.iter().map(|weight| weight.shape().dims()[0]).sum();
         [rows + self.more[0], self.weights.first().map_or(0, |weight| weight.shape().last()) + self.more[1]]
     }

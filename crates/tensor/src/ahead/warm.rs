@@ -15,7 +15,7 @@ use crate::cuda::{DeviceHeap, Span};
 
 /// Requests between which a matrix may be found within a pass: a block that is run again, and its backward.
 const SOON: usize = 8;
-/// Little memory is free where it is less than that many of the matrix.
+/// Little memory is free where it is less than so many times the matrix.
 const PLENTY: usize = 4;
 
 /// What free memory of an arena holds.
@@ -109,9 +109,15 @@ impl Warm {
         taken
     }
 
-    /// Takes memory for a matrix that is widened afresh where it may be found again; none for one that may lie anywhere.
-    pub(crate) fn place(&mut self, heap: &DeviceHeap, identity: &Identity, bytes: usize) -> Option<Span> {
-        if self.turns.again(identity) == Again::Later || self.turns.free_soon() < PLENTY * bytes {
+    /// Whether it is what was asked for last.
+    pub(super) fn is_last(&self, request: &WeakRequest) -> bool {
+        self.turns.now.last() == Some(&request.identity)
+    }
+
+    /// Takes memory for a matrix that is widened afresh where it may be found again, for the request that is on or, `foreseen`, for the next;
+    /// none for one that may lie anywhere.
+    pub(super) fn place(&mut self, heap: &DeviceHeap, identity: &Identity, bytes: usize, foreseen: bool) -> Option<Span> {
+        if self.turns.again(identity, foreseen) == Again::Later || self.turns.free_soon() < PLENTY * bytes {
             return None;
         }
         let Some(place) = self.places.get_mut(identity) else {
@@ -131,7 +137,7 @@ impl Warm {
 
     /// Notes what free memory holds.
     pub(crate) fn put(&mut self, holds: WeakRequest, span: Span) {
-        let kept = match self.turns.again(&holds.identity) {
+        let kept = match self.turns.again(&holds.identity, false) {
             Again::Soon => true,
             Again::NextPass => self.places.get(&holds.identity) == Some(&Some(span)),
             Again::Later => false,
@@ -146,18 +152,20 @@ impl Warm {
         self.matrices.retain(|_, matrix| !spans.iter().any(|span| span.overlaps(matrix.span)));
     }
 
-    /// A step begins that is captured and does not run.
+    /// A step begins that is captured and does not run. It finds no weight whose codes may be gone when it is to be widened again.
     pub(crate) fn record(&mut self) {
+        self.matrices.retain(|_, matrix| matrix.holds.is_whole());
         self.matrices.values_mut().for_each(|matrix| matrix.before = true);
         self.recording = Some(Vec::new());
     }
 
     /// What the step found and leaves. As nothing of it ran, there is what it found.
-    pub(crate) fn recorded(&mut self) -> Captured {
+    pub(crate) fn recorded(&mut self, heap: &DeviceHeap) -> Captured {
         let found = self.recording.take().unwrap_or_default();
         let new = self.matrices.extract_if(|_, matrix| !matrix.before);
         let left = new.map(|(_, Matrix { span, holds, .. })| Found { holds, span }).collect();
-        self.insert(&found);
+        let free = |found: &&Found| heap.all_free(&[found.span]);
+        self.insert(found.iter().filter(free));
         Captured { found, left }
     }
 
@@ -170,12 +178,12 @@ impl Warm {
     /// A captured step ran: what it wrote over is gone, what it leaves is there.
     pub(crate) fn ran(&mut self, written: &[Span], captured: &Captured) {
         self.forget(written);
-        self.insert(&captured.left);
+        self.insert(captured.left.iter());
     }
 
-    fn insert(&mut self, all: &[Found]) {
+    fn insert<'a>(&mut self, all: impl Iterator<Item = &'a Found>) {
         let matrix = |found: &Found| Matrix { span: found.span, holds: found.holds.clone(), before: false };
-        self.matrices.extend(all.iter().map(|found| (found.holds.identity.clone(), matrix(found))));
+        self.matrices.extend(all.map(|found| (found.holds.identity.clone(), matrix(found))));
     }
 }
 
@@ -233,13 +241,13 @@ impl Turns {
         self.least_free.iter().take(now + 3).skip(now.saturating_sub(1)).copied().min().unwrap_or(0)
     }
 
-    /// When `identity` is asked for again after the request that is on or comes next.
-    fn again(&self, identity: &Identity) -> Again {
-        let now = self.now.len();
+    /// When `identity` is asked for again after the request that is on or, `foreseen`, after the next.
+    fn again(&self, identity: &Identity, foreseen: bool) -> Again {
+        let next = self.now.len() + usize::from(foreseen);
         let Some(turns) = self.before.get(identity) else { return Again::Later };
-        match turns.iter().find(|&&turn| turn > now) {
+        match turns.iter().find(|&&turn| turn >= next) {
             None => Again::NextPass,
-            Some(turn) if turn - now < SOON => Again::Soon,
+            Some(turn) if turn - next < SOON => Again::Soon,
             Some(_) => Again::Later,
         }
     }

@@ -47,7 +47,7 @@ impl Graph {
         heap.record();
         arena.warm().record();
         let value = f();
-        let (scratch, widened) = (heap.recorded(), arena.warm().recorded());
+        let (scratch, widened) = (heap.recorded(), arena.warm().recorded(heap));
         gpu.capturing.store(false, Ordering::Relaxed);
         let mut graph = std::ptr::null_mut();
         // SAFETY: ends the capture begun above, also when `f` failed.
@@ -85,7 +85,10 @@ impl Graph {
     /// [`Error::Cuda`], also when it is not valid any more.
     pub fn launch(&self) -> Result<()> {
         if !self.is_valid() {
-            return Err(Error::Cuda { call: "cuGraphLaunch", reason: "the graph's memory holds tensors now".into() });
+            return Err(Error::Cuda {
+                call: "cuGraphLaunch",
+                reason: "the graph's memory holds tensors now, or a weight that it found is gone".into(),
+            });
         }
         let heap = self.heap()?;
         let lost: Vec<&Found> = {

@@ -12,7 +12,7 @@ pub fn forward(weight: &Weight, dtype: DType) -> Result<Tensor> {
     let (device, arena) = weight.place();
     match device {
         Device::Cpu => Tensor::from_slice(arena, &weight.to_f32_vec()?, weight.shape())?.to_dtype(dtype),
-        Device::Cuda(device) => cuda::matrix(device, weight, dtype, arena),
+        Device::Cuda(device) => cuda::afresh(device, weight, dtype, arena),
     }
 }
 
@@ -47,25 +47,34 @@ pub(crate) mod cuda {
         more: [usize; 2],
     ) -> Result<Tensor> {
         let request = ahead::Request { weights, dtype, more };
-        ahead::matrix(device, arena, &request, |out| {
-            let (ld, mut place) = (out.shape().last(), out.address_mut()?);
-            for weight in weights {
-                match weight {
-                    Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld, 0)?,
-                    Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
-                    Weight::Dense(dense) => {
-                        return Err(Error::DType {
-                            op: OP,
-                            operand: "weight",
-                            expected: "4-bit or 8-bit blocks",
-                            found: dense.dtype(),
-                        });
-                    }
+        ahead::matrix(device, arena, &request, |out| widen(device, weights, dtype, out))
+    }
+
+    /// The weight as a matrix of the caller's own, which may write to it.
+    pub(super) fn afresh(device: CudaDevice, weight: &Weight, dtype: DType, arena: &Arena) -> Result<Tensor> {
+        if let Weight::Dense(dense) = weight {
+            return dense.to_dtype(dtype);
+        }
+        let mut out = Tensor::empty(arena, dtype, weight.shape())?;
+        widen(device, &[weight], dtype, &mut out)?;
+        Ok(out)
+    }
+
+    /// Weights one below the other, into the corner of `out`.
+    fn widen(device: CudaDevice, weights: &[&Weight], dtype: DType, out: &mut Tensor) -> Result<()> {
+        let (ld, mut place) = (out.shape().last(), out.address_mut()?);
+        for weight in weights {
+            match weight {
+                Weight::Nf4(blocks) | Weight::Fp4(blocks) => block_weight(device, blocks, dtype, place, ld, 0)?,
+                Weight::Int8(int8) => int8_weight(device, int8, dtype, place, ld)?,
+                Weight::Dense(dense) => {
+                    let expected = "4-bit or 8-bit blocks";
+                    return Err(Error::DType { op: OP, operand: "weight", expected, found: dense.dtype() });
                 }
-                place += (weight.shape().dims()[0] * ld * dtype.size()) as u64;
             }
-            Ok(())
-        })
+            place += (weight.shape().dims()[0] * ld * dtype.size()) as u64;
+        }
+        Ok(())
     }
 
     /// Weights one below the other, but for the first `done` rows, into `place`, an address of elements of `dtype` with rows `ld` apart.

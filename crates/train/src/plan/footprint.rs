@@ -186,8 +186,8 @@ fn step(model: &ModelConfig, arena: &Arena, setup: &Setup, shaped: fn(Batch) -> 
     let mut host = HostBytes { weights: model.host().bytes(), activations: 0, optimizer: optimizer.host_bytes() };
     let Some(mut steps) = DeviceSteps::new(arena, 1)? else { return Ok((params.numel(), host)) };
     let batches = [shaped(batch(&setup.documents))];
-    // A second step finds the memory as the first left it, and may need more of it.
-    for _ in 0..2 {
+    // A second step finds the memory as the first left it, and may need more of it; the third finds the weights that the second has widened.
+    for _ in 0..3 {
         let parts = Parts {
             model: &model,
             params: &mut params,
