@@ -102,11 +102,11 @@ impl Warm {
             return None;
         }
         let Matrix { span, holds, before } = self.matrices.remove(&request.identity)?;
-        let taken = heap.take_within(|heap| heap.take_at(span));
+        heap.take_within(|heap| heap.take_at(span))?;
         if let Some(found) = self.recording.as_mut().filter(|_| before) {
             found.push(Found { holds, span });
         }
-        taken
+        Some(span)
     }
 
     /// Whether it is what was asked for last.
