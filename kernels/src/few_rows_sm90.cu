@@ -1,4 +1,4 @@
-// few_rows.cu (m <= 4) for Hopper, where a block's codes come as the copy engine brings them: whole rows, or 2 KiB of them.
+// few_rows.cu (m <= 4; one row where one_row_sm90.cu does not take it) for Hopper, where a block's codes come as the copy engine brings them: whole rows, or 2 KiB of them.
 //
 // A stage is a tile's columns c .. c + 4096, 16 pieces of rows, each one copy to shared memory; rows lie 64 bytes further apart than
 // they are long, so that two of them have other banks. One warp asks for the stages ahead of the others; each of the 16
@@ -11,25 +11,12 @@
 // Bytes: W once.
 
 #include "common/few_rows_units.cuh"
-#include "common/mbarrier.cuh"
+#include "common/tma.cuh"
 
 constexpr u32 WARPS = 16;                      // and units of a stage
 constexpr u32 PIECE = WARPS * UNIT / 2;        // bytes of a row in a stage
 constexpr u32 PITCH = PIECE + 64;
 constexpr u32 STAGE_BYTES = TILE * PITCH;
-
-// The policy of what is the first to leave the second-level cache.
-__device__ __forceinline__ u64 read_once() {
-    u64 policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-__device__ __forceinline__ void bulk_load(u32 dst, const void *src, u32 bytes, u32 barrier, u64 policy) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
-                 "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
-                 : "memory");
-}
 
 // The block's stages in their order: a tile's stages one after another.
 struct Line {

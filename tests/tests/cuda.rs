@@ -120,7 +120,7 @@ fn parts(arena: &Arena, outputs: &[usize], inputs: usize, config: &QuantConfig, 
 fn products_of_a_few_rows_are_the_hosts() {
     let Some(arena) = gpu() else { return };
     let host = Arena::new(Device::Cpu);
-    let sizes: [(&[usize], usize); 9] = [
+    let sizes: [(&[usize], usize); 11] = [
         (&[1], 64),
         (&[40, 17, 3], 192),
         (&[40, 17, 3], 1280),
@@ -130,10 +130,13 @@ fn products_of_a_few_rows_are_the_hosts() {
         (&[64], 14_336),
         (&[4096, 100], 128),
         (&[16; 3], 96),
+        (&[7000, 40, 2100], 512),
+        (&[41_000], 256),
     ];
     for (outputs, inputs) in sizes {
         for (format, block_size, double_quant, rank, dtype) in [
             (Format::Nf4, 64, true, 16, DType::Bf16),
+            (Format::Fp4, 64, true, 0, DType::F16),
             (Format::Fp4, 64, false, 0, DType::F16),
             (Format::Nf4, 256, true, 3, DType::F16),
             (Format::Nf4, 32, true, 8, DType::Bf16),

@@ -38,11 +38,15 @@ struct Tables {
         }
     }
     template <typename T>
-    __device__ __forceinline__ void store(u8 *table, float *maps) const {
+    __device__ __forceinline__ void store(u8 *table) const {
         for (u32 i = threadIdx.x / 8; i < 256; i += blockDim.x / 8) {
             const u32 word = pack2<T>(__shfl_sync(~0u, level, i / 16), __shfl_sync(~0u, level, i % 16));
             *reinterpret_cast<uint4 *>(table + (i << ENTRY_SHIFT) + threadIdx.x % 8 * 16) = make_uint4(word, word, word, word);
         }
+    }
+    template <typename T>
+    __device__ __forceinline__ void store(u8 *table, float *maps) const {
+        store<T>(table);
 #pragma unroll
         for (u32 j = 0; j < MAPS; j++)
             if (j * THREADS + threadIdx.x < 3 * 256) maps[j * THREADS + threadIdx.x] = map[j];

@@ -33,6 +33,24 @@ __device__ __forceinline__ void store4(u32 dst, u32 word) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(dst), "r"(word) : "memory");
 }
 
+__device__ __forceinline__ void store4_f32(u32 dst, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(dst), "f"(x) : "memory"); }
+
+__device__ __forceinline__ void store16(u32 dst, const uint4 &x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+__device__ __forceinline__ float load4_f32(u32 src) {
+    float x;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(src));
+    return x;
+}
+
+__device__ __forceinline__ uint4 load16(u32 src) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(src));
+    return x;
+}
+
 __device__ __forceinline__ void store16_zero(u32 dst) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(dst), "r"(0) : "memory");
 }

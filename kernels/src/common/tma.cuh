@@ -68,6 +68,19 @@ __device__ __forceinline__ void bulk_load(u32 dst, const void *src, u32 bytes, u
                  : "memory");
 }
 
+// The policy of what is the first to leave the second-level cache.
+__device__ __forceinline__ u64 read_once() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ void bulk_load(u32 dst, const void *src, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+                 "l"(src), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
+
 // `bytes` (a multiple of 16) from shared memory to consecutive global memory: over it, or added to the f32 that is there.
 __device__ __forceinline__ void bulk_store(void *dst, u32 src, u32 bytes) {
     asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");

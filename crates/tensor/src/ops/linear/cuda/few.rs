@@ -28,8 +28,8 @@ struct Kind {
     stages: usize,
 }
 
-/// For up to 4 rows of x, for more, where x does not fit in shared memory; and on Hopper for up to 4 (`few_rows_sm90.cu`), one of
-/// whose warps multiplies nothing.
+/// For up to 4 rows of x, for more, where x does not fit in shared memory; on Hopper for up to 4 (`few_rows_sm90.cu`), one of whose
+/// warps multiplies nothing, and for one (`one_row_sm90.cu`), two of whose warps do not.
 const FOUR: Kind = Kind { name: "few_rows", warps: 16, depth: 2, stages: 0 };
 const HELD: Kind = Kind { name: "few_rows_held", warps: 16, depth: 2, stages: 0 };
 const ANY: Kind = Kind { name: "few_rows_any", warps: 8, depth: 2, stages: 0 };
@@ -37,6 +37,9 @@ const BULK: [Kind; 2] = [
     Kind { name: "few_rows_bulk3", warps: 17, depth: 2, stages: 3 },
     Kind { name: "few_rows_bulk2", warps: 17, depth: 2, stages: 2 },
 ];
+const ONE: Kind = Kind { name: "one_row", warps: 10, depth: 0, stages: 3 };
+/// Tiles of a block at most where sums lie beside the table's entries.
+const ONE_TILES: usize = 19;
 /// Bytes of a stage of codes.
 const STAGE: usize = TILE * (16 * UNIT / 2 + 64);
 
@@ -128,10 +131,14 @@ impl Plan {
         let units = call.inputs.div_ceil(UNIT);
         let held = units * UNIT * 2 * call.tokens;
         let few = call.tokens <= 4;
+        let regular = is_hopper(call) && weights.iter().all(|weight| regular(weight));
+        if call.tokens == 1 && regular && tiles <= ONE_TILES * info.multiprocessors {
+            let shared = table + ONE.stages * TILE * 8 * UNIT / 2;
+            return Some(Self { kind: ONE, blocks: tiles.min(info.multiprocessors), shared });
+        }
         // A stage has a unit for each of its warps, but for the last of a tile: it pays where few have none.
         let filled = 4 * units >= 3 * units.next_multiple_of(16) || tiles <= info.multiprocessors;
-        let bulk = few && filled && is_hopper(call) && weights.iter().all(|weight| regular(weight));
-        let bulk = || BULK.into_iter().filter(|_| bulk).find_map(|kind| plan(kind, held, 1));
+        let bulk = || BULK.into_iter().filter(|_| few && filled && regular).find_map(|kind| plan(kind, held, 1));
         bulk().or_else(|| any_waves(if few { FOUR } else { HELD }, held)).or_else(|| any_waves(ANY, 0))
     }
 }
