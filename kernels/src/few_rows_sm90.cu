@@ -1,4 +1,5 @@
-// few_rows.cu (m <= 4; one row where one_row_sm90.cu does not take it) for Hopper, where a block's codes come as the copy engine brings them: whole rows, or 2 KiB of them.
+// few_rows.cu (m <= 4; one row where one_row_sm90.cu does not take it) for Hopper, where a block's codes come as the copy engine brings
+// them: whole rows, or 2 KiB of them.
 //
 // A stage is a tile's columns c .. c + 4096, 16 pieces of rows, each one copy to shared memory; rows lie 64 bytes further apart than
 // they are long, so that two of them have other banks. One warp asks for the stages ahead of the others; each of the 16

@@ -13,9 +13,10 @@
 // Shared memory: an entry of the table has as much room again beside it: a hole. In them lie the warps' sums of each tile, the scales
 // of the stages, the maps of scales and, on its way to registers, x. After the table the ring of stages.
 //
-// Takes scales that are codes (double quantisation) of blocks of 64, and k a multiple of 256.
+// Takes m = 1, scales that are codes (double quantisation) of blocks of 64, and k a multiple of 256, not 0.
 //
-// Launch: block 320, grid min(tiles, multiprocessors) for at most 19 tiles a block. Dynamic shared memory: TABLE and 49,152 bytes.
+// Launch: block 320, grid min(tiles, multiprocessors) for at most 19 tiles a block, at least one. Dynamic shared memory: TABLE and 49,152
+// bytes: with barriers, what the driver takes and 96 registers a thread two blocks a multiprocessor.
 //
 // Bytes: W once.
 
@@ -30,12 +31,14 @@ constexpr u32 COUNT = 3;                    // stages in shared memory
 
 // The holes: [tile][warp] sums, [stage][row] scales, [part][code / 32] maps, [warp][64 columns] x.
 constexpr u32 X_HOLES = 256 - WARPS * 4, MAP_HOLES = X_HOLES - 3 * 8, SCALE_HOLES = MAP_HOLES - COUNT * TILE;
+static_assert(ENTRY_SHIFT == 8 && SCALE_HOLES / WARPS == 19, "ONE_TILES of linear/cuda/few.rs");
+static_assert(2 * (TABLE + COUNT * STAGE_BYTES + 256 + 1024) <= 228 * 1024, "two blocks a multiprocessor");
 
 __device__ __forceinline__ u32 hole(u32 table, u32 index) { return table + index * 256 + 128; }
 
 // The block's stages in their order, and the place of one in the ring.
 struct Line {
-    u32 first, last, chunks;  // tiles; columns
+    u32 first, last, chunks;  // tiles; units of a row by eights
     u32 tile, chunk = 0, slot = 0, parity = 0;
 
     __device__ __forceinline__ Line(u32 first, u32 last, u32 chunks) : first(first), last(last), chunks(chunks), tile(first) {}
@@ -109,21 +112,22 @@ struct StageScales {
 struct Unit {
     uint4 upper[2], lower[2];
     float scales[2];
-    u32 codes_at, scales_at, full, slot = 0, parity = 0;
+    u32 codes_at, scales_at, full, empty, slot = 0, parity = 0;
 
     __device__ __forceinline__ Unit(const Stages &stages, u32 table, u32 warp, u32 lane)
         : codes_at(stages.ring + lane / 4 * PIECE + warp * (UNIT / 2) + lane / 4 % 2 * 64 + lane % 4 * 16),
           scales_at(hole(table, SCALE_HOLES) + lane / 4 * 256 + (warp + lane / 4) % 8 * 16 + lane % 4 * 4),
-          full(stages.full) {}
+          full(stages.full),
+          empty(stages.empty) {}
     __device__ __forceinline__ void load() {
         mbarrier_wait(full, parity);
         upper[0] = load16(codes_at), lower[0] = load16(codes_at + TILE / 2 * PIECE);
         upper[1] = load16(codes_at ^ 64), lower[1] = load16((codes_at ^ 64) + TILE / 2 * PIECE);
         scales[0] = load4_f32(scales_at), scales[1] = load4_f32(scales_at + 8 * 256);
-        mbarrier_arrive(full + COUNT * 8);
-        full += 8, codes_at += STAGE_BYTES, scales_at += TILE * 256;
+        mbarrier_arrive(empty);
+        full += 8, empty += 8, codes_at += STAGE_BYTES, scales_at += TILE * 256;
         if (++slot < COUNT) return;
-        full -= COUNT * 8, codes_at -= COUNT * STAGE_BYTES, scales_at -= COUNT * TILE * 256;
+        full -= COUNT * 8, empty -= COUNT * 8, codes_at -= COUNT * STAGE_BYTES, scales_at -= COUNT * TILE * 256;
         slot = 0, parity ^= 1;
     }
 };
@@ -209,7 +213,7 @@ __device__ __forceinline__ void multiply(const Launch<T> &launch, const Stages &
                 const Pairs pairs(table, upper[i], lower[i], place);
                 mma<T>(c[i / 4][0], pairs.a[0], column.words[i % 4].x, column.words[i % 4].y);
                 mma<T>(c[i / 4][1], pairs.a[1], column.words[i % 4].z, column.words[i % 4].w);
-                if (i == 2) sums.leave(lane);
+                if (i == 2) sums.leave(lane);  // those of the unit before, here: their way to another lane hides among products
             }
             if (line.more()) unit.load();
             const auto sum = [&](u32 j) {

@@ -176,7 +176,7 @@ impl CudaDevice {
 
     /// The kernels' stream, for all but kernels that may overlap.
     pub(super) fn stream(self) -> sys::CUstream {
-        self.0.queue.enter(Order::Strict).stream
+        self.0.queue.enter(Order::Strict, None).stream
     }
 
     pub(super) fn gpu(self) -> &'static Gpu {

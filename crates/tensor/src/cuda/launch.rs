@@ -293,6 +293,27 @@ impl CudaDevice {
         self.launch_in(Order::Early, name, grid, args)
     }
 
+    /// As [`Self::launch_early`], a kernel of one block a multiprocessor, two of which fit. Where another early kernel is right before,
+    /// some multiprocessors have less room than others and would be passed over for a second block: each block then asks for `alone`
+    /// bytes of shared memory, of which two do not fit. After a launch of its own each multiprocessor has room for one more.
+    ///
+    /// # Errors
+    /// As [`Self::launch`].
+    pub(crate) fn launch_spread(self, name: &str, grid: Grid, alone: u32, args: &[Arg]) -> Result<()> {
+        if self.is_dry() {
+            return expect_args(name, signature(name)?, args);
+        }
+        self.bind()?;
+        let function = self.function_for(name, Grid { shared: alone, ..grid }, args, Order::Early)?;
+        let launch = || {
+            let entered = self.gpu().queue.enter(Order::Early, Some(function.handle as usize));
+            let overlap = entered.before == Order::Early && self.overlaps();
+            let shared = if overlap && !entered.again { alone } else { grid.shared };
+            enqueue(entered.stream, overlap, name, function, Grid { shared, ..grid }, args)
+        };
+        self.timed(|| name.to_owned(), launch)
+    }
+
     /// Adds two kernels: the first as [`Self::launch_early`] does, the second beside it, so that it may begin when all blocks of the first
     /// have begun. Nothing comes between them, and while kernels are timed both are timed together, under the name of the first.
     ///
@@ -307,7 +328,7 @@ impl CudaDevice {
         let function = |(name, grid, args): (&str, Grid, &[Arg])| self.function_for(name, grid, args, Order::Early);
         let functions = [function(first)?, function(second)?];
         let launch = || {
-            let entered = self.gpu().queue.enter(Order::Early);
+            let entered = self.gpu().queue.enter(Order::Early, None);
             let overlap = entered.before == Order::Early && self.overlaps();
             enqueue(entered.stream, overlap, first.0, functions[0], first.1, first.2)?;
             enqueue(entered.stream, true, second.0, functions[1], second.1, second.2)
@@ -325,7 +346,7 @@ impl CudaDevice {
         self.bind()?;
         let function = self.function_for(name, grid, args, order)?;
         let launch = || {
-            let entered = self.gpu().queue.enter(order);
+            let entered = self.gpu().queue.enter(order, Some(function.handle as usize));
             let overlap = (entered.before, order) == (Order::Early, Order::Early) && self.overlaps();
             enqueue(entered.stream, overlap, name, function, grid, args)
         };

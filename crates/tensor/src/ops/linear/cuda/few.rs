@@ -38,9 +38,12 @@ const BULK: [Kind; 2] = [
     Kind { name: "few_rows_bulk2", warps: 17, depth: 2, stages: 2 },
 ];
 const ONE: Kind = Kind { name: "one_row", warps: 10, depth: 0, stages: 3 };
-/// Tiles of a block at most where sums lie beside the table's entries.
+/// Its tiles of a block at most, whose sums lie beside the table's entries; bytes of its stage; and shared memory of which a
+/// multiprocessor has no two.
 const ONE_TILES: usize = 19;
-/// Bytes of a stage of codes.
+const ONE_STAGE: usize = TILE * 8 * UNIT / 2;
+const ONE_ALONE: u32 = 128 << 10;
+/// Bytes of a stage of codes of the others.
 const STAGE: usize = TILE * (16 * UNIT / 2 + 64);
 
 impl Kind {
@@ -80,7 +83,9 @@ pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option
     args.extend([call.tokens, call.inputs, blocks[0].config.block_size].map(Arg::size));
     let grid = Grid { shared: plan.shared as u32, ..Grid::new(plan.blocks, plan.kind.warps as u32 * 32) };
     let name = format!("{}_{}", plan.kind.name, suffix(OP, call.dtype)?);
-    if plan.kind.name == ANY.name {
+    if plan.kind.name == ONE.name {
+        call.device.launch_spread(&name, grid, ONE_ALONE, &args)?;
+    } else if plan.kind.name == ANY.name {
         // It reads x through the first-level cache, of which launches that overlap leave little.
         call.device.launch(&name, grid, &args)?;
     } else {
@@ -92,7 +97,7 @@ pub(super) fn products(call: &Call<'_, '_>, h: Option<&Tensor>) -> Result<Option
 /// The weights, when all are 4-bit of one format and the sizes are what the kernels take.
 fn served<'a>(call: &Call<'_, 'a>) -> Option<Vec<&'a BlockWeight>> {
     let (k, tokens) = (call.inputs, call.tokens);
-    if tokens > FEW || call.dtype == DType::F32 || !k.is_multiple_of(64) || !(1..=PARTS).contains(&call.parts.len()) {
+    if tokens > FEW || call.dtype == DType::F32 || k == 0 || !k.is_multiple_of(64) || !(1..=PARTS).contains(&call.parts.len()) {
         return None;
     }
     let blocks = call.parts.iter().map(|part| match &part.weight {
@@ -118,6 +123,7 @@ struct Plan {
 impl Plan {
     fn new(call: &Call<'_, '_>, weights: &[&BlockWeight]) -> Option<Self> {
         let info = call.device.info();
+        let outputs: usize = weights.iter().map(|w| w.shape.dims()[0]).sum();
         let tiles = weights.iter().map(|w| w.shape.dims()[0].div_ceil(TILE)).sum::<usize>().max(1);
         let table = if info.capability.major >= 8 { 64 << 10 } else { 32 << 10 };
         // One block a multiprocessor, or `waves` times as many, so that the sums of a block's tiles fit.
@@ -132,8 +138,8 @@ impl Plan {
         let held = units * UNIT * 2 * call.tokens;
         let few = call.tokens <= 4;
         let regular = is_hopper(call) && weights.iter().all(|weight| regular(weight));
-        if call.tokens == 1 && regular && tiles <= ONE_TILES * info.multiprocessors {
-            let shared = table + ONE.stages * TILE * 8 * UNIT / 2;
+        if call.tokens == 1 && regular && outputs > 0 && tiles <= ONE_TILES * info.multiprocessors {
+            let shared = table + ONE.stages * ONE_STAGE;
             return Some(Self { kind: ONE, blocks: tiles.min(info.multiprocessors), shared });
         }
         // A stage has a unit for each of its warps, but for the last of a tile: it pays where few have none.
