@@ -20,8 +20,8 @@
 //
 // Bytes: W once.
 
+#include "common/few_rows_stages.cuh"
 #include "common/few_rows_units.cuh"
-#include "common/tma.cuh"
 
 constexpr u32 WARPS = 8;                    // that multiply, and units of a stage
 constexpr u32 ASKS = WARPS, DECODES = WARPS + 1, ALL_WARPS = WARPS + 2;
@@ -58,18 +58,9 @@ struct Stages {
         for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1 + 32), mbarrier_init(empty + i * 8, WARPS * 32);
         mbarrier_init_fence();
     }
-    // Asks for a stage. One lane does, with addresses in uniform registers: lanes that ask for a row each would take turns.
     template <typename T>
     __device__ __forceinline__ void ask(const Launch<T> &launch, const Line &at) const {
-        const Found<T> found = launch.find(at.tile);
-        const u32 row_bytes = launch.k / 2, row = (at.tile - found.tile) * TILE, last = min(TILE, found.part.n - row) - 1;
-        const u32 bytes = min(PIECE, row_bytes - at.chunk * PIECE), barrier = full + at.slot * 8, to = ring + at.slot * STAGE_BYTES;
-        const u8 *const from = found.part.packed + u64(row) * row_bytes + at.chunk * PIECE;
-        if (!elect_one()) return;
-        const u64 policy = read_once();
-        mbarrier_expect(barrier, TILE * bytes);
-#pragma unroll
-        for (u32 i = 0; i < TILE; i++) bulk_load(to + i * PIECE, from + min(i, last) * row_bytes, bytes, barrier, policy);
+        ask_tile<PIECE, PIECE>(launch, at.tile, at.chunk, ring + at.slot * STAGE_BYTES, full + at.slot * 8);
     }
 };
 

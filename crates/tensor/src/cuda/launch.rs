@@ -281,7 +281,7 @@ impl CudaDevice {
     /// [`Error::Kernel`] when there is no kernel `name`, no image of it for this device, or the arguments do not fit its
     /// signature; [`Error::Cuda`] from the driver.
     pub(crate) fn launch(self, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
-        self.launch_in(Order::Strict, name, grid, args)
+        self.launch_in(Order::Strict, name, grid, grid.shared, args)
     }
 
     /// Adds a kernel that lets the next begin before its end, and itself may begin before the end of one like it right before: what
@@ -290,7 +290,7 @@ impl CudaDevice {
     /// # Errors
     /// As [`Self::launch`].
     pub(crate) fn launch_early(self, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
-        self.launch_in(Order::Early, name, grid, args)
+        self.launch_in(Order::Early, name, grid, grid.shared, args)
     }
 
     /// As [`Self::launch_early`], a kernel of one block a multiprocessor, two of which fit. Where another early kernel is right before,
@@ -300,18 +300,7 @@ impl CudaDevice {
     /// # Errors
     /// As [`Self::launch`].
     pub(crate) fn launch_spread(self, name: &str, grid: Grid, alone: u32, args: &[Arg]) -> Result<()> {
-        if self.is_dry() {
-            return expect_args(name, signature(name)?, args);
-        }
-        self.bind()?;
-        let function = self.function_for(name, Grid { shared: alone, ..grid }, args, Order::Early)?;
-        let launch = || {
-            let entered = self.gpu().queue.enter(Order::Early, Some(function.handle as usize));
-            let overlap = entered.before == Order::Early && self.overlaps();
-            let shared = if overlap && !entered.again { alone } else { grid.shared };
-            enqueue(entered.stream, overlap, name, function, Grid { shared, ..grid }, args)
-        };
-        self.timed(|| name.to_owned(), launch)
+        self.launch_in(Order::Early, name, grid, alone, args)
     }
 
     /// Adds two kernels: the first as [`Self::launch_early`] does, the second beside it, so that it may begin when all blocks of the first
@@ -336,7 +325,8 @@ impl CudaDevice {
         self.timed(|| first.0.to_owned(), launch)
     }
 
-    fn launch_in(self, order: Order, name: &str, grid: Grid, args: &[Arg]) -> Result<()> {
+    /// With `alone` bytes of dynamic shared memory, no fewer than the grid has, where another early kernel is right before.
+    fn launch_in(self, order: Order, name: &str, grid: Grid, alone: u32, args: &[Arg]) -> Result<()> {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
@@ -344,11 +334,12 @@ impl CudaDevice {
             return expect_args(name, signature(name)?, args);
         }
         self.bind()?;
-        let function = self.function_for(name, grid, args, order)?;
+        let function = self.function_for(name, Grid { shared: alone, ..grid }, args, order)?;
         let launch = || {
             let entered = self.gpu().queue.enter(order, Some(function.handle as usize));
             let overlap = (entered.before, order) == (Order::Early, Order::Early) && self.overlaps();
-            enqueue(entered.stream, overlap, name, function, grid, args)
+            let shared = if overlap && !entered.again { alone } else { grid.shared };
+            enqueue(entered.stream, overlap, name, function, Grid { shared, ..grid }, args)
         };
         self.timed(|| name.to_owned(), launch)
     }

@@ -19,7 +19,7 @@ const PARTS: usize = 3;
 /// Rows of W in a tile, and columns in a unit.
 const TILE: usize = 16;
 const UNIT: usize = 256;
-/// A kernel: warps of its blocks, units that each has under way, and stages of codes in shared memory.
+/// A kernel: warps of its blocks, units whose scales each has under way (none in [`ONE`]), and stages of codes in shared memory.
 #[derive(Clone, Copy)]
 struct Kind {
     name: &'static str,
