@@ -8,7 +8,9 @@
 //
 // Work: a block takes neighbouring tiles; of all of them the first 8 units' columns, then the next, so that a warp keeps its unit's
 // x in registers. A stage is a tile's columns of 8 units, one for each of the warps that multiply; another warp asks for the stages,
-// each row's columns by one copy, and one more decodes the stage's scales.
+// each row's columns by one copy, and one more decodes the stage's scales. Two of the warps that multiply share a scheduler, and a
+// unit is 64 look-ups that a warp may begin every fourth cycle: nothing a warp waits for may come between two units, nor a branch
+// that a unit could do without.
 //
 // Shared memory: an entry of the table has as much room again beside it: a hole. In them lie the warps' sums of each tile, the scales
 // of the stages, the maps of scales and, on its way to registers, x. After the table the ring of stages.
@@ -27,7 +29,7 @@ constexpr u32 WARPS = 8;                    // that multiply, and units of a sta
 constexpr u32 ASKS = WARPS, DECODES = WARPS + 1, ALL_WARPS = WARPS + 2;
 constexpr u32 PIECE = WARPS * UNIT / 2;     // bytes of a row in a stage
 constexpr u32 STAGE_BYTES = TILE * PIECE;
-constexpr u32 COUNT = 3;                    // stages in shared memory
+constexpr u32 COUNT = 3;                    // stages in shared memory, and of scales on their way
 
 // The holes: [tile][warp] sums, [stage][row] scales, [part][code / 32] maps, [warp][64 columns] x.
 constexpr u32 X_HOLES = 256 - WARPS * 4, MAP_HOLES = X_HOLES - 3 * 8, SCALE_HOLES = MAP_HOLES - COUNT * TILE;
@@ -82,44 +84,59 @@ struct StageScales {
             asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(absmax[i]) : "l"(found.part.absmax2 + (block >> 8)));
         }
     }
-    // To [row][unit][block] from `to`, each row a unit further round, so that eight rows lie in other banks. The product is rounded
-    // before the offset is added, as on the CPU.
+    // Of block J. The address by one instruction: bytes of the code's hole and of its place there; a place's sign, 0, twice.
+    template <u32 J>
+    __device__ __forceinline__ float value(u32 holes, u32 places, u32 i) const {
+        u32 at;
+        asm("prmt.b32 %0, %1, %2, %3;" : "=r"(at) : "r"(places), "r"(holes), "n"(0x8840 + J * 0x1111));
+        // The product is rounded before the offset is added, as on the CPU.
+        return __fadd_rn(__fmul_rn(load4_f32(map + at), absmax[i]), offset);
+    }
+    // To [row][unit][block] from `to`, each row a unit further round, so that eight rows lie in other banks.
     __device__ __forceinline__ void leave(u32 to, u32 lane) const {
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
-            float v[4];
-#pragma unroll
-            for (u32 j = 0; j < 4; j++) {
-                const u32 code = codes[i] >> (j * 8) & 255;
-                v[j] = __fadd_rn(__fmul_rn(load4_f32(map + code / 32 * 256 + code % 32 * 4), absmax[i]), offset);
-            }
+            const u32 holes = codes[i] >> 5 & 0x07070707, places = codes[i] << 2 & 0x7c7c7c7c;
+            const float v[4] = {value<0>(holes, places, i), value<1>(holes, places, i), value<2>(holes, places, i),
+                                value<3>(holes, places, i)};
             const u32 row = i * 4 + lane / 8, at = to + row * 256 + (lane + row) % 8 * 16;
             store16_f32(at, v[0], v[1], v[2], v[3]);
         }
     }
 };
 
-// A warp's unit of a stage as it comes: codes of rows g and g + 8, and the scales of the lane's block in them.
+// A warp's unit of a stage: codes of rows g and g + 8, and the scales of the lane's block in them. Its first half is loaded while the
+// second of the unit before is multiplied, which has no more need of the registers.
 struct Unit {
     uint4 upper[2], lower[2];
     float scales[2];
-    u32 codes_at, scales_at, full, empty, slot = 0, parity = 0;
+    u32 codes_at, scales_at, full, at = 0, parity = 0;  // `at`: where the stage's barrier lies among `full`
+    bool has_first = false;
 
+    // The barriers' address by a shuffle, so that it is not worked out anew wherever it is used.
     __device__ __forceinline__ Unit(const Stages &stages, u32 table, u32 warp, u32 lane)
         : codes_at(stages.ring + lane / 4 * PIECE + warp * (UNIT / 2) + lane / 4 % 2 * 64 + lane % 4 * 16),
           scales_at(hole(table, SCALE_HOLES) + lane / 4 * 256 + (warp + lane / 4) % 8 * 16 + lane % 4 * 4),
-          full(stages.full),
-          empty(stages.empty) {}
-    __device__ __forceinline__ void load() {
-        mbarrier_wait(full, parity);
-        upper[0] = load16(codes_at), lower[0] = load16(codes_at + TILE / 2 * PIECE);
-        upper[1] = load16(codes_at ^ 64), lower[1] = load16((codes_at ^ 64) + TILE / 2 * PIECE);
-        scales[0] = load4_f32(scales_at), scales[1] = load4_f32(scales_at + 8 * 256);
-        mbarrier_arrive(empty);
-        full += 8, empty += 8, codes_at += STAGE_BYTES, scales_at += TILE * 256;
-        if (++slot < COUNT) return;
-        full -= COUNT * 8, empty -= COUNT * 8, codes_at -= COUNT * STAGE_BYTES, scales_at -= COUNT * TILE * 256;
-        slot = 0, parity ^= 1;
+          full(__shfl_sync(~0u, stages.full, 0)) {}
+    template <u32 I>
+    __device__ __forceinline__ void load_half() {
+        const u32 from = (codes_at ^ I * 64) + at * (STAGE_BYTES / 8);
+        upper[I] = load16(from), lower[I] = load16(from + TILE / 2 * PIECE);
+    }
+    // Goes on to the next unit: its first half, if it has come.
+    __device__ __forceinline__ void next() {
+        at += 8;
+        if (at == COUNT * 8) at = 0, parity ^= 1;
+        has_first = mbarrier_test(full + at, parity);
+        if (has_first) load_half<0>();
+    }
+    // The rest of it. `exists`: there is such a unit; after the last nothing is waited for, and what is loaded is of no use.
+    __device__ __forceinline__ void load(bool exists) {
+        if (!has_first && exists) mbarrier_wait(full + at, parity), load_half<0>();
+        load_half<1>();
+        const u32 from = scales_at + at * (TILE * 256 / 8);
+        scales[0] = load4_f32(from), scales[1] = load4_f32(from + 8 * 256);
+        mbarrier_arrive(full + COUNT * 8 + at);
     }
 };
 
@@ -134,10 +151,18 @@ struct Pairs {
 
 // A unit's sums of rows g and g + 8, left in shared memory while the next unit is multiplied: [row % 8][block / 2][row / 8].
 struct Sums {
-    float upper = 0, lower = 0;
+    float first[2] = {}, upper, lower, scales[2] = {};
     u32 at;
     bool add = false;
 
+    __device__ __forceinline__ explicit Sums(u32 at) : at(at) {}
+    // Of rows g and g + 8. c: [half of a word], of four words.
+    __device__ __forceinline__ static float row(const float (&c)[2][4], u32 j) { return c[0][j] + c[0][j + 1] + (c[1][j] + c[1][j + 1]); }
+    __device__ __forceinline__ void take_first(const float (&c)[2][4]) { first[0] = row(c, 0), first[1] = row(c, 2); }
+    __device__ __forceinline__ void take(const float (&c)[2][4], u32 lane) {
+        const bool is_first = lane / 2 % 2 == lane / 4 % 2;
+        upper = (is_first ? first[0] : row(c, 0)) * scales[0], lower = (is_first ? first[1] : row(c, 2)) * scales[1];
+    }
     __device__ __forceinline__ void leave(u32 lane) const {
         const bool odd = lane % 2;
         float sum = (odd ? lower : upper) + __shfl_xor_sync(~0u, odd ? upper : lower, 1);
@@ -166,56 +191,67 @@ struct Column {
     }
 };
 
+// One unit, and meanwhile the end of the one before and the first half of the next. c: [four words][half of a word].
+template <typename T>
+__device__ __forceinline__ void multiply_unit(float (&c)[2][2][4], Unit &unit, Sums &sums, const Column &column, const u8 *table, u32 place,
+                                              u32 lane) {
+    const u32 upper[8] = {unit.upper[0].x, unit.upper[0].y, unit.upper[0].z, unit.upper[0].w,
+                          unit.upper[1].x, unit.upper[1].y, unit.upper[1].z, unit.upper[1].w};
+    const u32 lower[8] = {unit.lower[0].x, unit.lower[0].y, unit.lower[0].z, unit.lower[0].w,
+                          unit.lower[1].x, unit.lower[1].y, unit.lower[1].z, unit.lower[1].w};
+    const float scales[2] = {unit.scales[0], unit.scales[1]};
+    sums.take(c[1], lane);
+#pragma unroll
+    for (u32 j = 0; j < 4; j++) c[0][0][j] = c[0][1][j] = c[1][0][j] = c[1][1][j] = 0;
+#pragma unroll
+    for (u32 i = 0; i < 8; i++) {
+        const Pairs pairs(table, upper[i], lower[i], place);
+        mma<T>(c[i / 4][0], pairs.a[0], column.words[i % 4].x, column.words[i % 4].y);
+        mma<T>(c[i / 4][1], pairs.a[1], column.words[i % 4].z, column.words[i % 4].w);
+        if (i == 2) sums.leave(lane);
+        if (i == 5) unit.next();
+        if (i == 6) sums.take_first(c[0]);
+    }
+    sums.scales[0] = scales[0], sums.scales[1] = scales[1];
+}
+
 // The units of a warp; its sums of each tile to the holes.
 template <typename T>
-__device__ __forceinline__ void multiply(const Launch<T> &launch, const Stages &stages, const u8 *table, Line line, u32 warp, u32 lane) {
+__device__ __forceinline__ void multiply(const Launch<T> &launch, const Stages &stages, const u8 *table, const Line &line, u32 warp, u32 lane) {
     const u32 units = launch.k / UNIT, holes = shared_address(table), sums_at = hole(holes, warp) + lane * 4;
+    u32 place = lane * 4;
+    asm volatile("" : "+r"(place));
+    Unit unit(stages, holes, warp, lane);
+    unit.load(true);
+    // All before came from frozen weights; x and h are what launches before write.
+    wait_for_launches();
     const T *x = launch.x + warp * UNIT + lane * 8;
     uint4 row = make_uint4(0, 0, 0, 0);
     if (warp < units) row = *reinterpret_cast<const uint4 *>(x);
-    u32 place = lane * 4;
-    asm volatile("" : "+r"(place));
     Column column;
-    Sums sums;
-    sums.at = sums_at;
-    Unit unit(stages, holes, warp, lane);
-    unit.load();
+    Sums sums(sums_at);
+    float c[2][2][4] = {};
 #pragma unroll 1
-    for (u32 at = warp; line.more(); at += WARPS) {
-        const bool has = at < units, adds = line.chunk > 0;
-        if (has) column.set(row, hole(holes, X_HOLES + warp * 4), lane);
+    for (u32 at = warp, chunk = 0; chunk < line.chunks; at += WARPS, chunk++) {
+        const bool last = chunk + 1 == line.chunks;
+        u32 left = line.last - line.first, to = sums_at;
+        if (at >= units) {
+#pragma unroll 1
+            do unit.next(), unit.load(!last || left > 1);
+            while (--left);
+            continue;
+        }
+        column.set(row, hole(holes, X_HOLES + warp * 4), lane);
         if (at + WARPS < units) x += WARPS * UNIT, row = *reinterpret_cast<const uint4 *>(x);
-        u32 to = sums_at;
+        asm volatile("" : "+r"(left), "+r"(to));  // no uniform registers, whose branches take longer
 #pragma unroll 1
         do {
-            line.next();
-            if (!has) {
-                if (line.more()) unit.load();
-                continue;
-            }
-            const u32 upper[8] = {unit.upper[0].x, unit.upper[0].y, unit.upper[0].z, unit.upper[0].w,
-                                  unit.upper[1].x, unit.upper[1].y, unit.upper[1].z, unit.upper[1].w};
-            const u32 lower[8] = {unit.lower[0].x, unit.lower[0].y, unit.lower[0].z, unit.lower[0].w,
-                                  unit.lower[1].x, unit.lower[1].y, unit.lower[1].z, unit.lower[1].w};
-            const float scales[2] = {unit.scales[0], unit.scales[1]};
-            float c[2][2][4] = {};  // [four words][half of a word]
-#pragma unroll
-            for (u32 i = 0; i < 8; i++) {
-                const Pairs pairs(table, upper[i], lower[i], place);
-                mma<T>(c[i / 4][0], pairs.a[0], column.words[i % 4].x, column.words[i % 4].y);
-                mma<T>(c[i / 4][1], pairs.a[1], column.words[i % 4].z, column.words[i % 4].w);
-                if (i == 2) sums.leave(lane);  // those of the unit before, here: their way to another lane hides among products
-            }
-            if (line.more()) unit.load();
-            const auto sum = [&](u32 j) {
-                const float first = c[0][0][j] + c[0][0][j + 1] + (c[0][1][j] + c[0][1][j + 1]);
-                const float second = c[1][0][j] + c[1][0][j + 1] + (c[1][1][j] + c[1][1][j + 1]);
-                return lane / 2 % 2 == lane / 4 % 2 ? first : second;
-            };
-            sums.upper = sum(0) * scales[0], sums.lower = sum(2) * scales[1];
-            sums.at = to, sums.add = adds, to += WARPS * 256;
-        } while (line.tile != line.first);
+            multiply_unit<T>(c, unit, sums, column, table, place, lane);
+            sums.at = to, sums.add = chunk > 0, to += WARPS * 256;
+            unit.load(!last || left > 1);
+        } while (--left);
     }
+    sums.take(c[1], lane);
     sums.leave(lane);
 }
 
@@ -255,10 +291,10 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
 #pragma unroll 1
         for (u32 i = 0; i < COUNT && to_come.more(); i++) stages.ask(launch, to_come), to_come.next();
     }
-    StageScales<T> scales[2];
+    StageScales<T> scales[COUNT];
     if (warp == DECODES)
 #pragma unroll
-        for (u32 i = 0; i < 2; i++)
+        for (u32 i = 0; i < COUNT; i++)
             if (to_come.more()) scales[i].fetch(launch, to_come, units, maps, lane), to_come.next();
     const Tables<ALL_WARPS * 32> loaded(launch);
     prefetch_beside(launch, first, tiles);
@@ -269,22 +305,21 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
         if (i < 3 * 256) store4_f32(maps + i / 32 * 256 + i % 32 * 4, loaded.map[j]);
     }
     __syncthreads();
-    // All before came from frozen weights; x and h are what launches before write.
     if (warp == ASKS) {
 #pragma unroll 1
-        for (Line free = line; to_come.more(); free.next(), to_come.next()) {
-            mbarrier_wait(stages.empty + free.slot * 8, free.parity);
+        for (; to_come.more(); to_come.next()) {
+            mbarrier_wait(stages.empty + to_come.slot * 8, to_come.parity ^ 1);
             stages.ask(launch, to_come);
         }
         wait_for_launches();
     } else if (warp == DECODES) {
-        Line at = line, free = line;
+        Line at = line;
 #pragma unroll 1
-        for (u32 n = 0; at.more(); n += 2)
+        for (u32 n = 0; at.more(); n += COUNT)
 #pragma unroll
-            for (u32 i = 0; i < 2; i++) {
+            for (u32 i = 0; i < COUNT; i++) {
                 if (!at.more()) break;
-                if (n + i >= COUNT) mbarrier_wait(stages.empty + free.slot * 8, free.parity), free.next();
+                if (n > 0) mbarrier_wait(stages.empty + at.slot * 8, at.parity ^ 1);
                 scales[i].leave(hole(table, SCALE_HOLES + at.slot * TILE), lane);
                 mbarrier_arrive(stages.full + at.slot * 8);
                 if (to_come.more()) scales[i].fetch(launch, to_come, units, maps, lane), to_come.next();
@@ -292,7 +327,6 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
             }
         wait_for_launches();
     } else {
-        wait_for_launches();
         multiply(launch, stages, shared, line, warp, lane);
     }
     __syncthreads();
