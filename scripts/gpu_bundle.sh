@@ -24,7 +24,10 @@ for line in sys.stdin:
         print(made["target"]["name"], made["executable"])'
 }
 messages=--message-format=json-render-diagnostics
-tests=$(cargo test --no-run --locked $messages -p nibble-tensor --lib -p nibble-tests --tests | made)
+tests=$(
+  cargo test --no-run --locked $messages -p nibble-tensor --lib -p nibble-tests --tests | made
+  cargo test --no-run --locked $messages -p nibble-optim --test paged | made
+)
 benches=$(cargo bench --no-run --profile "$profile" --locked $messages -p nibble-tensor --bench cuda_kernels | made)
 
 rm -rf "$out"

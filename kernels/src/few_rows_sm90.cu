@@ -33,16 +33,6 @@ struct Line {
     }
 };
 
-// A place in the ring of stages.
-struct Slot {
-    u32 index = 0, parity = 0;
-
-    template <u32 COUNT>
-    __device__ __forceinline__ void next() {
-        if (++index == COUNT) index = 0, parity ^= 1;
-    }
-};
-
 // Where the ring of COUNT stages and its barriers lie.
 template <u32 COUNT>
 struct Stages {
@@ -112,7 +102,7 @@ struct Multiplier {
         Scales scales = scales_of(launch, maps, line.tile);
         Columns<1, true, T> columns(held, launch, lane);
         float acc[1][2] = {};
-        Slot slot;
+        Ring<COUNT> slot;
         const u8 *const from = ring + lane / 4 * PITCH + warp * (UNIT / 2) + lane % 4 * 16;
 #pragma unroll 1
         for (u32 done = 0; done < count; done += DEPTH) {
@@ -133,7 +123,7 @@ struct Multiplier {
                 __syncwarp();  // the scales are there
                 if (reader.has(line)) add_unit(acc, unit, here, table, columns, launch, line.chunk * WARPS + warp, lane, place);
                 if (done + i + DEPTH < count) reader.next(launch, warp, lane), reader.fetch(pairs[i]);
-                slot.template next<COUNT>();
+                slot.next();
                 if (line.next()) {
                     leave_sums(sums, acc, launch.m, lane);
                     sums += WARPS * TILE * launch.m;
@@ -177,12 +167,12 @@ __device__ __forceinline__ void few_rows(const Launch<T> &launch) {
     copy_wait<0>();
     __syncthreads();
     if (asks) {
-        Slot slot;
+        Ring<COUNT> slot;
 #pragma unroll 1
         for (u32 i = COUNT; i < steps; i++) {
             mbarrier_wait(stages.empty + slot.index * 8, slot.parity);
             stages.ask(launch, to_come, slot.index);
-            to_come.next(), slot.template next<COUNT>();
+            to_come.next(), slot.next();
         }
     } else {
         float *const mine = sums + warp * TILE * launch.m;

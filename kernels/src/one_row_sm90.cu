@@ -41,12 +41,13 @@ __device__ __forceinline__ u32 hole(u32 table, u32 index) { return table + index
 // The block's stages in their order, and the place of one in the ring.
 struct Line {
     u32 first, last, chunks;  // tiles; units of a row by eights
-    u32 tile, chunk = 0, slot = 0, parity = 0;
+    u32 tile, chunk = 0;
+    Ring<COUNT> slot;
 
     __device__ __forceinline__ Line(u32 first, u32 last, u32 chunks) : first(first), last(last), chunks(chunks), tile(first) {}
     __device__ __forceinline__ bool more() const { return chunk < chunks; }
     __device__ __forceinline__ void next() {
-        if (++slot == COUNT) slot = 0, parity ^= 1;
+        slot.next();
         if (++tile == last) tile = first, chunk++;
     }
 };
@@ -62,7 +63,7 @@ struct Stages {
     }
     template <typename T>
     __device__ __forceinline__ void ask(const Launch<T> &launch, const Line &at) const {
-        ask_tile<PIECE, PIECE>(launch, at.tile, at.chunk, ring + at.slot * STAGE_BYTES, full + at.slot * 8);
+        ask_tile<PIECE, PIECE>(launch, at.tile, at.chunk, ring + at.slot.index * STAGE_BYTES, full + at.slot.index * 8);
     }
 };
 
@@ -89,8 +90,7 @@ struct StageScales {
     __device__ __forceinline__ float value(u32 holes, u32 places, u32 i) const {
         u32 at;
         asm("prmt.b32 %0, %1, %2, %3;" : "=r"(at) : "r"(places), "r"(holes), "n"(0x8840 + J * 0x1111));
-        // The product is rounded before the offset is added, as on the CPU.
-        return __fadd_rn(__fmul_rn(load4_f32(map + at), absmax[i]), offset);
+        return nested_scale(load4_f32(map + at), absmax[i], offset);
     }
     // To [row][unit][block] from `to`, each row a unit further round, so that eight rows lie in other banks.
     __device__ __forceinline__ void leave(u32 to, u32 lane) const {
@@ -308,7 +308,7 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
     if (warp == ASKS) {
 #pragma unroll 1
         for (; to_come.more(); to_come.next()) {
-            mbarrier_wait(stages.empty + to_come.slot * 8, to_come.parity ^ 1);
+            mbarrier_wait(stages.empty + to_come.slot.index * 8, to_come.slot.parity ^ 1);
             stages.ask(launch, to_come);
         }
         wait_for_launches();
@@ -319,9 +319,9 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
 #pragma unroll
             for (u32 i = 0; i < COUNT; i++) {
                 if (!at.more()) break;
-                if (n > 0) mbarrier_wait(stages.empty + at.slot * 8, at.parity ^ 1);
-                scales[i].leave(hole(table, SCALE_HOLES + at.slot * TILE), lane);
-                mbarrier_arrive(stages.full + at.slot * 8);
+                if (n > 0) mbarrier_wait(stages.empty + at.slot.index * 8, at.slot.parity ^ 1);
+                scales[i].leave(hole(table, SCALE_HOLES + at.slot.index * TILE), lane);
+                mbarrier_arrive(stages.full + at.slot.index * 8);
                 if (to_come.more()) scales[i].fetch(launch, to_come, units, maps, lane), to_come.next();
                 at.next();
             }

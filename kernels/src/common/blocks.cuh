@@ -14,7 +14,11 @@ struct PlainScales {
     __device__ __forceinline__ float get(u64 block) const { return absmax[block]; }
 };
 
-// Doubly quantised. The product is rounded before the offset is added, as on the CPU: no fused multiply-add.
+// A doubly quantised scale. The product is rounded before the offset is added, as on the CPU: no fused multiply-add.
+__device__ __forceinline__ float nested_scale(float level, float absmax, float offset) {
+    return __fadd_rn(__fmul_rn(level, absmax), offset);
+}
+
 struct NestedScales {
     struct Loaded {
         u32 code;
@@ -26,7 +30,7 @@ struct NestedScales {
     float offset;
 
     __device__ __forceinline__ Loaded load(u64 block) const { return {codes[block], absmax[block >> 8]}; }
-    __device__ __forceinline__ float value(Loaded x) const { return __fadd_rn(__fmul_rn(map[x.code], x.absmax), offset); }
+    __device__ __forceinline__ float value(Loaded x) const { return nested_scale(map[x.code], x.absmax, offset); }
     __device__ __forceinline__ float get(u64 block) const { return value(load(block)); }
 };
 

@@ -1,6 +1,7 @@
 // What few_rows.cu works on: its parts, their scales, and what is added beside their products.
 #pragma once
 
+#include "common/blocks.cuh"
 #include "common/vec.cuh"
 
 constexpr u32 TILE = 16;
@@ -85,13 +86,12 @@ struct Scales {
     const float *map;
     float offset;
 
-    // The product is rounded before the offset is added, as on the CPU: no fused multiply-add.
     __device__ __forceinline__ float value(Scale x) const {
-        return x.code == PLAIN ? x.absmax : __fadd_rn(__fmul_rn(map[x.code], x.absmax), offset);
+        return x.code == PLAIN ? x.absmax : nested_scale(map[x.code], x.absmax, offset);
     }
     __device__ __forceinline__ float2 values(const Pair<false> &x) const { return {value(x.of[0]), value(x.of[1])}; }
     __device__ __forceinline__ float2 values(const Pair<true> &x) const {
-        return {__fadd_rn(__fmul_rn(map[x.codes & 255], x.absmax), offset), __fadd_rn(__fmul_rn(map[x.codes >> 8], x.absmax), offset)};
+        return {nested_scale(map[x.codes & 255], x.absmax, offset), nested_scale(map[x.codes >> 8], x.absmax, offset)};
     }
 };
 
