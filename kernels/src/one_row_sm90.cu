@@ -8,9 +8,9 @@
 //
 // Work: a block takes neighbouring tiles; of all of them the first 8 units' columns, then the next, so that a warp keeps its unit's
 // x in registers. A stage is a tile's columns of 8 units, one for each of the warps that multiply; another warp asks for the stages,
-// each row's columns by one copy, and one more decodes the stage's scales. Two of the warps that multiply share a scheduler, and a
-// unit is 64 look-ups that a warp may begin every fourth cycle: nothing a warp waits for may come between two units, nor a branch
-// that a unit could do without.
+// each row's columns by one copy, and one more decodes the stage's scales. Two of the warps that multiply share a scheduler, which
+// begins a look-up every fourth cycle, 64 a unit: nothing a warp waits for may come between two units, nor a branch that a unit could
+// do without.
 //
 // Shared memory: an entry of the table has as much room again beside it: a hole. In them lie the warps' sums of each tile, the scales
 // of the stages, the maps of scales and, on its way to registers, x. After the table the ring of stages.
@@ -52,13 +52,14 @@ struct Line {
     }
 };
 
-// Where the ring of stages and its barriers lie.
+// Where the ring of stages and its barriers lie: those of full stages, then those of empty ones.
 struct Stages {
-    u32 ring, full, empty;
+    u32 ring, full;
 
+    __device__ __forceinline__ static u32 empty_of(u32 full) { return full + COUNT * 8; }
     __device__ __forceinline__ void begin() const {
 #pragma unroll
-        for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1 + 32), mbarrier_init(empty + i * 8, WARPS * 32);
+        for (u32 i = 0; i < COUNT; i++) mbarrier_init(full + i * 8, 1 + 32), mbarrier_init(empty_of(full) + i * 8, WARPS * 32);
         mbarrier_init_fence();
     }
     template <typename T>
@@ -105,12 +106,12 @@ struct StageScales {
     }
 };
 
-// A warp's unit of a stage: codes of rows g and g + 8, and the scales of the lane's block in them. Its first half is loaded while the
-// second of the unit before is multiplied, which has no more need of the registers.
+// A warp's unit of a stage: codes of rows g and g + 8, and the scales of the lane's block in them. Its first half, if it has come by then,
+// is loaded while the second of the unit before is multiplied, which has no more need of the registers.
 struct Unit {
     uint4 upper[2], lower[2];
     float scales[2];
-    u32 codes_at, scales_at, full, at = 0, parity = 0;  // `at`: where the stage's barrier lies among `full`
+    u32 codes_at, scales_at, full, place = 0, parity = 0;  // `place`: of the stage's barrier, from `full` on
     bool has_first = false;
 
     // The barriers' address by a shuffle, so that it is not worked out anew wherever it is used.
@@ -120,23 +121,24 @@ struct Unit {
           full(__shfl_sync(~0u, stages.full, 0)) {}
     template <u32 I>
     __device__ __forceinline__ void load_half() {
-        const u32 from = (codes_at ^ I * 64) + at * (STAGE_BYTES / 8);
+        const u32 from = (codes_at ^ I * 64) + place * (STAGE_BYTES / 8);
         upper[I] = load16(from), lower[I] = load16(from + TILE / 2 * PIECE);
     }
     // Goes on to the next unit: its first half, if it has come.
     __device__ __forceinline__ void next() {
-        at += 8;
-        if (at == COUNT * 8) at = 0, parity ^= 1;
-        has_first = mbarrier_test(full + at, parity);
+        place += 8;
+        if (place == COUNT * 8) place = 0, parity ^= 1;
+        has_first = mbarrier_test(full + place, parity);
         if (has_first) load_half<0>();
     }
-    // The rest of it. `exists`: there is such a unit; after the last nothing is waited for, and what is loaded is of no use.
+    // The rest of it. `exists`: there is such a unit; after the last nothing is waited for, what is loaded is of no use, and the
+    // arrival is one that nobody waits for, as the stage is never asked for.
     __device__ __forceinline__ void load(bool exists) {
-        if (!has_first && exists) mbarrier_wait(full + at, parity), load_half<0>();
+        if (!has_first && exists) mbarrier_wait(full + place, parity), load_half<0>();
         load_half<1>();
-        const u32 from = scales_at + at * (TILE * 256 / 8);
+        const u32 from = scales_at + place * (TILE * 256 / 8);
         scales[0] = load4_f32(from), scales[1] = load4_f32(from + 8 * 256);
-        mbarrier_arrive(full + COUNT * 8 + at);
+        mbarrier_arrive(Stages::empty_of(full) + place);
     }
 };
 
@@ -151,12 +153,14 @@ struct Pairs {
 
 // A unit's sums of rows g and g + 8, left in shared memory while the next unit is multiplied: [row % 8][block / 2][row / 8].
 struct Sums {
-    float first[2] = {}, upper, lower, scales[2] = {};
+    float first[2] = {};   // of the first four words
+    float scales[2] = {};  // of the unit that `take` comes to
+    float upper, lower;
     u32 at;
     bool add = false;
 
     __device__ __forceinline__ explicit Sums(u32 at) : at(at) {}
-    // Of rows g and g + 8. c: [half of a word], of four words.
+    // Of row g for j = 0 and g + 8 for j = 2. c: [half of a word], of four words.
     __device__ __forceinline__ static float row(const float (&c)[2][4], u32 j) { return c[0][j] + c[0][j + 1] + (c[1][j] + c[1][j + 1]); }
     __device__ __forceinline__ void take_first(const float (&c)[2][4]) { first[0] = row(c, 0), first[1] = row(c, 2); }
     __device__ __forceinline__ void take(const float (&c)[2][4], u32 lane) {
@@ -199,8 +203,8 @@ __device__ __forceinline__ void multiply_unit(float (&c)[2][2][4], Unit &unit, S
                           unit.upper[1].x, unit.upper[1].y, unit.upper[1].z, unit.upper[1].w};
     const u32 lower[8] = {unit.lower[0].x, unit.lower[0].y, unit.lower[0].z, unit.lower[0].w,
                           unit.lower[1].x, unit.lower[1].y, unit.lower[1].z, unit.lower[1].w};
-    const float scales[2] = {unit.scales[0], unit.scales[1]};
     sums.take(c[1], lane);
+    sums.scales[0] = unit.scales[0], sums.scales[1] = unit.scales[1];
 #pragma unroll
     for (u32 j = 0; j < 4; j++) c[0][0][j] = c[0][1][j] = c[1][0][j] = c[1][1][j] = 0;
 #pragma unroll
@@ -212,12 +216,12 @@ __device__ __forceinline__ void multiply_unit(float (&c)[2][2][4], Unit &unit, S
         if (i == 5) unit.next();
         if (i == 6) sums.take_first(c[0]);
     }
-    sums.scales[0] = scales[0], sums.scales[1] = scales[1];
 }
 
 // The units of a warp; its sums of each tile to the holes.
 template <typename T>
-__device__ __forceinline__ void multiply(const Launch<T> &launch, const Stages &stages, const u8 *table, const Line &line, u32 warp, u32 lane) {
+__device__ __forceinline__ void multiply(const Launch<T> &launch, const Stages &stages, const u8 *table, u32 tiles, u32 chunks, u32 warp,
+                                         u32 lane) {
     const u32 units = launch.k / UNIT, holes = shared_address(table), sums_at = hole(holes, warp) + lane * 4;
     u32 place = lane * 4;
     asm volatile("" : "+r"(place));
@@ -232,23 +236,23 @@ __device__ __forceinline__ void multiply(const Launch<T> &launch, const Stages &
     Sums sums(sums_at);
     float c[2][2][4] = {};
 #pragma unroll 1
-    for (u32 at = warp, chunk = 0; chunk < line.chunks; at += WARPS, chunk++) {
-        const bool last = chunk + 1 == line.chunks;
-        u32 left = line.last - line.first, to = sums_at;
-        if (at >= units) {
+    for (u32 index = warp, chunk = 0; chunk < chunks; index += WARPS, chunk++) {
+        const bool is_last = chunk + 1 == chunks;
+        u32 left = tiles, to = sums_at;
+        if (index >= units) {
 #pragma unroll 1
-            do unit.next(), unit.load(!last || left > 1);
+            do unit.next(), unit.load(!is_last || left > 1);
             while (--left);
             continue;
         }
         column.set(row, hole(holes, X_HOLES + warp * 4), lane);
-        if (at + WARPS < units) x += WARPS * UNIT, row = *reinterpret_cast<const uint4 *>(x);
+        if (index + WARPS < units) x += WARPS * UNIT, row = *reinterpret_cast<const uint4 *>(x);
         asm volatile("" : "+r"(left), "+r"(to));  // no uniform registers, whose branches take longer
 #pragma unroll 1
         do {
             multiply_unit<T>(c, unit, sums, column, table, place, lane);
             sums.at = to, sums.add = chunk > 0, to += WARPS * 256;
-            unit.load(!last || left > 1);
+            unit.load(!is_last || left > 1);
         } while (--left);
     }
     sums.take(c[1], lane);
@@ -282,7 +286,7 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
     const u32 all = launch.tiles(), units = launch.k / UNIT;
     const u32 first = u32(u64(blockIdx.x) * all / gridDim.x), last = u32(u64(blockIdx.x + 1) * all / gridDim.x), tiles = last - first;
     const u32 table = shared_address(shared), full = shared_address(barriers), maps = hole(table, MAP_HOLES);
-    const Stages stages = {table + TABLE, full, full + COUNT * 8};
+    const Stages stages = {table + TABLE, full};
     const Line line(first, last, (units + WARPS - 1) / WARPS);
     Line to_come = line;
     if (warp == ASKS) {
@@ -308,7 +312,7 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
     if (warp == ASKS) {
 #pragma unroll 1
         for (; to_come.more(); to_come.next()) {
-            mbarrier_wait(stages.empty + to_come.slot.index * 8, to_come.slot.parity ^ 1);
+            mbarrier_wait(Stages::empty_of(full) + to_come.slot.index * 8, to_come.slot.parity ^ 1);
             stages.ask(launch, to_come);
         }
         wait_for_launches();
@@ -317,17 +321,17 @@ __device__ __forceinline__ void one_row(const Launch<T> &launch) {
 #pragma unroll 1
         for (u32 n = 0; at.more(); n += COUNT)
 #pragma unroll
-            for (u32 i = 0; i < COUNT; i++) {
+            for (u32 i = 0; i < COUNT; i++) {  // i: at.slot.index, known to the compiler
                 if (!at.more()) break;
-                if (n > 0) mbarrier_wait(stages.empty + at.slot.index * 8, at.slot.parity ^ 1);
-                scales[i].leave(hole(table, SCALE_HOLES + at.slot.index * TILE), lane);
-                mbarrier_arrive(stages.full + at.slot.index * 8);
+                if (n > 0) mbarrier_wait(Stages::empty_of(full) + i * 8, at.slot.parity ^ 1);
+                scales[i].leave(hole(table, SCALE_HOLES + i * TILE), lane);
+                mbarrier_arrive(full + i * 8);
                 if (to_come.more()) scales[i].fetch(launch, to_come, units, maps, lane), to_come.next();
                 at.next();
             }
         wait_for_launches();
     } else {
-        multiply(launch, stages, shared, line, warp, lane);
+        multiply(launch, stages, shared, tiles, line.chunks, warp, lane);
     }
     __syncthreads();
     finish_rows(table, launch, first, tiles);
