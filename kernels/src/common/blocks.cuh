@@ -19,6 +19,7 @@ __device__ __forceinline__ float nested_scale(float level, float absmax, float o
     return __fadd_rn(__fmul_rn(level, absmax), offset);
 }
 
+// Doubly quantised.
 struct NestedScales {
     struct Loaded {
         u32 code;
