@@ -7,10 +7,11 @@
 // A code is the number of thresholds below the value. Between -1 and 1 (FP4: of magnitudes) thresholds lie further apart than
 // 1 / 15, so the nearest multiple of 1 / 15 leaves one to compare with, from a table in shared memory.
 //
-// Threads: a block takes 4096 elements, the longest block of the format. A thread holds two runs of 8, 2048 apart; the lanes of a
-// block exchange their largest magnitudes, and beyond 256 elements warps do so through shared memory. Where x is not 16-byte
-// aligned, or at the end, elements are read one by one.
-// Launch: block 256, grid min(ceil(n / 4096), 8 · multiprocessors) in x: a block takes the rest in turn, and reads a tile ahead.
+// Threads: a block takes 4096 elements, the longest block of the format, and a thread 16 neighbours of them; the lanes of a block
+// exchange their largest magnitudes, and beyond 512 elements warps do so through shared memory. Where x is not 16-byte aligned, or
+// at the end, elements are read one by one. Blocks of 64, the usual ones, have loops of their own.
+// Launch: block 256, grid min(ceil(n / 4096), 4 · multiprocessors) in x, all at once: a block takes the rest in turn, and reads a tile
+// ahead.
 //
 // Double quantisation: offset = the mean of the absmax, then codes of absmax - offset in blocks of 256 by the 8-bit `map` (256
 // ascending levels): the nearest level to v (1 / absmax2), midway the even code; 0 in a block of zeros.
@@ -21,8 +22,6 @@
 //   quantize_absmax: block 256, a warp a nested block: grid ceil(blocks / 2048), or fewer. offset is read, or, with `count` partials,
 //   written.
 //
-// spills: _Z10rare_codesILi1E3f16EjjPyPKT0_yyf 40 a function that is called for rare blocks alone keeps its caller's registers
-// spills: _Z10rare_codesILi1E4bf16EjjPyPKT0_yyf 40 as above
 //
 // None has dynamic shared memory. Bytes: x read, n / 2 and 4 n / block_size written; absmax read twice, a byte each written.
 
@@ -31,19 +30,23 @@
 #include "common/vec.cuh"
 
 constexpr u32 THREADS = 256;
-constexpr u32 RUN = 8;
-constexpr u32 RUNS = 2;
-constexpr u32 TILE = THREADS * RUN * RUNS;
+constexpr u32 RUN = 16;
+constexpr u32 TILE = THREADS * RUN;
 // Elements of a warp's runs.
 constexpr u32 WARP = 32 * RUN;
+// The block size that has loops of its own, within a warp.
+constexpr u32 USUAL = 64;
 constexpr u32 INFINITE = 0x7f800000;
 
 // FP4: the code of rank r among the magnitudes, in nibble r.
 constexpr u32 FP4_CODES = 0x32547610;
 
-// 15 y as the nearest integer, plus 15, in the lowest bits of what else is MAGIC's.
-constexpr u32 MAGIC = 0x4b400000;
-__device__ __forceinline__ u32 bucket(float y) { return __float_as_uint(__fmaf_rn(y, 15.0f, 12582912.0f + 15.0f)); }
+// 15 y as the nearest integer, plus 15, in the lowest bits of what else is MAGIC's: 2, whose unit in the last place is 2^-22. Eight times
+// MAGIC is 0 in 32 bits, so that eight times a bucket is where its entry lies in the table.
+constexpr u32 MAGIC = 0x40000000;
+constexpr float UNIT = 1.0f / (1 << 22);
+__device__ __forceinline__ u32 bucket(float y) { return __float_as_uint(__fmaf_rn(y, 15.0f * UNIT, 2.0f + 15.0f * UNIT)); }
+static_assert(MAGIC * 8 == 0, "an entry's place");
 
 // For each bucket the threshold within (or infinity), and the code of what is below it; FP4: in bits 4 to 7 of what is above, too.
 struct __align__(8) Entry {
@@ -71,15 +74,15 @@ __device__ __forceinline__ Entry entry(u32 i) {
     return {threshold, FORMAT == 0 ? rank : FP4_CODES >> rank * 4 & 0xff};
 }
 
-// Puts the code of y, in -1..1, below `codes`. `table` is the address of the entries in shared memory, less 8 MAGIC.
+// Puts the code of y, in -1..1, below `codes`. `table` is the address of the entries in shared memory.
 template <int FORMAT>
 __device__ __forceinline__ void append(u32 &codes, u32 table, float y) {
     const float v = FORMAT == 0 ? y : fabsf(y);
     Entry found;
     asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=f"(found.threshold), "=r"(found.codes) : "r"(bucket(v) * 8 + table));
     if constexpr (FORMAT == 0) {
-        codes = codes * 16 + found.codes;
-        if (v > found.threshold) ++codes;
+        // One more where v is above: the difference's sign, in one instruction less than a comparison.
+        codes = codes * 16 + (found.codes + (__float_as_uint(__fsub_rn(found.threshold, v)) >> 31));
     } else {
         if (v > found.threshold) found.codes >>= 4;
         codes = codes * 16 + (found.codes & 7);
@@ -98,9 +101,18 @@ struct Scale {
     __device__ __forceinline__ float apply(float x) const {
         return subnormal() ? __fdiv_rn(x, absmax) : __fmul_rn(x, reciprocal);
     }
+    __device__ __forceinline__ void apply(float (&x)[8]) const {
+        if (subnormal()) {
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) x[j] = __fdiv_rn(x[j], absmax);
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) x[j] = __fmul_rn(x[j], reciprocal);
+        }
+    }
 };
 
-// 8 values as they lie in memory, in words.
+// A thread's values as they lie in memory, in words.
 template <typename T>
 struct Run {
     static constexpr u32 WORDS = RUN * sizeof(T) / 4;
@@ -126,70 +138,45 @@ struct Run {
         }
     }
     __device__ __forceinline__ float get(u32 j) const {
-        if constexpr (sizeof(T) == 2) return to_f32(T{u16(words[j / 2] >> j % 2 * 16)});
-        else return __uint_as_float(words[j]);
+        if constexpr (sizeof(T) == 4) return __uint_as_float(words[j]);
+        else return j % 2 == 0 ? low_of<T>(words[j / 2]) : high_of<T>(words[j / 2]);
+    }
+    // The largest magnitude as the bits of an f32. As bits magnitudes are in order, with NaN above infinity.
+    __device__ __forceinline__ u32 top() const {
+        if constexpr (sizeof(T) == 2) {
+            u32 most = words[0] & 0x7fff7fff;
+#pragma unroll
+            for (u32 i = 1; i < WORDS; ++i) most = __vmaxu2(most, words[i] & 0x7fff7fff);
+            return max(__float_as_uint(low_of<T>(most)), __float_as_uint(high_of<T>(most)));
+        } else {
+            u32 most = 0;
+#pragma unroll
+            for (u32 i = 0; i < WORDS; ++i) most = max(most, words[i] & 0x7fffffff);
+            return most;
+        }
     }
 };
 
-// The largest magnitudes of a thread's two runs: 16-bit values share a word. As bits they order as the magnitudes do, with NaN
-// above infinity.
+// What a launch is to do, and the address of the entries in shared memory.
 template <typename T>
-struct Tops {
-    u32 v[sizeof(T) / 2];
-
-    __device__ __forceinline__ void take(const Tops &other) {
-        if constexpr (sizeof(T) == 2) {
-            v[0] = __vmaxu2(v[0], other.v[0]);
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) v[i] = max(v[i], other.v[i]);
-        }
-    }
-    __device__ __forceinline__ void of(const Run<T> (&runs)[RUNS]) {
-        if constexpr (sizeof(T) == 2) {
-            u32 most[RUNS];
-#pragma unroll
-            for (u32 i = 0; i < RUNS; ++i) {
-                most[i] = runs[i].words[0] & 0x7fff7fff;
-#pragma unroll
-                for (u32 w = 1; w < 4; ++w) most[i] = __vmaxu2(most[i], runs[i].words[w] & 0x7fff7fff);
-            }
-            v[0] = __vmaxu2(__byte_perm(most[0], most[1], 0x5410), __byte_perm(most[0], most[1], 0x7632));
-        } else {
-#pragma unroll
-            for (u32 i = 0; i < RUNS; ++i) {
-                v[i] = 0;
-#pragma unroll
-                for (u32 j = 0; j < RUN; ++j) v[i] = max(v[i], magnitude(runs[i].get(j)));
-            }
-        }
-    }
-    __device__ __forceinline__ Tops from_lane(u32 step) const {
-        Tops other;
-#pragma unroll
-        for (u32 i = 0; i < sizeof(T) / 2; ++i) other.v[i] = __shfl_xor_sync(0xffffffffu, v[i], step);
-        return other;
-    }
-    // That of both runs, for each.
-    __device__ __forceinline__ void join() {
-        if constexpr (sizeof(T) == 2) v[0] = __vmaxu2(v[0], v[0] << 16 | v[0] >> 16);
-        else v[0] = v[1] = max(v[0], v[1]);
-    }
-    __device__ __forceinline__ float get(u32 run) const {
-        if constexpr (sizeof(T) == 2) return to_f32(T{u16(v[0] >> run * 16)});
-        else return __uint_as_float(v[run]);
-    }
+struct Task {
+    u8 *packed;
+    float *absmax;
+    u64 *bad;
+    const T *x;
+    u64 n;
+    u32 block_size, table;
 };
 
 // Reciprocals of what lies between are normal, and need no care.
 constexpr u32 LEAST = 0x01000000, LARGEST = 0x7e000000;
 
-// Codes of a run whose block is no ordinary one: all zeros, very small or large, or with a NaN or infinity.
+// Codes of the 8 elements from `at` on, of a block that is no ordinary one: all zeros, very small or large, or with a NaN or infinity.
 template <int FORMAT, typename T>
 __device__ __noinline__ u32 rare_codes(u32 table, u64 *bad, const T *x, u64 at, u64 n, float absmax) {
     const Scale scale(absmax);
     u32 codes = 0;
-    for (u32 j = 0; j < RUN; ++j) {
+    for (u32 j = 0; j < 8; ++j) {
         const float v = at + j < n ? to_f32(x[at + j]) : 0.0f;
         if (magnitude(v) >= INFINITE) {
             atomicMin(bad, at + j);
@@ -202,84 +189,88 @@ __device__ __noinline__ u32 rare_codes(u32 table, u64 *bad, const T *x, u64 at, 
     return codes;
 }
 
-// The tile's elements from `start` on, of which this thread has two runs. WHOLE: none lies beyond n, and all is aligned.
-template <int FORMAT, bool WHOLE, typename T>
-__device__ __forceinline__ void quantize_tile(u8 *packed, float *absmax, u64 *bad, const T *x, u64 n, u64 start, u32 block_size,
-                                              u32 table, const Run<T> (&runs)[RUNS], Tops<T> *tops, double &sum) {
-    const u32 lanes = block_size / RUN;
-    const u64 first = start + threadIdx.x * RUN;
-    Tops<T> top;
-    top.of(runs);
+// A thread's part of a tile. BLOCK: the block size, or 0 for the task's. WHOLE: no element lies beyond n, and all is aligned.
+template <int FORMAT, u32 BLOCK, bool WHOLE, typename T>
+__device__ __forceinline__ void quantize_run(const Task<T> &task, u32 tile, const Run<T> &run, u32 *tops, double &sum) {
+    const u32 block_size = BLOCK ? BLOCK : task.block_size, lanes = block_size / RUN, at = threadIdx.x * RUN;
+    const u64 start = u64(tile) * TILE;
+    u32 top = run.top();
 #pragma unroll
     for (u32 step = 1; step < 32; step *= 2)
-        if (step < lanes) top.take(top.from_lane(step));
-    if (lanes > 32) {
-        if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
-        __syncthreads();
-        const u32 warps = min(block_size / WARP, THREADS / 32), from = threadIdx.x / 32 & ~(warps - 1);
+        if (step < lanes) top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
+    if constexpr (BLOCK == 0) {
+        if (lanes > 32) {
+            if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+            __syncthreads();
+            const u32 warps = block_size / WARP, from = threadIdx.x / 32 & ~(warps - 1);
 #pragma unroll 1
-        for (u32 w = 0; w < warps; ++w) top.take(tops[from + w]);
-        if (block_size == TILE) top.join();
+            for (u32 w = 0; w < warps; ++w) top = max(top, tops[from + w]);
+        }
     }
+    if (!WHOLE && start + at >= task.n) return;
+    const float absmax = __uint_as_float(top);
+    if ((at & (block_size - 1)) == 0) {
+        const u32 log2 = log2_of(block_size);
+        (task.absmax + (at >> log2))[start >> log2] = absmax;
+        sum += double(absmax);
+    }
+    u32 codes[RUN / 8] = {};
+    if (top - LEAST < LARGEST - LEAST) {
+        // 1 / absmax, correctly rounded.
+        float reciprocal;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(absmax));
+        reciprocal = __fmaf_rn(reciprocal, -__fmaf_rn(absmax, reciprocal, -1.0f), reciprocal);
+        // From the last nibble on: those of a byte are the other way round.
 #pragma unroll
-    for (u32 i = 0; i < RUNS; ++i) {
-        const u64 at = first + i * THREADS * RUN;
-        const float most = top.get(i);
-        if (!WHOLE && at >= n) break;
-        if ((u32(at) & (block_size - 1)) == 0) {
-            absmax[at >> log2_of(block_size)] = most;
-            sum += double(most);
-        }
-        u32 codes = 0;
-        if (__float_as_uint(most) - LEAST < LARGEST - LEAST) {
-            // 1 / most, correctly rounded.
-            float reciprocal;
-            asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(most));
-            reciprocal = __fmaf_rn(reciprocal, -__fmaf_rn(most, reciprocal, -1.0f), reciprocal);
-            // From the last nibble on: those of a byte are the other way round.
+        for (u32 j = RUN; j-- > 0;) append<FORMAT>(codes[j / 8], task.table, __fmul_rn(run.get(j ^ 1), reciprocal));
+    } else {
 #pragma unroll
-            for (u32 j = RUN; j-- > 0;) append<FORMAT>(codes, table, __fmul_rn(runs[i].get(j ^ 1), reciprocal));
-        } else {
-            codes = rare_codes<FORMAT>(table, bad, x, at, n, most);
-        }
-        if constexpr (WHOLE) {
-            *reinterpret_cast<u32 *>(packed + at / 2) = codes;
-        } else {
-            for (u32 j = 0; j < RUN && at + j < n; j += 2) packed[(at + j) / 2] = u8(codes >> j * 4);
-        }
+        for (u32 i = 0; i < RUN / 8; ++i) codes[i] = rare_codes<FORMAT>(task.table, task.bad, task.x, start + at + i * 8, task.n, absmax);
+    }
+    if constexpr (WHOLE) {
+        *reinterpret_cast<uint2 *>(task.packed + at / 2 + start / 2) = {codes[0], codes[1]};
+    } else {
+#pragma unroll
+        for (u32 j = 0; j < RUN; j += 2)
+            if (start + at + j < task.n) task.packed[(start + at + j) / 2] = u8(codes[j / 8] >> j % 8 * 4);
     }
 }
 
+using Tops = u32[2][THREADS / 32];
+
+// The whole tiles from `tile` on, of which the first is in `next`: what is left to do begins at the tile that is returned.
+template <int FORMAT, u32 BLOCK, typename T>
+__device__ __forceinline__ u32 quantize_whole(const Task<T> &task, u32 tile, u32 whole, Run<T> &next, Tops &tops, double &sum) {
+    for (u32 turn = 0; tile < whole; ++turn) {
+        const u32 now = tile;
+        const Run<T> run = next;
+        tile += gridDim.x;
+        if (tile < whole) next.load(task.x + threadIdx.x * RUN + u64(tile) * TILE);
+        quantize_run<FORMAT, BLOCK, true>(task, now, run, tops[turn & 1], sum);
+    }
+    return tile;
+}
+
 template <int FORMAT, typename T>
-__device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *bad, double *partials, const T *x, u64 n,
-                                               u32 block_size) {
+__device__ __forceinline__ void quantize_tiles(Task<T> task, double *partials) {
     __shared__ Entry entries[32];
     __shared__ double slots[THREADS / 32];
-    __shared__ Tops<T> tops[2][THREADS / 32];
-    const u64 tiles = (n + TILE - 1) / TILE, whole = aligned16(x) && aligned16(packed) ? n / TILE : 0;
-    const u32 table = u32(__cvta_generic_to_shared(entries)) - 8 * MAGIC;
-    const auto load = [&](Run<T>(&runs)[RUNS], u64 tile) {
-#pragma unroll
-        for (u32 i = 0; i < RUNS; ++i)
-            if (tile < whole) runs[i].load(x + tile * TILE + (i * THREADS + threadIdx.x) * RUN);
-    };
-    u64 tile = blockIdx.x;
-    Run<T> runs[RUNS], next[RUNS];
-    load(next, tile);
+    __shared__ Tops tops;
+    const u32 tiles = u32((task.n + TILE - 1) / TILE), whole = aligned16(task.x) && aligned16(task.packed) ? u32(task.n / TILE) : 0;
+    // By way of a shuffle, or the compiler works the address out anew for each use.
+    task.table = __shfl_sync(0xffffffffu, u32(__cvta_generic_to_shared(entries)), 0);
+    u32 tile = blockIdx.x;
+    Run<T> run;
+    if (tile < whole) run.load(task.x + u64(tile) * TILE + threadIdx.x * RUN);
     if (threadIdx.x < 32) entries[threadIdx.x] = entry<FORMAT>(threadIdx.x);
     __syncthreads();
-    u32 turn = 0;
     double sum = 0;
-    for (; tile < whole; tile += gridDim.x) {
-#pragma unroll
-        for (u32 i = 0; i < RUNS; ++i) runs[i] = next[i];
-        load(next, tile + gridDim.x);
-        quantize_tile<FORMAT, true>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1], sum);
-    }
-    for (; tile < tiles; tile += gridDim.x) {
-#pragma unroll
-        for (u32 i = 0; i < RUNS; ++i) runs[i].load(x, tile * TILE + (i * THREADS + threadIdx.x) * RUN, n);
-        quantize_tile<FORMAT, false>(packed, absmax, bad, x, n, tile * TILE, block_size, table, runs, tops[turn++ & 1], sum);
+    if (task.block_size == USUAL) tile = quantize_whole<FORMAT, USUAL>(task, tile, whole, run, tops, sum);
+    else tile = quantize_whole<FORMAT, 0>(task, tile, whole, run, tops, sum);
+    __syncthreads();
+    for (u32 turn = 0; tile < tiles; tile += gridDim.x, ++turn) {
+        run.load(task.x, u64(tile) * TILE + threadIdx.x * RUN, task.n);
+        quantize_run<FORMAT, 0, false>(task, tile, run, tops[turn & 1], sum);
     }
     if (!partials) return;
     sum = block_sum(sum, slots);
@@ -289,8 +280,9 @@ __device__ __forceinline__ void quantize_tiles(u8 *packed, float *absmax, u64 *b
 template <typename T>
 __device__ __forceinline__ void quantize(u8 *packed, float *absmax, u64 *bad, double *partials, const T *x, u64 n, u32 block_size,
                                          u32 format) {
-    if (format == 0) quantize_tiles<0>(packed, absmax, bad, partials, x, n, block_size);
-    else quantize_tiles<1>(packed, absmax, bad, partials, x, n, block_size);
+    const Task<T> task{packed, absmax, bad, x, n, block_size, 0};
+    if (format == 0) quantize_tiles<0>(task, partials);
+    else quantize_tiles<1>(task, partials);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
@@ -298,12 +290,12 @@ extern "C" __global__ void __launch_bounds__(256)
     quantize(packed, absmax, bad, partials, x, n, block_size, format);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
     quantize_f16(u8 *packed, float *absmax, u64 *bad, double *partials, const f16 *x, u64 n, u32 block_size, u32 format) {
     quantize(packed, absmax, bad, partials, x, n, block_size, format);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 5)
     quantize_bf16(u8 *packed, float *absmax, u64 *bad, double *partials, const bf16 *x, u64 n, u32 block_size, u32 format) {
     quantize(packed, absmax, bad, partials, x, n, block_size, format);
 }
@@ -363,18 +355,23 @@ __device__ __forceinline__ float next_down(float x) {
     return __int_as_float(bits + (bits >> 31 | 1) * -1);
 }
 
+// The lowest bytes of four words.
+__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 c, u32 d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     quantize_absmax(u8 *codes, float *absmax2, float *offset, const float *absmax, const double *partials, const float *map,
                     u64 blocks, u32 count) {
-    // The code of a value is the number of thresholds below it: midpoints, which themselves go to the even code.
+    // The code of a value is the number of thresholds below it: midpoints, which themselves go to the even code. They lie as a tree
+    // does, the children of node k being 2 k and 2 k + 1, so that in the first levels each node has a bank of its own.
     __shared__ float thresholds[256];
     const u32 t = threadIdx.x;
-    float middle = __uint_as_float(INFINITE);
-    if (t < 255) {
-        middle = __fmul_rn(__fadd_rn(map[t], map[t + 1]), 0.5f);
-        if (t % 2 == 1) middle = next_down(middle);
+    if (t > 0) {
+        const u32 level = log2_of(t), i = ((t << 1 | 1) << (7 - level)) - 257;
+        const float middle = __fmul_rn(__fadd_rn(map[i], map[i + 1]), 0.5f);
+        thresholds[t] = i % 2 == 1 ? next_down(middle) : middle;
     }
-    thresholds[t] = middle;
     __syncthreads();
     float mean = 0.0f;
     if (count == 0) {
@@ -388,30 +385,35 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     const u64 nested = (blocks + 255) / 256;
     for (u64 b = u64(blockIdx.x) * 8 + t / 32; b < nested; b += u64(gridDim.x) * 8) {
-        const u64 first = b * 256 + t % 32;
+        const u64 first = b * 256 + t % 32 * 8;
+        const bool whole = first + 8 <= blocks;
         float v[8];
+        if (whole) {
+            load_f32<8>(absmax + first, v);
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) v[j] = first + j < blocks ? absmax[first + j] : mean;
+        }
         u32 top = 0;
 #pragma unroll
-        for (u32 j = 0; j < 8; ++j) {
-            const u64 at = first + j * 32;
-            v[j] = at < blocks ? __fsub_rn(absmax[at], mean) : 0.0f;
-            top = max(top, magnitude(v[j]));
-        }
-#pragma unroll
-        for (u32 step = 16; step > 0; step >>= 1) top = max(top, __shfl_xor_sync(0xffffffffu, top, step));
-        const Scale scale(__uint_as_float(top));
+        for (u32 j = 0; j < 8; ++j) v[j] = __fsub_rn(v[j], mean), top = max(top, magnitude(v[j]));
+        const Scale scale(__uint_as_float(warp_max(top)));
         if (t % 32 == 0) absmax2[b] = scale.absmax;
-        u32 found[8] = {};
+        scale.apply(v);
+        u32 node[8];
 #pragma unroll
-        for (u32 j = 0; j < 8; ++j) v[j] = scale.apply(v[j]);
+        for (u32 j = 0; j < 8; ++j) node[j] = 1;
 #pragma unroll
-        for (u32 step = 128; step > 0; step >>= 1) {
+        for (u32 level = 0; level < 8; ++level) {
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) node[j] = node[j] * 2 + (__float_as_uint(__fsub_rn(thresholds[node[j]], v[j])) >> 31);
+        }
+        if (whole) {
+            *reinterpret_cast<uint2 *>(codes + first) = {bytes(node[0], node[1], node[2], node[3]), bytes(node[4], node[5], node[6], node[7])};
+        } else {
 #pragma unroll
             for (u32 j = 0; j < 8; ++j)
-                if (v[j] > thresholds[found[j] + step - 1]) found[j] += step;
+                if (first + j < blocks) codes[first + j] = u8(node[j]);
         }
-#pragma unroll
-        for (u32 j = 0; j < 8; ++j)
-            if (first + j * 32 < blocks) codes[first + j * 32] = u8(found[j]);
     }
 }

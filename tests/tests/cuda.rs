@@ -26,14 +26,26 @@ fn normal(arena: &Arena, shape: [usize; 2], dtype: DType) -> Tensor {
     Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape).unwrap().to_dtype(dtype).unwrap().to_arena(arena).unwrap()
 }
 
+/// Blocks of zeros, of the smallest numbers of the format, and of ordinary ones; the first begins with the largest.
+fn uncommon(arena: &Arena, shape: [usize; 2], dtype: DType) -> Tensor {
+    let (largest, scales) = if dtype == DType::F16 { (6e4, [0.0, 1e-7, 6e-5, 0.02]) } else { (3e38, [0.0, 1e-40, 1e-38, 0.02]) };
+    let scale = |i: usize| if i < 32 { largest } else { scales[i / 64 * 3 % 4] };
+    let values: Vec<f32> = (0..shape[0] * shape[1]).map(|i| scale(i) * (i as f32).sin()).collect();
+    Tensor::from_slice(&Arena::new(Device::Cpu), &values, shape).unwrap().to_dtype(dtype).unwrap().to_arena(arena).unwrap()
+}
+
 #[test]
 fn quantisation_on_the_device_is_that_of_the_host_bit_for_bit() {
     let Some(arena) = gpu() else { return };
-    for (shape, block_size) in [([96, 320], 64), ([33, 47], 32), ([1000, 4096], 64), ([7, 5000], 4096)] {
+    let shapes = [[96, 320], [33, 47], [1000, 4096], [7, 5000]];
+    let cases = [(0, 64), (1, 32), (2, 64), (3, 4096), (0, 128), (0, 512), (3, 1024)];
+    for ((shape, block_size), make) in
+        cases.iter().flat_map(|&(i, size)| [normal, uncommon].map(|make: fn(&Arena, _, _) -> _| ((shapes[i], size), make)))
+    {
         for (format, double_quant) in [(Format::Nf4, true), (Format::Nf4, false), (Format::Fp4, true)] {
             let config = QuantConfig { format, block_size, double_quant };
             for dtype in [DType::F32, DType::Bf16, DType::F16] {
-                let x = normal(&arena, shape, dtype);
+                let x = make(&arena, shape, dtype);
                 let found = quantize::forward(&x, &config).unwrap();
                 let blocks = nibble_nf4::quantize(&x.to_f32_vec().unwrap(), &config).unwrap();
                 let expected = Weight::from_blocks(&Arena::new(Device::Cpu), &blocks, shape).unwrap();
@@ -65,11 +77,23 @@ fn quantisation_on_the_device_is_that_of_the_host_bit_for_bit() {
 #[test]
 fn a_value_that_is_not_finite_is_named() {
     let Some(arena) = gpu() else { return };
-    let mut values = vec![0.5f32; 640];
-    values[333] = f32::NAN;
+    for (rows, at, value) in [(10, 333, f32::NAN), (65, 4095, f32::INFINITY), (65, 17, f32::NAN), (65, 4100, f32::NEG_INFINITY)] {
+        let mut values = vec![0.5f32; rows * 64];
+        values[at] = value;
+        values[at + 40] = f32::NAN;
+        let x = Tensor::from_slice(&arena, &values, [rows, 64]).unwrap();
+        let error = quantize::forward(&x, &QuantConfig::default()).unwrap_err().to_string();
+        assert!(error.contains(&format!("found {value} at `{at}`")), "{error}");
+    }
+}
+
+#[test]
+fn scales_without_a_finite_mean_are_refused() {
+    let Some(arena) = gpu() else { return };
+    let values = vec![3e38f32; 640];
     let x = Tensor::from_slice(&arena, &values, [10, 64]).unwrap();
     let error = quantize::forward(&x, &QuantConfig::default()).unwrap_err().to_string();
-    assert!(error.contains("333"), "{error}");
+    assert_eq!(error, nibble_nf4::quantize(&values, &QuantConfig::default()).unwrap_err().to_string());
 }
 
 #[test]

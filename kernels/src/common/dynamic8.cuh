@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/optimizer.cuh"
+#include "common/reduce.cuh"
 
 constexpr u32 BLOCK = 256;
 // Bits of y that are no part of the key. Levels of the signed map lie twice as far apart.
@@ -62,17 +63,6 @@ struct Map {
         return packed ^ __byte_perm(signs(y[0], y[1]), signs(y[2], y[3]), 0x5410);
     }
 };
-
-// The largest of 32 lanes' words, in each.
-__device__ __forceinline__ u32 warp_max(u32 x) {
-#if __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(0xffffffffu, x);
-#else
-#pragma unroll
-    for (u32 step = 16; step > 0; step >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-#endif
-}
 
 // The largest magnitude of 8 values.
 __device__ __forceinline__ float largest(const float (&x)[8]) {

@@ -10,6 +10,17 @@ __device__ __forceinline__ V lanes_sum(V x, u32 width = 32) {
     return x;
 }
 
+// The largest of 32 lanes' words, in each.
+__device__ __forceinline__ u32 warp_max(u32 x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(0xffffffffu, x);
+#else
+#pragma unroll
+    for (u32 step = 16; step > 0; step >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+#endif
+}
+
 // The sum over the threads of a block of whole warps in one dimension, in each of them. `slots` holds one value a warp, and
 // must not be the one of the block's last sum: with two in turn, one barrier a sum is enough.
 template <typename V>

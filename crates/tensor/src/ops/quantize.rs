@@ -30,7 +30,7 @@ mod cuda {
     use nibble_nf4 as nf4;
 
     use crate::{
-        Absmax, BlockWeight, DType, Result, Tensor, Weight,
+        Absmax, Arena, BlockWeight, DType, Result, Tensor, Weight,
         cuda::{Arg, CudaDevice, Grid, suffix},
     };
 
@@ -38,33 +38,35 @@ mod cuda {
     /// Blocks up to which one block of threads sums in the CPU's order.
     const IN_ORDER: usize = 130_560;
 
+    /// All memory is there before the first kernel: the device goes from one to the next, and the host waits once, at the end.
     pub(super) fn forward(device: CudaDevice, x: &Tensor, config: &nf4::QuantConfig) -> Result<Weight> {
         let (n, arena) = (x.numel(), x.arena());
         let blocks = n.div_ceil(config.block_size);
+        let grid = Grid::new(n.div_ceil(4096).min(4 * device.info().multiprocessors), 256);
         let mut packed = Tensor::empty(arena, DType::U8, [n.div_ceil(2)])?;
         let mut absmax = Tensor::empty(arena, DType::F32, [blocks])?;
         let mut bad = Tensor::from_slice(arena, &[u32::MAX; 2], [2])?;
+        let mut nested = config.double_quant.then(|| Nested::new(arena, blocks, grid.blocks[0] as usize)).transpose()?;
         let format = match config.format {
             nf4::Format::Nf4 => 0,
             nf4::Format::Fp4 => 1,
         };
-        let grid = Grid::new(n.div_ceil(4096).min(8 * device.info().multiprocessors), 256);
-        // f64 sums: two words each.
-        let sums = config.double_quant && blocks > IN_ORDER;
-        let mut partials = sums.then(|| Tensor::empty(arena, DType::U32, [grid.blocks[0] as usize, 2])).transpose()?;
         let args = [
             Arg::write(&mut packed)?,
             Arg::write(&mut absmax)?,
             Arg::write(&mut bad)?,
-            partials.as_mut().map_or(Ok(Arg::NONE), Arg::write)?,
+            nested.as_mut().and_then(|nested| nested.partials.as_mut()).map_or(Ok(Arg::NONE), Arg::write)?,
             Arg::read(x)?,
             Arg::U64(n as u64),
             Arg::size(config.block_size),
             Arg::U32(format),
         ];
         device.launch(&format!("quantize_{}", suffix(OP, x.dtype())?), grid, &args)?;
+        if let Some(nested) = &mut nested {
+            nested.launch(device, &absmax)?;
+        }
         expect_finite(x, &bad)?;
-        let absmax = if config.double_quant { nested(device, &absmax, partials.as_ref())? } else { Absmax::Plain(absmax) };
+        let absmax = nested.map_or(Ok(Absmax::Plain(absmax)), Nested::finish)?;
         let weight = BlockWeight { shape: x.shape(), config: *config, packed, absmax };
         Ok(match config.format {
             nf4::Format::Nf4 => Weight::Nf4(weight),
@@ -83,31 +85,56 @@ mod cuda {
         Err(nf4::Error::NonFinite { op: OP, index: index as usize, value }.into())
     }
 
-    /// The scales' own quantisation, about their mean: of the sums that there are, or made here.
-    fn nested(device: CudaDevice, absmax: &Tensor, partials: Option<&Tensor>) -> Result<Absmax> {
-        let (blocks, arena) = (absmax.numel(), absmax.arena());
-        let count = Arg::U64(blocks as u64);
-        let mut offset = Tensor::empty(arena, DType::F32, [1])?;
-        if partials.is_none() {
-            let args = [Arg::write(&mut offset)?, Arg::read(absmax)?, count];
-            device.launch("quantize_absmax_mean", Grid::new(1, 512), &args)?;
+    /// The scales' own quantisation, about their mean.
+    struct Nested {
+        codes: Tensor,
+        absmax: Tensor,
+        offset: Tensor,
+        map: Tensor,
+        /// Sums of the scales, f64, from the blocks of threads that find them; without, one block of threads sums.
+        partials: Option<Tensor>,
+    }
+
+    impl Nested {
+        fn new(arena: &Arena, blocks: usize, sums: usize) -> Result<Self> {
+            // f64: two words each.
+            let partials = (blocks > IN_ORDER).then(|| Tensor::empty(arena, DType::U32, [sums, 2])).transpose()?;
+            Ok(Self {
+                codes: Tensor::empty(arena, DType::U8, [blocks])?,
+                absmax: Tensor::empty(arena, DType::F32, [blocks.div_ceil(256)])?,
+                offset: Tensor::empty(arena, DType::F32, [1])?,
+                map: Tensor::from_slice(arena, nf4::dynamic_map_signed(), [256])?,
+                partials,
+            })
         }
-        let map = Tensor::from_slice(arena, nf4::dynamic_map_signed(), [256])?;
-        let mut codes = Tensor::empty(arena, DType::U8, [blocks])?;
-        let mut absmax2 = Tensor::empty(arena, DType::F32, [blocks.div_ceil(256)])?;
-        let args = [
-            Arg::write(&mut codes)?,
-            Arg::write(&mut absmax2)?,
-            Arg::write(&mut offset)?,
-            Arg::read(absmax)?,
-            Arg::read_or_none(partials)?,
-            Arg::read(&map)?,
-            count,
-            Arg::size(partials.map_or(0, |partials| partials.dims()[0])),
-        ];
-        device.launch("quantize_absmax", Grid::over(blocks, 2048, 256), &args)?;
-        let offset = offset.to_f32_vec()?[0];
-        Ok(Absmax::Nested { codes, absmax: absmax2, offset, map })
+
+        fn launch(&mut self, device: CudaDevice, absmax: &Tensor) -> Result<()> {
+            let blocks = absmax.numel();
+            if self.partials.is_none() {
+                let args = [Arg::write(&mut self.offset)?, Arg::read(absmax)?, Arg::U64(blocks as u64)];
+                device.launch("quantize_absmax_mean", Grid::new(1, 512), &args)?;
+            }
+            let args = [
+                Arg::write(&mut self.codes)?,
+                Arg::write(&mut self.absmax)?,
+                Arg::write(&mut self.offset)?,
+                Arg::read(absmax)?,
+                Arg::read_or_none(self.partials.as_ref())?,
+                Arg::read(&self.map)?,
+                Arg::U64(blocks as u64),
+                Arg::size(self.partials.as_ref().map_or(0, |partials| partials.dims()[0])),
+            ];
+            device.launch("quantize_absmax", Grid::over(blocks, 2048, 256), &args)
+        }
+
+        fn finish(self) -> Result<Absmax> {
+            let offset = self.offset.to_f32_vec()?[0];
+            if !offset.is_finite() {
+                // As the host says it: the sum of the scales was too large, and the first less their mean has no value.
+                return Err(nf4::Error::NonFinite { op: "quantize_dynamic", index: 0, value: -offset }.into());
+            }
+            Ok(Absmax::Nested { codes: self.codes, absmax: self.absmax, offset, map: self.map })
+        }
     }
 }
 
