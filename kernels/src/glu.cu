@@ -11,12 +11,16 @@
 // and P = n / (16 / sizeof(T)), ceil(P / 256) blocks in x (backward ceil(P / 512)), at least 1; a smaller grid takes them in turn. No
 // shared memory. Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
 //
+// glu_h is one row of the forward pass, and h = y Aᵀ for the A [R, cols] of an adapter behind it: block 512, grid R, launched early. Each block
+// makes all of y for itself and writes its share. cols is a multiple of a pack, all on 16 bytes.
+//
 // Forward may be launched early, and must be told: waiting costs each block of a large launch a tenth of its time.
 //
 // Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup, and y.
 
 #include "common/activation.cuh"
 #include "common/early.cuh"
+#include "common/reduce.cuh"
 #include "common/vec.cuh"
 
 // Where pack n of a matrix with `per_row` packs a row and a pitch of ld begins.
@@ -117,6 +121,50 @@ __device__ __forceinline__ void forward(T *y, const T *gate, const T *up, u32 ac
         forward_of<GELU>(y, gate, up, rows, cols, ld, ld_in);
 }
 
+template <u32 ACTIVATION, typename T>
+__device__ __forceinline__ float row_with_h(T *y, const T *gate, const T *up, const T *row, u32 cols) {
+    // Packs of a thread on their way.
+    constexpr u32 N = Pack<T>::N, AHEAD = 4;
+    const u32 packs = cols / N, share = (packs + gridDim.x - 1) / gridDim.x;
+    float sum = 0;
+    for (u32 first = threadIdx.x; first < packs; first += AHEAD * blockDim.x) {
+        Held<T, N> g[AHEAD], u[AHEAD], factor[AHEAD];
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; ++i) {
+            const u32 c = first + i * blockDim.x;
+            if (c < packs) g[i].load(gate + c * N), u[i].load(up + c * N), factor[i].load(row + c * N);
+        }
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; ++i) {
+            const u32 c = first + i * blockDim.x;
+            if (c >= packs) break;
+            float vg[N], vu[N], f[N];
+            g[i].unpack(vg);
+            u[i].unpack(vu);
+            factor[i].unpack(f);
+#pragma unroll
+            for (int j = 0; j < N; ++j) vu[j] *= activate<ACTIVATION>(vg[j]).value;
+            if (c - blockIdx.x * share < share) store_f32(y + c * N, vu);
+#pragma unroll
+            for (int j = 0; j < N; ++j) sum += rounded<T>(vu[j]) * f[j];
+        }
+    }
+    return sum;
+}
+
+template <typename T>
+__device__ __forceinline__ void forward_with_h(T *y, T *h, const T *gate, const T *up, const T *lora_a, u32 activation, u32 cols) {
+    __shared__ float slots[32];
+    begin_early();
+    const T *row = lora_a + u64(blockIdx.x) * cols;
+    float sum;
+    if (activation == SILU) sum = row_with_h<SILU>(y, gate, up, row, cols);
+    else if (activation == GELU_TANH) sum = row_with_h<GELU_TANH>(y, gate, up, row, cols);
+    else sum = row_with_h<GELU>(y, gate, up, row, cols);
+    sum = block_sum(sum, slots);
+    if (threadIdx.x == 0) h[blockIdx.x] = from_f32<T>(sum);
+}
+
 template <typename T>
 __device__ __forceinline__ void backward(T *dgate, T *dup, T *y, const T *dy, const T *gate, const T *up, u32 activation, u32 rows,
                                          u32 cols, u32 ld) {
@@ -146,6 +194,11 @@ extern "C" __global__ void __launch_bounds__(256)
     backward(dgate, dup, y, dy, gate, up, activation, rows, cols, ld);
 }
 
+extern "C" __global__ void __launch_bounds__(512)
+    glu_h_f16(f16 *y, f16 *h, const f16 *gate, const f16 *up, const f16 *lora_a, u32 activation, u32 cols) {
+    forward_with_h(y, h, gate, up, lora_a, activation, cols);
+}
+
 extern "C" __global__ void __launch_bounds__(256)
     glu_bwd_f16(f16 *dgate, f16 *dup, f16 *y, const f16 *dy, const f16 *gate, const f16 *up, u32 activation, u32 rows,
                  u32 cols, u32 ld) {
@@ -157,6 +210,11 @@ extern "C" __global__ void __launch_bounds__(256)
     glu_fwd_bf16(bf16 *y, const bf16 *gate, const bf16 *up, u32 activation, u32 rows, u32 cols, u32 ld,
                 u32 ld_in, u32 early) {
     forward(y, gate, up, activation, rows, cols, ld, ld_in, early);
+}
+
+extern "C" __global__ void __launch_bounds__(512)
+    glu_h_bf16(bf16 *y, bf16 *h, const bf16 *gate, const bf16 *up, const bf16 *lora_a, u32 activation, u32 cols) {
+    forward_with_h(y, h, gate, up, lora_a, activation, cols);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

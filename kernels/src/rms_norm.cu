@@ -19,7 +19,11 @@
 // of min(ceil(rows / blockDim.y), multiprocessors · 512 / threads) then. rms_norm_dw adds them up: block (32, 16), grid ceil(cols
 // / 32).
 //
-// Bytes: forward x and y; with the residual x, a, r and y; backward dy, x and dx (twice with `add`).
+// residual_rms_norm_h is one row of the forward pass after a residual sum, and h = y Aᵀ for the A [R, cols] of adapters behind it: block
+// (t, 1) as above, grid R. Each block makes the norm for itself, the first writes r, which may not be a. cols is a multiple of a pack
+// and at most 16 t, all but w on 16 bytes.
+//
+// Bytes: forward x and y; with the residual x, a, r and y; with h A beside them; backward dy, x and dx (twice with `add`).
 
 #include "common/early.cuh"
 #include "common/reduce.cuh"
@@ -167,6 +171,54 @@ __device__ __forceinline__ void forward(T *r, T *y, float *inv_rms, const T *x, 
         forward_looped<N, RESIDUAL>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
     else
         forward_looped<1, RESIDUAL>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
+}
+
+// Rounded as forward_rows rounds: r and y have its bits.
+template <typename T>
+__device__ __forceinline__ void forward_with_h(T *r, T *y, T *h, const T *x, const T *a, const float *w, const T *lora_a, float eps,
+                                               float offset, u32 cols) {
+    begin_early();
+    constexpr int N = Pack<T>::N, PER = VALUES / N;
+    const u32 packs = cols / N;
+    const T *row = lora_a + u64(blockIdx.x) * cols;
+    Held<T, N> held[PER], added[PER], factor[PER];
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        const u32 c = threadIdx.x + i * blockDim.x;
+        if (c < packs) held[i].load(x + c * N), added[i].load(a + c * N), factor[i].load(row + c * N);
+    }
+    float g[PER][N], squares = 0;
+    load_weights(w, packs, offset, g);
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        if (threadIdx.x + i * blockDim.x >= packs) break;
+        float v[N], b[N];
+        held[i].unpack(v);
+        added[i].unpack(b);
+#pragma unroll
+        for (int j = 0; j < N; ++j) v[j] += b[j];
+        held[i].pack(v);
+        held[i].unpack(v);
+#pragma unroll
+        for (int j = 0; j < N; ++j) squares += v[j] * v[j];
+    }
+    const float inv = __frsqrt_rn(row_sum(squares, 0) * (1.0f / float(cols)) + eps);
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < PER; ++i) {
+        const u32 c = threadIdx.x + i * blockDim.x;
+        if (c >= packs) break;
+        float v[N], f[N];
+        held[i].unpack(v);
+        factor[i].unpack(f);
+#pragma unroll
+        for (int j = 0; j < N; ++j) v[j] = normed<T>(v[j], inv, g[i][j], offset);
+        if (blockIdx.x == 0) held[i].store(r + c * N), store_f32(y + c * N, v);
+#pragma unroll
+        for (int j = 0; j < N; ++j) sum += rounded<T>(v[j]) * f[j];
+    }
+    sum = row_sum(sum, 1);
+    if (threadIdx.x == 0) h[blockIdx.x] = from_f32<T>(sum);
 }
 
 // Sums of dw over the rows of this block: each thread has its columns in `dw`; with several rows a time, they are added up here.
@@ -330,6 +382,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 }
 
 extern "C" __global__ void __launch_bounds__(512, 1)
+    residual_rms_norm_h_f16(f16 *r, f16 *y, f16 *h, const f16 *x, const f16 *a, const float *w, const f16 *lora_a, float eps, float offset,
+                           u32 cols) {
+    forward_with_h(r, y, h, x, a, w, lora_a, eps, offset, cols);
+}
+
+extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_fwd_f16(f16 *y, float *inv_rms, const f16 *x, const float *w, float eps, float offset, u32 rows, u32 cols,
                      u32 ld) {
     forward<f16, false>(nullptr, y, inv_rms, x, nullptr, w, eps, offset, rows, cols, ld);
@@ -360,6 +418,12 @@ extern "C" __global__ void __launch_bounds__(512, 1)
 }
 
 #if HAS_BF16
+extern "C" __global__ void __launch_bounds__(512, 1)
+    residual_rms_norm_h_bf16(bf16 *r, bf16 *y, bf16 *h, const bf16 *x, const bf16 *a, const float *w, const bf16 *lora_a, float eps, float offset,
+                           u32 cols) {
+    forward_with_h(r, y, h, x, a, w, lora_a, eps, offset, cols);
+}
+
 extern "C" __global__ void __launch_bounds__(512, 1)
     rms_norm_fwd_bf16(bf16 *y, float *inv_rms, const bf16 *x, const float *w, float eps, float offset, u32 rows, u32 cols,
                       u32 ld) {

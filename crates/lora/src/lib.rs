@@ -23,6 +23,6 @@ pub use attach::{Init, attach};
 pub use config::{AdapterConfig, Bias, InitLoraWeights, OneOrMany, PeftType, TargetModules};
 pub use error::{Error, Mismatch, Result};
 pub use files::{AdapterFile, PREFIX, is_adapter, save_adapter};
-pub use linear::{Adapter, Base, Linear, Lora, forward_fused, forward_gated};
+pub use linear::{Adapter, Base, Linear, Lora, forward_behind_norm, forward_fused, forward_gated, forward_gated_behind_norm};
 pub use merge::merge;
 pub use nibble_tensor::Weight;

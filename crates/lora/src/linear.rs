@@ -1,11 +1,12 @@
 //! A linear layer: frozen base, optional adapter.
 
-use nibble_autograd::{Kept, Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId};
+use nibble_autograd::{Kept, Leaf, Param, ParamGrads, ParamStore, ParamStoreBuilder, Saved, Tape, Var, VarId, ops};
 use nibble_tensor::{
     DType, Device, HostPool, HostWeight, Result, Rng, Tensor, Weight,
     ops::{
         glu::Activation,
         linear::{self, Dropout, Gated, Part, PartGrads},
+        rms_norm::Config as NormConfig,
     },
 };
 
@@ -201,6 +202,54 @@ pub fn forward_fused<'m, const N: usize>(
     // invariant: the op gives one output a part, and there are N parts
     let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
     Ok(record(tape, layers, outputs, input, id, parts, saved))
+}
+
+/// (x + a, the layers over its norm).
+///
+/// # Errors
+/// As [`linear::behind_norm`].
+pub fn forward_behind_norm<'m, const N: usize>(
+    tape: &mut Tape<'m>,
+    [x, a]: [Var; 2],
+    norm: (&Leaf, NormConfig),
+    layers: [&'m Linear; N],
+    dropout: Option<Rng>,
+) -> Result<(Var, [Var; N])> {
+    if tape.is_recording() {
+        let [x, h] = ops::residual_rms_norm(tape, x, a, norm.0, norm.1)?;
+        return Ok((x, forward_fused(tape, layers, h, dropout)?));
+    }
+    let parts = parts(tape, layers, x.tensor().dtype(), dropout)?;
+    let weight = tape.params().value(norm.0)?;
+    let (r, ys) = linear::behind_norm(x.into_tensor(), a.into_tensor(), &weight, norm.1, &parts)?;
+    let mut ys = ys.into_iter();
+    // invariant: the op gives one output a part, and there are N parts
+    Ok((Var::from(r), std::array::from_fn(|_| Var::from(ys.next().expect("one output a part")))))
+}
+
+/// (x + a, the layers around a gated unit over its norm): [`forward_gated`] of RMSNorm(x + a).
+///
+/// # Errors
+/// As [`linear::gated_behind_norm`].
+pub fn forward_gated_behind_norm<'m>(
+    tape: &mut Tape<'m>,
+    [x, a]: [Var; 2],
+    norm: (&Leaf, NormConfig),
+    layers: [&'m Linear; 3],
+    activation: Activation,
+    dropout: [Option<Rng>; 2],
+) -> Result<[Var; 2]> {
+    if tape.is_recording() {
+        let [x, h] = ops::residual_rms_norm(tape, x, a, norm.0, norm.1)?;
+        return Ok([x, forward_gated(tape, layers, h, activation, dropout)?]);
+    }
+    let ([gate, up, down], params, dtype) = (layers, tape.params(), x.tensor().dtype());
+    let before = |layer: &Linear, i: u64| layer.part(params, dtype, dropout[0].map(|rng| rng.stream(i)));
+    let parts = [before(gate, 0)?, before(up, 1)?];
+    let down = down.part(params, dtype, dropout[1].map(|rng| rng.stream(0)))?;
+    let weight = params.value(norm.0)?;
+    let (r, y) = linear::gated_behind_norm(x.into_tensor(), a.into_tensor(), &weight, norm.1, &parts, activation, &down)?;
+    Ok([r, y].map(Var::from))
 }
 
 /// The layers around a gated unit: down(act(gate(x)) · up(x)). `dropout` are the streams of the masks before the gated unit, and behind it.

@@ -4,7 +4,7 @@ use nibble_autograd::{
     Leaf, Tape, Var,
     ops::{self, Gradients},
 };
-use nibble_lora::{Linear, forward_fused, forward_gated};
+use nibble_lora::{Linear, forward_behind_norm, forward_fused, forward_gated, forward_gated_behind_norm};
 use nibble_tensor::{
     HostWeight, Result, Rng, Tensor,
     ops::{Documents, attention, glu, rms_norm, rope::RopeTable, sample::Texts},
@@ -96,8 +96,13 @@ impl Block {
         dropout: Option<Rng>,
     ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
-        let [x, h] = normed(tape, x, a, &self.input_norm, shared)?;
-        let qkv = forward_fused(tape, [&self.q_proj, &self.k_proj, &self.v_proj], h, rng(0))?;
+        let (norm, layers) = ((&self.input_norm, shared.norm), [&self.q_proj, &self.k_proj, &self.v_proj]);
+        let (x, qkv) = if let Some(a) = a {
+            forward_behind_norm(tape, [x, a], norm, layers, rng(0))?
+        } else {
+            let [x, h] = ops::fork_rms_norm(tape, x, norm.0, norm.1)?;
+            (x, forward_fused(tape, layers, h, rng(0))?)
+        };
         let o = self.attend(tape, shared, qkv, keys)?;
         Ok([x, self.o_proj.forward(tape, o, rng(1))?])
     }
@@ -112,9 +117,13 @@ impl Block {
         dropout: Option<Rng>,
     ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
-        let [x, h] = normed(tape, x, a, &self.post_attention_norm, shared)?;
-        let layers = [&self.gate_proj, &self.up_proj, &self.down_proj];
-        Ok([x, forward_gated(tape, layers, h, shared.activation, [rng(2), rng(3)])?])
+        let (norm, layers) = ((&self.post_attention_norm, shared.norm), [&self.gate_proj, &self.up_proj, &self.down_proj]);
+        let dropout = [rng(2), rng(3)];
+        let Some(a) = a else {
+            let [x, h] = ops::fork_rms_norm(tape, x, norm.0, norm.1)?;
+            return Ok([x, forward_gated(tape, layers, h, shared.activation, dropout)?]);
+        };
+        forward_gated_behind_norm(tape, [x, a], norm, layers, shared.activation, dropout)
     }
 
     /// q, k, v as [T, channels] to the attention's output as [T, H D].
@@ -166,14 +175,6 @@ impl Block {
 
     pub(crate) fn linears(&self) -> [&Linear; 7] {
         [&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj, &self.gate_proj, &self.up_proj, &self.down_proj]
-    }
-}
-
-/// The residual stream with `a` added, and its norm.
-fn normed(tape: &mut Tape<'_>, x: Var, a: Option<Var>, norm: &Leaf, shared: &Shared) -> Result<[Var; 2]> {
-    match a {
-        Some(a) => ops::residual_rms_norm(tape, x, a, norm, shared.norm),
-        None => ops::fork_rms_norm(tape, x, norm, shared.norm),
     }
 }
 

@@ -202,7 +202,7 @@ pub(super) mod cuda {
     };
 
     /// As `glu.cu` counts them.
-    fn number(activation: Activation) -> Arg {
+    pub(in crate::ops) fn number(activation: Activation) -> Arg {
         Arg::U32(match activation {
             Activation::Silu => 0,
             Activation::GeluTanh => 1,

@@ -15,9 +15,11 @@
 //! A frozen weight's gradient is never computed. Saved for backward: x and h. The dropout mask is a function of a seed and
 //! the element's index ([`Rng`]), so that it is made again instead of stored.
 
+mod behind;
 mod cuda;
 mod gated;
 
+pub use behind::{behind_norm, gated_behind_norm};
 pub use gated::{Gated, backward_gated, forward_gated, makes_gated_again};
 
 use crate::{DType, Device, Error, Result, Rng, Shape, Tensor, TensorMut, Weight};

@@ -370,7 +370,7 @@ mod cpu {
     }
 }
 
-mod cuda {
+pub(super) mod cuda {
     use super::{Config, OP};
     use crate::{
         DType, Result, Tensor, TensorMut,
@@ -378,7 +378,7 @@ mod cuda {
     };
 
     /// Threads of a row, and rows of a block: as the top comment of `rms_norm.cu` says.
-    fn block(x: &Tensor) -> [u32; 2] {
+    pub(in crate::ops) fn block(x: &Tensor) -> [u32; 2] {
         let packs = (x.shape().last() * x.dtype().size()).div_ceil(16).max(1) as u32;
         if packs <= 32 {
             let threads = packs.next_power_of_two();

@@ -10,6 +10,7 @@
 //! On Hopper, x Aᵀ and tᵀ x are kernels of our own (`hopper`), and t and dB of all parts one (`adapters`).
 
 mod adapters;
+mod behind;
 mod call;
 mod few;
 mod gated;
@@ -18,6 +19,7 @@ mod weights;
 
 use std::ops::Range;
 
+pub(super) use behind::{behind_gate, behind_norm};
 use call::{Call, columns, rows, transposed};
 pub(super) use gated::{backward_gated, forward_gated, serves_gated_gradients};
 
@@ -41,11 +43,17 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         }
         None => None,
     };
-    if let Some(ys) = few::products(&call, h.as_ref())? {
-        return Ok((ys, Saved(h.into_iter().map(Some).collect())));
+    let ys = products(&call, h.as_ref(), beside.as_ref(), room)?;
+    Ok((ys, Saved(h.into_iter().map(Some).collect())))
+}
+
+/// y of each part, from `h`, which lies `beside` a copy of x or in its room too where it rides.
+fn products(call: &Call<'_, '_>, h: Option<&Tensor>, beside: Option<&Tensor>, room: usize) -> Result<Vec<Tensor>> {
+    if let Some(ys) = few::products(call, h)? {
+        return Ok(ys);
     }
     let mut ys = call.outputs(room)?;
-    match &beside {
+    match beside {
         Some(beside) if call.is_one_product(&ys) => {
             let weight = call.weights_beside(0..ys.len())?;
             call.product_beside(rows(beside)?, rows(&weight)?, 0..ys.len(), &ys[0])?;
@@ -57,11 +65,11 @@ pub(super) fn forward(device: CudaDevice, x: &Tensor, parts: &[Part], room: usiz
         }
         None => {
             for (i, y) in ys.iter_mut().enumerate() {
-                call.product_and_adapter(i, h.as_ref(), y)?;
+                call.product_and_adapter(i, h, y)?;
             }
         }
     }
-    Ok((ys, Saved(h.into_iter().map(Some).collect())))
+    Ok(ys)
 }
 
 /// h alone.

@@ -40,7 +40,7 @@ pub(super) struct Call<'x, 'p> {
     pub(super) offsets: Vec<usize>,
     /// ΣR.
     pub(super) ranks: usize,
-    /// Whether the A lie one after another and nothing is dropped: then the first A's address is that of all.
+    /// Whether the A lie one after another, as they are kept, and nothing is dropped: then the first A's address is that of all.
     pub(super) stacked: bool,
 }
 
