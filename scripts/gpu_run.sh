@@ -86,7 +86,7 @@ if [[ -n ${LOAD:-} ]]; then
   grep RESULT "$results/load.log"
 fi
 
-shapes=${SHAPES:-"llama3-8b --batch 4 --length 2048 --checkpointing none --optim adamw_8bit
+shapes=${SHAPES:-"llama3-8b --batch 4 --length 2048 --checkpointing none --optim adamw_8bit --steps 20
 llama3-8b --batch 4 --length 2048 --checkpointing auto --memory 38 --optim adamw_8bit
 llama3-8b --batch 4 --length 2048 --checkpointing auto --memory 8.3 --optim adamw_8bit
 llama3-8b --batch 1 --length 16384 --checkpointing auto --memory 10.5 --optim adamw_8bit

@@ -8,15 +8,15 @@
 // writes one.
 //
 // Threads: a pack of 16 bytes of each operand a thread (backward two, blockDim.x packs apart). Blocks of 256; grid: with n = rows · cols
-// and P = n / (16 / sizeof(T)), ceil(P / 256) blocks in x (backward ceil(P / 512)), at least 1; a smaller grid takes them in turn. No
-// shared memory. Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
+// and P = n / (16 / sizeof(T)), ceil(P / 256) blocks in x (backward ceil(P / 512)), at least 1; a smaller grid takes them in turn.
+// Where cols or a pitch is no multiple of a pack, or a pointer is not 16-byte aligned, values go one by one.
 //
 // glu_h is one row of the forward pass, and h = y Aᵀ for the A [R, cols] of an adapter behind it: block 512, grid R, launched early. Each block
-// makes all of y for itself and writes its share. cols is a multiple of a pack, all on 16 bytes.
+// makes all of y for itself and writes its share. cols is a multiple of a pack, all on 16 bytes. No kernel has dynamic shared memory.
 //
 // Forward may be launched early, and must be told: waiting costs each block of a large launch a tenth of its time.
 //
-// Bytes: forward gate, up and y; backward dy, gate, up, dgate and dup, and y.
+// Bytes: forward gate, up and y, with h A beside them; backward dy, gate, up, dgate and dup, and y.
 
 #include "common/activation.cuh"
 #include "common/early.cuh"

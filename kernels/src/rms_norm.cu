@@ -20,8 +20,8 @@
 // / 32).
 //
 // residual_rms_norm_h is one row of the forward pass after a residual sum, and h = y Aᵀ for the A [R, cols] of adapters behind it: block
-// (t, 1) as above, grid R. Each block makes the norm for itself, the first writes r, which may not be a. cols is a multiple of a pack
-// and at most 16 t, all but w on 16 bytes.
+// (t, 1) as above, grid R, launched early. Each block makes the norm for itself, the first writes r and y, which may be neither x nor a:
+// others still read them. cols is a multiple of a pack and at most 16 t, all but w on 16 bytes.
 //
 // Bytes: forward x and y; with the residual x, a, r and y; with h A beside them; backward dy, x and dx (twice with `add`).
 

@@ -198,58 +198,74 @@ pub fn forward_fused<'m, const N: usize>(
     let (x, input, id) = tape.save(x, layers.iter().any(|layer| layer.trains()))?;
     let (ys, saved) = linear::forward(&x, &parts)?;
     drop(x);
-    let mut ys = ys.into_iter();
-    // invariant: the op gives one output a part, and there are N parts
-    let outputs: [Tensor; N] = std::array::from_fn(|_| ys.next().expect("one output a part"));
-    Ok(record(tape, layers, outputs, input, id, parts, saved))
+    Ok(record(tape, layers, outputs(ys), input, id, parts, saved))
 }
 
-/// (x + a, the layers over its norm).
+/// (x + a, the layers over its norm); of x alone without `a`.
 ///
 /// # Errors
 /// As [`linear::behind_norm`].
 pub fn forward_behind_norm<'m, const N: usize>(
     tape: &mut Tape<'m>,
-    [x, a]: [Var; 2],
-    norm: (&Leaf, NormConfig),
+    x: Var,
+    a: Option<Var>,
+    (norm, config): (&Leaf, NormConfig),
     layers: [&'m Linear; N],
     dropout: Option<Rng>,
 ) -> Result<(Var, [Var; N])> {
-    if tape.is_recording() {
-        let [x, h] = ops::residual_rms_norm(tape, x, a, norm.0, norm.1)?;
-        return Ok((x, forward_fused(tape, layers, h, dropout)?));
-    }
+    let a = match a {
+        Some(a) if !tape.is_recording() => a,
+        a => {
+            let [x, h] = normed(tape, x, a, norm, config)?;
+            return Ok((x, forward_fused(tape, layers, h, dropout)?));
+        }
+    };
     let parts = parts(tape, layers, x.tensor().dtype(), dropout)?;
-    let weight = tape.params().value(norm.0)?;
-    let (r, ys) = linear::behind_norm(x.into_tensor(), a.into_tensor(), &weight, norm.1, &parts)?;
-    let mut ys = ys.into_iter();
-    // invariant: the op gives one output a part, and there are N parts
-    Ok((Var::from(r), std::array::from_fn(|_| Var::from(ys.next().expect("one output a part")))))
+    let weight = tape.params().value(norm)?;
+    let (r, ys) = linear::behind_norm(x.into_tensor(), a.into_tensor(), &weight, config, &parts)?;
+    Ok((Var::from(r), outputs(ys).map(Var::from)))
 }
 
-/// (x + a, the layers around a gated unit over its norm): [`forward_gated`] of RMSNorm(x + a).
+/// (x + a, the layers around a gated unit over its norm): [`forward_gated`] of RMSNorm(x + a), or of RMSNorm(x) without `a`.
 ///
 /// # Errors
 /// As [`linear::gated_behind_norm`].
 pub fn forward_gated_behind_norm<'m>(
     tape: &mut Tape<'m>,
-    [x, a]: [Var; 2],
-    norm: (&Leaf, NormConfig),
-    layers: [&'m Linear; 3],
+    x: Var,
+    a: Option<Var>,
+    (norm, config): (&Leaf, NormConfig),
+    [gate, up, down]: [&'m Linear; 3],
     activation: Activation,
     dropout: [Option<Rng>; 2],
 ) -> Result<[Var; 2]> {
-    if tape.is_recording() {
-        let [x, h] = ops::residual_rms_norm(tape, x, a, norm.0, norm.1)?;
-        return Ok([x, forward_gated(tape, layers, h, activation, dropout)?]);
-    }
-    let ([gate, up, down], params, dtype) = (layers, tape.params(), x.tensor().dtype());
-    let before = |layer: &Linear, i: u64| layer.part(params, dtype, dropout[0].map(|rng| rng.stream(i)));
-    let parts = [before(gate, 0)?, before(up, 1)?];
-    let down = down.part(params, dtype, dropout[1].map(|rng| rng.stream(0)))?;
-    let weight = params.value(norm.0)?;
-    let (r, y) = linear::gated_behind_norm(x.into_tensor(), a.into_tensor(), &weight, norm.1, &parts, activation, &down)?;
+    let a = match a {
+        Some(a) if !tape.is_recording() => a,
+        a => {
+            let [x, h] = normed(tape, x, a, norm, config)?;
+            return Ok([x, forward_gated(tape, [gate, up, down], h, activation, dropout)?]);
+        }
+    };
+    let dtype = x.tensor().dtype();
+    let (before, behind) = (parts(tape, [gate, up], dtype, dropout[0])?, parts(tape, [down], dtype, dropout[1])?);
+    let weight = tape.params().value(norm)?;
+    let (x, a) = (x.into_tensor(), a.into_tensor());
+    let (r, y) = linear::gated_behind_norm(x, a, &weight, config, &before, activation, &behind)?;
     Ok([r, y].map(Var::from))
+}
+
+/// The residual stream with `a` added, and its norm.
+fn normed(tape: &mut Tape<'_>, x: Var, a: Option<Var>, norm: &Leaf, config: NormConfig) -> Result<[Var; 2]> {
+    match a {
+        Some(a) => ops::residual_rms_norm(tape, x, a, norm, config),
+        None => ops::fork_rms_norm(tape, x, norm, config),
+    }
+}
+
+fn outputs<const N: usize>(ys: Vec<Tensor>) -> [Tensor; N] {
+    let mut ys = ys.into_iter();
+    // invariant: the op gives one output a part, and there are N parts
+    std::array::from_fn(|_| ys.next().expect("one output a part"))
 }
 
 /// The layers around a gated unit: down(act(gate(x)) · up(x)). `dropout` are the streams of the masks before the gated unit, and behind it.

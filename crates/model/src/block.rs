@@ -4,7 +4,7 @@ use nibble_autograd::{
     Leaf, Tape, Var,
     ops::{self, Gradients},
 };
-use nibble_lora::{Linear, forward_behind_norm, forward_fused, forward_gated, forward_gated_behind_norm};
+use nibble_lora::{Linear, forward_behind_norm, forward_gated_behind_norm};
 use nibble_tensor::{
     HostWeight, Result, Rng, Tensor,
     ops::{Documents, attention, glu, rms_norm, rope::RopeTable, sample::Texts},
@@ -97,12 +97,7 @@ impl Block {
     ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
         let (norm, layers) = ((&self.input_norm, shared.norm), [&self.q_proj, &self.k_proj, &self.v_proj]);
-        let (x, qkv) = if let Some(a) = a {
-            forward_behind_norm(tape, [x, a], norm, layers, rng(0))?
-        } else {
-            let [x, h] = ops::fork_rms_norm(tape, x, norm.0, norm.1)?;
-            (x, forward_fused(tape, layers, h, rng(0))?)
-        };
+        let (x, qkv) = forward_behind_norm(tape, x, a, norm, layers, rng(0))?;
         let o = self.attend(tape, shared, qkv, keys)?;
         Ok([x, self.o_proj.forward(tape, o, rng(1))?])
     }
@@ -118,12 +113,7 @@ impl Block {
     ) -> Result<[Var; 2]> {
         let rng = |index: u64| dropout.map(|rng| rng.stream(index));
         let (norm, layers) = ((&self.post_attention_norm, shared.norm), [&self.gate_proj, &self.up_proj, &self.down_proj]);
-        let dropout = [rng(2), rng(3)];
-        let Some(a) = a else {
-            let [x, h] = ops::fork_rms_norm(tape, x, norm.0, norm.1)?;
-            return Ok([x, forward_gated(tape, layers, h, shared.activation, dropout)?]);
-        };
-        forward_gated_behind_norm(tape, [x, a], norm, layers, shared.activation, dropout)
+        forward_gated_behind_norm(tape, x, a, norm, layers, shared.activation, [rng(2), rng(3)])
     }
 
     /// q, k, v as [T, channels] to the attention's output as [T, H D].

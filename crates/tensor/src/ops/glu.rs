@@ -197,12 +197,12 @@ mod cpu {
 pub(super) mod cuda {
     use super::{Activation, OP};
     use crate::{
-        Result, Tensor,
+        DType, Result, Tensor,
         cuda::{Arg, CudaDevice, Grid, suffix},
     };
 
     /// As `glu.cu` counts them.
-    pub(in crate::ops) fn number(activation: Activation) -> Arg {
+    fn number(activation: Activation) -> Arg {
         Arg::U32(match activation {
             Activation::Silu => 0,
             Activation::GeluTanh => 1,
@@ -224,6 +224,30 @@ pub(super) mod cuda {
         let (address, pitch) = x.rows_address()?;
         let (cols, ld) = if x.is_dense() { (x.shape().last(), x.shape().last()) } else { (x.numel() / x.dims()[0], pitch) };
         Ok(([x.numel() / cols.max(1), cols].map(Arg::size), Arg::Pointer(address), Arg::size(ld)))
+    }
+
+    /// y and h = y Aᵀ [1, R] of one row, for the A [R, F] at that address; nothing where the kernel does not serve.
+    pub(in crate::ops) fn forward_with_h(
+        device: CudaDevice,
+        [gate, up]: [&Tensor; 2],
+        activation: Activation,
+        (lora_a, ranks): (u64, usize),
+    ) -> Result<Option<[Tensor; 2]>> {
+        super::check("up", up, gate)?;
+        let cols = gate.shape().last();
+        let aligned = [gate.address()?, up.address()?, lora_a].iter().all(|address| address.is_multiple_of(16));
+        // Each block makes all of y: with a second turn of them a launch of its own for h costs less.
+        let fits = cols.is_multiple_of(8) && ranks <= device.info().multiprocessors;
+        if gate.dtype() == DType::F32 || gate.shape().rows() != 1 || !aligned || !fits {
+            return Ok(None);
+        }
+        let empty = |cols: usize| Tensor::empty(gate.arena(), gate.dtype(), [1, cols]);
+        let (mut y, mut h) = (empty(cols)?, empty(ranks)?);
+        let outputs = [Arg::write(&mut y)?, Arg::write(&mut h)?];
+        let inputs = [Arg::read(gate)?, Arg::read(up)?, Arg::Pointer(lora_a), number(activation), Arg::size(cols)];
+        let name = format!("glu_h_{}", suffix(OP, gate.dtype())?);
+        device.launch_early(&name, Grid::new(ranks, 512), &[&outputs[..], &inputs].concat())?;
+        Ok(Some([y, h]))
     }
 
     pub(super) fn forward(device: CudaDevice, gate: &Tensor, up: &Tensor, activation: Activation, y: &mut Tensor) -> Result<()> {

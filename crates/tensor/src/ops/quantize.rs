@@ -38,7 +38,7 @@ mod cuda {
     /// Blocks up to which one block of threads sums in the CPU's order.
     const IN_ORDER: usize = 130_560;
 
-    /// All memory is there before the first kernel: the device goes from one to the next, and the host waits once, at the end.
+    /// All memory is there before the first kernel: the device goes from one to the next, and the host waits at the end.
     pub(super) fn forward(device: CudaDevice, x: &Tensor, config: &nf4::QuantConfig) -> Result<Weight> {
         let (n, arena) = (x.numel(), x.arena());
         let blocks = n.div_ceil(config.block_size);
@@ -140,19 +140,102 @@ mod cuda {
 
 #[cfg(test)]
 mod tests {
+    use nf4::{Format, QuantConfig};
+
     use super::*;
-    use crate::ops::samples::arena;
+    use crate::{
+        Absmax, Arena, DType,
+        ops::samples::{arena, normal},
+    };
+
+    /// Blocks of zeros, of the smallest numbers of the format, and of ordinary ones; the first begins with the largest.
+    fn uncommon(dtype: DType, [rows, cols]: [usize; 2]) -> Tensor {
+        let (largest, scales) =
+            if dtype == DType::F16 { (6e4, [0.0, 1e-7, 6e-5, 0.02]) } else { (3e38, [0.0, 1e-40, 1e-38, 0.02]) };
+        let scale = |i: usize| if i < 32 { largest } else { scales[i / 64 * 3 % 4] };
+        let values: Vec<f32> = (0..rows * cols).map(|i| scale(i) * (i as f32).sin()).collect();
+        Tensor::from_slice(&arena(), &values, [rows, cols]).unwrap().to_dtype(dtype).unwrap()
+    }
+
+    /// Codes and scales bit for bit.
+    fn assert_right(x: &Tensor, config: QuantConfig) {
+        let label = format!("{:?} {config:?} {}", x.dims(), x.dtype());
+        let found = forward(x, &config).unwrap();
+        let blocks = nf4::quantize(&x.to_f32_vec().unwrap(), &config).unwrap();
+        let expected = Weight::from_blocks(&Arena::new(Device::Cpu), &blocks, x.shape()).unwrap();
+        let (Weight::Nf4(a) | Weight::Fp4(a), Weight::Nf4(b) | Weight::Fp4(b)) = (&found, &expected) else { panic!("{label}") };
+        assert_eq!(a.packed.to_vec::<u8>().unwrap(), b.packed.to_vec::<u8>().unwrap(), "{label}: codes");
+        match (&a.absmax, &b.absmax) {
+            (Absmax::Plain(a), Absmax::Plain(b)) => {
+                assert_eq!(a.to_vec::<f32>().unwrap(), b.to_vec::<f32>().unwrap(), "{label}: absmax");
+            }
+            (Absmax::Nested { codes: a, absmax: x, offset: m, .. }, Absmax::Nested { codes: b, absmax: y, offset: n, .. }) => {
+                assert_eq!(m, n, "{label}: offset");
+                assert_eq!(a.to_vec::<u8>().unwrap(), b.to_vec::<u8>().unwrap(), "{label}: scales' codes");
+                assert_eq!(x.to_vec::<f32>().unwrap(), y.to_vec::<f32>().unwrap(), "{label}: scales' absmax");
+            }
+            _ => panic!("{label}"),
+        }
+        assert_eq!(found.to_f32_vec().unwrap(), expected.to_f32_vec().unwrap(), "{label}: values");
+    }
 
     #[test]
-    fn the_weight_is_that_of_the_quantizer() {
-        let arena = arena();
-        let values: Vec<f32> = (0..32 * 64).map(|i| (i as f32 * 0.37).sin()).collect();
-        let x = Tensor::from_slice(&arena, &values, [32, 64]).unwrap();
-        let config = nf4::QuantConfig::default();
-        let weight = forward(&x, &config).unwrap();
-        let mut expected = vec![0.0f32; values.len()];
-        nf4::dequantize(&nf4::quantize(&values, &config).unwrap(), &mut expected).unwrap();
-        assert_eq!(weight.to_f32_vec().unwrap(), expected);
-        assert!(forward(&x.reshape([32 * 64]).unwrap(), &config).is_err());
+    fn codes_and_scales_are_the_quantizers_bit_for_bit() {
+        let cases = [
+            ([96, 320], 64),
+            ([33, 47], 32),
+            ([1000, 4096], 64),
+            ([7, 5000], 4096),
+            ([96, 320], 128),
+            ([96, 320], 512),
+            ([7, 5000], 1024),
+            ([1, 50], 64),
+        ];
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            // Elements that do not begin on 16 bytes.
+            assert_right(&normal(6, dtype, [2 * 4096 + 1]).view(1, [2, 4096]).unwrap(), QuantConfig::default());
+            for (shape, block_size) in cases {
+                for x in [normal(5, dtype, shape), uncommon(dtype, shape), Tensor::zeros(&arena(), dtype, shape).unwrap()] {
+                    for (format, double_quant) in [(Format::Nf4, true), (Format::Nf4, false), (Format::Fp4, true)] {
+                        assert_right(&x, QuantConfig { format, block_size, double_quant });
+                    }
+                }
+            }
+        }
+    }
+
+    /// More scales than one block of threads of a GPU sums, several turns for each block, and a ragged end.
+    #[test]
+    fn many_blocks_are_the_quantizers_bit_for_bit() {
+        let pattern = normal(5, DType::F32, [1 << 20]).to_f32_vec().unwrap();
+        let x = Tensor::tiled(&arena(), &pattern, [2201, 4095]).unwrap().to_dtype(DType::Bf16).unwrap();
+        for block_size in [64, 4096] {
+            assert_right(&x, QuantConfig { block_size, ..QuantConfig::default() });
+        }
+    }
+
+    #[test]
+    fn a_value_that_is_not_finite_is_named() {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            for (rows, at, value) in
+                [(10, 333, f32::NAN), (65, 4095, f32::INFINITY), (65, 17, f32::NAN), (65, 4100, f32::NEG_INFINITY)]
+            {
+                let mut values = vec![0.5f32; rows * 64];
+                values[at] = value;
+                values[at + 40] = f32::NAN;
+                let x = Tensor::from_slice(&arena(), &values, [rows, 64]).unwrap().to_dtype(dtype).unwrap();
+                let error = forward(&x, &QuantConfig::default()).unwrap_err().to_string();
+                assert!(error.contains(&format!("found {value} at `{at}`")), "{dtype}: {error}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_has_no_rows_or_no_mean_of_its_scales_is_refused() {
+        assert!(forward(&normal(1, DType::F32, [32 * 64]), &QuantConfig::default()).is_err());
+        let values = vec![3e38f32; 640];
+        let x = Tensor::from_slice(&arena(), &values, [10, 64]).unwrap();
+        let error = forward(&x, &QuantConfig::default()).unwrap_err().to_string();
+        assert_eq!(error, nf4::quantize(&values, &QuantConfig::default()).unwrap_err().to_string());
     }
 }

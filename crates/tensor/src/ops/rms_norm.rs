@@ -10,6 +10,8 @@
 //! Rounding in 16-bit types is Llama's where offset = 0 (x · inv is rounded before it is multiplied by w), Gemma's elsewhere (one
 //! rounding, at the end).
 
+pub(super) mod cuda;
+
 use super::typed;
 use crate::{DType, Device, Result, Shape, Tensor, TensorMut, dtype::with_float};
 
@@ -367,120 +369,6 @@ mod cpu {
                 *sum += x;
             }
         }
-    }
-}
-
-pub(super) mod cuda {
-    use super::{Config, OP};
-    use crate::{
-        DType, Result, Tensor, TensorMut,
-        cuda::{Arg, CudaDevice, Grid, suffix},
-    };
-
-    /// Threads of a row, and rows of a block: as the top comment of `rms_norm.cu` says.
-    pub(in crate::ops) fn block(x: &Tensor) -> [u32; 2] {
-        let packs = (x.shape().last() * x.dtype().size()).div_ceil(16).max(1) as u32;
-        if packs <= 32 {
-            let threads = packs.next_power_of_two();
-            return [threads, 128 / threads];
-        }
-        [x.shape().last().div_ceil(16).next_multiple_of(32).min(512) as u32, 1]
-    }
-
-    /// Where y begins, and the pitch of its rows: of the last size, but where there is room behind those of the first.
-    fn output(y: &mut Tensor) -> Result<(Arg, Arg)> {
-        let (last, dense) = (y.shape().last(), y.is_dense());
-        let (address, pitch) = y.rows_address_mut()?;
-        Ok((Arg::Pointer(address), Arg::size(if dense { last } else { pitch })))
-    }
-
-    /// As many blocks as the device holds at once, of `resident` threads a multiprocessor: a block keeps w for its rows.
-    fn grid(device: CudaDevice, x: &Tensor, resident: usize) -> Grid {
-        let threads = block(x);
-        let most = device.info().multiprocessors * resident / (threads[0] * threads[1]) as usize;
-        let blocks = x.shape().rows().div_ceil(threads[1] as usize).min(most) as u32;
-        Grid { blocks: [blocks, 1, 1], threads, shared: 0 }
-    }
-
-    pub(super) fn forward(
-        device: CudaDevice,
-        x: &Tensor,
-        weight: &Tensor,
-        config: Config,
-        y: &mut Tensor,
-        inv: &mut Tensor,
-    ) -> Result<()> {
-        let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
-        let (y, ld) = output(y)?;
-        let outputs = [y, Arg::write(inv)?];
-        let inputs = [Arg::read(x)?, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, ld];
-        device.launch_early(
-            &format!("rms_norm_fwd_{}", suffix(OP, x.dtype())?),
-            grid(device, x, 2048),
-            &[&outputs[..], &inputs].concat(),
-        )
-    }
-
-    pub(super) fn residual_forward(
-        device: CudaDevice,
-        x: &Tensor,
-        r: &mut Tensor,
-        weight: &Tensor,
-        config: Config,
-        y: &mut Tensor,
-        inv: &mut Tensor,
-    ) -> Result<()> {
-        let (rows, cols) = (Arg::size(x.shape().rows()), Arg::size(x.shape().last()));
-        let a = Arg::read(r)?;
-        let (y, ld) = output(y)?;
-        let outputs = [Arg::write(r)?, y, Arg::write(inv)?];
-        let inputs = [Arg::read(x)?, a, Arg::read(weight)?, Arg::F32(config.eps), Arg::F32(config.offset), rows, cols, ld];
-        device.launch_early(
-            &format!("residual_rms_norm_fwd_{}", suffix(OP, x.dtype())?),
-            grid(device, x, 2048),
-            &[&outputs[..], &inputs].concat(),
-        )
-    }
-
-    pub(super) fn backward(
-        device: CudaDevice,
-        dx: &mut Tensor,
-        add: bool,
-        dy: &Tensor,
-        x: &Tensor,
-        weight: &Tensor,
-        inv: &Tensor,
-        config: Config,
-        dweight: Option<TensorMut<'_>>,
-    ) -> Result<()> {
-        let (rows, cols) = (x.shape().rows(), x.shape().last());
-        let grid = grid(device, x, if dweight.is_some() { 512 } else { 2048 });
-        let mut partials = None;
-        if dweight.is_some() {
-            partials = Some(Tensor::empty(x.arena(), DType::F32, [grid.blocks[0] as usize, cols])?);
-        }
-        let sums = partials.as_mut().map_or(Ok(Arg::NONE), Arg::write)?;
-        let (dx, ld) = output(dx)?;
-        let args = [
-            dx,
-            sums,
-            Arg::read(dy)?,
-            Arg::read(x)?,
-            Arg::read(weight)?,
-            Arg::read(inv)?,
-            Arg::F32(config.offset),
-            Arg::size(rows),
-            Arg::size(cols),
-            Arg::U32(add.into()),
-            ld,
-        ];
-        device.launch(&format!("rms_norm_bwd_{}", suffix(OP, x.dtype())?), grid, &args)?;
-        if let (Some(mut dweight), Some(partials)) = (dweight, partials) {
-            let args = [Arg::write_view(&mut dweight)?, Arg::read(&partials)?, Arg::U32(grid.blocks[0]), Arg::size(cols)];
-            let columns = Grid { blocks: [cols.div_ceil(32) as u32, 1, 1], threads: [32, 16], shared: 0 };
-            device.launch("rms_norm_dw", columns, &args)?;
-        }
-        Ok(())
     }
 }
 

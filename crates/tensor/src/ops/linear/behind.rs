@@ -31,7 +31,7 @@ pub fn behind_norm(
         typed::expect_dtype(OP, "a", &a, x.dtype())?;
         weight.expect_shape(OP, "weight", [x.shape().last()])?;
         parts.iter().try_for_each(|part| check(x.shape().last(), part))?;
-        if let Some(found) = cuda::behind_norm(device, &x, &a, weight, config, parts)? {
+        if let Some(found) = cuda::behind_norm(device, [&x, &a], weight, config, parts)? {
             return Ok(found);
         }
     }
@@ -40,50 +40,52 @@ pub fn behind_norm(
     Ok((r, forward(&h, parts)?.0))
 }
 
-/// (r, y): [`behind_norm`] for the layers `gate` and `up`, the unit act(gate) · up over them, and y of the layer `down` behind it.
+/// (r, y): [`behind_norm`] for the layers gate and up of `before`, the unit act(gate) · up over them, and y of the layer `behind` it.
 ///
 /// # Errors
-/// As [`behind_norm`] and [`forward_gated`].
+/// As [`behind_norm`] and [`forward_gated`]; [`Error::Argument`] for other numbers of layers.
 pub fn gated_behind_norm(
     x: Tensor,
     a: Tensor,
     weight: &Tensor,
     config: rms_norm::Config,
-    parts: &[Part; 2],
+    before: &[Part],
     activation: Activation,
-    down: &Part,
+    behind: &[Part],
 ) -> Result<(Tensor, Tensor)> {
-    if let (Device::Cuda(_), 1) = (x.device(), x.shape().rows()) {
-        let (r, ys) = behind_norm(x, a, weight, config, parts)?;
-        let [gate, up] = <[Tensor; 2]>::try_from(ys).map_err(|ys| outputs(ys.len()))?;
-        return Ok((r, behind_gate(&gate, &up, activation, down)?));
+    let (r, ys) = if let (Device::Cuda(_), 1) = (x.device(), x.shape().rows()) {
+        let (r, ys) = behind_norm(x, a, weight, config, before)?;
+        let [gate, up] = outputs(ys)?;
+        (r, behind_gate(&gate, &up, activation, behind)?)
+    } else {
+        let (r, h, _) = rms_norm::residual_forward_with_room(&x, a, weight, config, room(&x))?;
+        drop(x);
+        let Gated { y, .. } = forward_gated(&h, before, activation)?.0;
+        drop(h);
+        (r, forward(&y, behind)?.0)
+    };
+    let [y] = outputs(ys)?;
+    Ok((r, y))
+}
+
+/// ys of layers behind act(gate) · up.
+fn behind_gate(gate: &Tensor, up: &Tensor, activation: Activation, parts: &[Part]) -> Result<Vec<Tensor>> {
+    if let Device::Cuda(device) = gate.device() {
+        parts.iter().try_for_each(|part| check(gate.shape().last(), part))?;
+        if let Some(ys) = cuda::behind_gate(device, [gate, up], activation, parts)? {
+            return Ok(ys);
+        }
     }
-    let (r, h, _) = rms_norm::residual_forward_with_room(&x, a, weight, config, room(&x))?;
-    drop(x);
-    let Gated { y, .. } = forward_gated(&h, parts, activation)?.0;
-    drop(h);
-    Ok((r, only(forward(&y, std::slice::from_ref(down))?.0)?))
+    Ok(forward(&glu::forward(gate, up, activation)?, parts)?.0)
 }
 
-/// y of the layer behind act(gate) · up.
-fn behind_gate(gate: &Tensor, up: &Tensor, activation: Activation, down: &Part) -> Result<Tensor> {
-    check(gate.shape().last(), down)?;
-    let parts = std::slice::from_ref(down);
-    if let Device::Cuda(device) = gate.device()
-        && let Some(ys) = cuda::behind_gate(device, gate, up, activation, parts)?
-    {
-        return only(ys);
-    }
-    only(forward(&glu::forward(gate, up, activation)?, parts)?.0)
-}
-
-fn only(mut ys: Vec<Tensor>) -> Result<Tensor> {
-    let count = ys.len();
-    ys.pop().filter(|_| count == 1).ok_or(outputs(count))
-}
-
-fn outputs(found: usize) -> Error {
-    Error::Argument { op: OP, argument: "outputs", expected: "one a part", found }
+fn outputs<const N: usize>(ys: Vec<Tensor>) -> Result<[Tensor; N]> {
+    ys.try_into().map_err(|ys: Vec<Tensor>| Error::Argument {
+        op: "gated unit",
+        argument: "parts",
+        expected: "gate and up before it, and one layer behind it",
+        found: ys.len(),
+    })
 }
 
 #[cfg(test)]
@@ -102,7 +104,7 @@ mod tests {
     const CONFIG: rms_norm::Config = rms_norm::Config { eps: 1e-5, offset: 0.0 };
 
     /// Layers of these outputs and ranks (0: no adapter), their A rows of one matrix.
-    fn parts(seed: u64, dtype: DType, inputs: usize, sizes: &[(usize, usize)]) -> Vec<Part> {
+    fn parts(seed: u64, dtype: DType, inputs: usize, sizes: &[(usize, usize)], scale: f32) -> Vec<Part> {
         let ranks: usize = sizes.iter().map(|size| size.1).sum();
         let all = (ranks > 0).then(|| normal(seed, dtype, [ranks, inputs]));
         let mut first = 0;
@@ -114,7 +116,7 @@ mod tests {
             let adapter = (rank > 0).then(|| Adapter {
                 a: all.as_ref().unwrap().rows(first, rank).unwrap(),
                 b: normal(seed + 20 + i, dtype, [outputs, rank]),
-                scale: 0.05,
+                scale,
                 dropout: None,
             });
             first += rank;
@@ -138,43 +140,59 @@ mod tests {
         x: Tensor,
         a: Tensor,
         weight: Tensor,
-        before: [Part; 2],
-        down: Part,
+        before: Vec<Part>,
+        behind: Vec<Part>,
     }
 
-    fn case(dtype: DType, tokens: usize, [inputs, inner]: [usize; 2], ranks: [usize; 3]) -> Case {
-        let before = parts(7, dtype, inputs, &[(inner, ranks[0]), (inner, ranks[1])]);
+    fn case(dtype: DType, tokens: usize, [inputs, inner]: [usize; 2], ranks: [usize; 3], scale: f32) -> Case {
         Case {
             x: normal(1, dtype, [tokens, inputs]),
             a: normal(2, dtype, [tokens, inputs]),
             weight: normal(3, DType::F32, [inputs]),
-            before: before.try_into().unwrap(),
-            down: parts(40, dtype, inner, &[(inputs, ranks[2])]).pop().unwrap(),
+            before: parts(7, dtype, inputs, &[(inner, ranks[0]), (inner, ranks[1])], scale),
+            behind: parts(40, dtype, inner, &[(inputs, ranks[2])], scale),
         }
+    }
+
+    /// Both ops beside the ops that they are made of: the same bits where adapters count for nothing.
+    fn check_case(dtype: DType, case: Case, scale: f32, activation: Activation, label: &str) {
+        let Case { x, a, weight, before, behind } = case;
+        let assert_right = |found: &Tensor, expected: &Tensor| {
+            if scale == 0.0 {
+                assert_eq!(found.to_f32_vec().unwrap(), expected.to_f32_vec().unwrap(), "{label}");
+            } else {
+                assert_close(dtype, found, expected, label);
+            }
+        };
+        let (r, h, _) = rms_norm::residual_forward(&x, a.clone(), &weight, CONFIG).unwrap();
+        let (expected, _) = forward(&h, &before).unwrap();
+        let (found_r, found) = behind_norm(x.clone(), a.clone(), &weight, CONFIG, &before).unwrap();
+        assert_eq!(found_r.to_f32_vec().unwrap(), r.to_f32_vec().unwrap(), "{label}");
+        found.iter().zip(&expected).for_each(|(found, expected)| assert_right(found, expected));
+        let y = glu::forward(&expected[0], &expected[1], activation).unwrap();
+        let (expected, _) = forward(&y, &behind).unwrap();
+        let (found_r, found) = gated_behind_norm(x, a, &weight, CONFIG, &before, activation, &behind).unwrap();
+        assert_eq!(found_r.to_f32_vec().unwrap(), r.to_f32_vec().unwrap(), "{label}");
+        assert_right(&found, &expected[0]);
     }
 
     #[test]
     fn layers_behind_a_norm_are_those_of_the_ops_one_after_another() {
-        // The widths take each way of the norm: rows that share a warp, a thread's registers, and what does not fit there.
-        let sizes = [([64, 128], [4, 4, 4]), ([512, 320], [8, 3, 16]), ([576, 1536], [0, 4, 0]), ([9216, 64], [2, 2, 2])];
+        // The widths take each way of the norm (rows that share a warp, a thread's registers, what does not fit there) and of the unit
+        // (less than a pack a thread, several, more than a thread has on its way).
+        let sizes = [
+            ([64, 128], [4, 4, 4], Activation::Silu),
+            ([512, 320], [8, 3, 16], Activation::GeluTanh),
+            ([576, 1536], [0, 4, 0], Activation::Silu),
+            ([9216, 64], [2, 2, 2], Activation::Silu),
+            ([320, 4160], [1, 2, 3], Activation::Gelu),
+            ([64, 17_024], [2, 2, 3], Activation::Silu),
+        ];
         for dtype in [DType::F32, DType::Bf16, DType::F16] {
-            for tokens in [1, 3] {
-                for (widths, ranks) in sizes {
-                    let Case { x, a, weight, before, down } = case(dtype, tokens, widths, ranks);
-                    let label = format!("{dtype} {tokens} {widths:?}");
-                    let (r, h, _) = rms_norm::residual_forward(&x, a.clone(), &weight, CONFIG).unwrap();
-                    let (expected, _) = forward(&h, &before).unwrap();
-                    let (found_r, found) = behind_norm(x.clone(), a.clone(), &weight, CONFIG, &before).unwrap();
-                    assert_eq!(found_r.to_f32_vec().unwrap(), r.to_f32_vec().unwrap(), "{label}");
-                    for (found, expected) in found.iter().zip(&expected) {
-                        assert_close(dtype, found, expected, &label);
-                    }
-                    let act = Activation::Silu;
-                    let y = glu::forward(&expected[0], &expected[1], act).unwrap();
-                    let (expected, _) = forward(&y, std::slice::from_ref(&down)).unwrap();
-                    let (found_r, found) = gated_behind_norm(x, a, &weight, CONFIG, &before, act, &down).unwrap();
-                    assert_eq!(found_r.to_f32_vec().unwrap(), r.to_f32_vec().unwrap(), "{label}");
-                    assert_close(dtype, &found, &expected[0], &label);
+            for (tokens, scale) in [(1, 0.05), (1, 0.0), (3, 0.05)] {
+                for (widths, ranks, activation) in sizes {
+                    let label = format!("{dtype} {tokens} {widths:?} {scale}");
+                    check_case(dtype, case(dtype, tokens, widths, ranks, scale), scale, activation, &label);
                 }
             }
         }
@@ -182,10 +200,16 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_together_is_refused() {
-        let Case { x, a, weight, before, down } = case(DType::F32, 1, [64, 128], [4, 4, 4]);
-        let narrow = normal(4, DType::F32, [1, 32]);
-        assert!(behind_norm(x.clone(), narrow, &weight, CONFIG, &before).is_err());
-        let swapped = [before[0].clone(), down];
-        assert!(gated_behind_norm(x, a, &weight, CONFIG, &swapped, Activation::Silu, &before[1]).is_err());
+        for dtype in [DType::F32, DType::Bf16] {
+            let Case { x, a, weight, before, behind } = case(dtype, 1, [512, 128], [4, 4, 4], 1.0);
+            let narrow = normal(4, dtype, [1, 64]);
+            assert!(behind_norm(x.clone(), narrow, &weight, CONFIG, &before).is_err());
+            let gated = |before: &[Part], behind: &[Part]| {
+                gated_behind_norm(x.clone(), a.clone(), &weight, CONFIG, before, Activation::Silu, behind).is_err()
+            };
+            assert!(!gated(&before, &behind) && gated(&behind, &before) && gated(&before[..1], &behind));
+            let narrow_up = parts(9, dtype, 512, &[(128, 4), (64, 4)], 1.0);
+            assert!(gated(&narrow_up, &behind));
+        }
     }
 }

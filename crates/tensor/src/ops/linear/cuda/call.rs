@@ -79,6 +79,11 @@ impl<'x, 'p> Call<'x, 'p> {
         self.input.ok_or(Error::Argument { op: OP, argument: "x", expected: "the input, which was let go", found: 0 })
     }
 
+    /// The same call over `x`, of the shape that it was made for.
+    pub(super) fn with_input<'y>(self, x: &'y Tensor) -> Call<'y, 'p> {
+        Call { input: Some(x), ..self }
+    }
+
     /// The same call without its input, whose memory may be needed.
     pub(super) fn without_input(self) -> Call<'static, 'p> {
         Call { input: None, ..self }

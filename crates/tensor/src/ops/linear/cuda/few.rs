@@ -218,7 +218,7 @@ impl Described {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use nibble_nf4::QuantConfig;
 
     use super::*;
@@ -228,7 +228,7 @@ mod tests {
         ops::linear,
     };
 
-    fn gpu(capability: ComputeCapability, multiprocessors: usize) -> Arena {
+    pub(in super::super) fn gpu(capability: ComputeCapability, multiprocessors: usize) -> Arena {
         let (name, driver) = ("a GPU".to_owned(), 13_000);
         let info = DeviceInfo { ordinal: 0, name, capability, memory: 80 << 30, multiprocessors, driver };
         Arena::on(Device::Cuda(CudaDevice::dry(&info)), usize::MAX).unwrap()
