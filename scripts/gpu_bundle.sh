@@ -47,8 +47,8 @@ git log -1 --format='commit %H %ci' >"$out/COMMIT"
 
 du -h "$out"/bin/* "$out"/tests/*
 du -sh "$out/data"
-# Programs pack to a third of their size; run.sh unpacks them.
-tar -C "$out" --remove-files -cf - bin tests data | xz -T0 >"$out/packed.tar.xz"
+# Programs pack to a fifth of their size, seen as a whole: each has the kernels. run.sh unpacks them.
+tar -C "$out" --remove-files -cf - bin tests data | xz --lzma2=preset=6,dict=256MiB >"$out/packed.tar.xz"
 size=$(du -sm "$out" | cut -f1)
 echo "$out: $size MiB"
 if ((size > limit_mib)); then
