@@ -90,11 +90,12 @@ shapes=${SHAPES:-"llama3-8b --batch 4 --length 2048 --checkpointing none --optim
 llama3-8b --batch 4 --length 2048 --checkpointing auto --memory 38 --optim adamw_8bit
 llama3-8b --batch 4 --length 2048 --checkpointing auto --memory 8.3 --optim adamw_8bit
 llama3-8b --batch 1 --length 16384 --checkpointing auto --memory 10.5 --optim adamw_8bit
-llama3-8b --batch 2 --length 512 --checkpointing offload --blocks-on-host 4 --optim adamw_8bit
+llama3-8b --batch 2 --length 512 --checkpointing offload --blocks-on-host 5 --optim adamw_8bit
 qwen2.5-1.5b --batch 8 --length 1024 --checkpointing auto --memory 15 --optim adamw_8bit
 qwen2.5-1.5b --batch 2 --length 1024 --checkpointing auto --memory 1.7 --optim adamw_8bit
 qwen2.5-1.5b --batch 1 --length 512 --checkpointing auto --memory 1.6 --optim adamw_8bit
-smollm2-135m --batch 8 --length 512 --checkpointing none"}
+smollm2-135m --batch 8 --length 512 --checkpointing none
+smollm2-135m --batch 8 --length 512 --checkpointing auto --memory 2 --optim adamw_8bit"}
 {
   printf '%s; speed of light at %s flop/s\n\n| training step | result |\n|---|---|\n' "$about" "$flops"
   while read -r shape; do

@@ -122,6 +122,15 @@ impl Linear {
         }
     }
 
+    /// R of the adapter; 0 without one.
+    #[must_use]
+    pub fn rank(&self) -> usize {
+        match &self.adapter {
+            Some(Adapter::Lora(lora)) => lora.a.shape.rows(),
+            None => 0,
+        }
+    }
+
     /// y for x [T, in]: [T, out]. `dropout` is the stream of this call's masks; nothing in evaluation.
     ///
     /// # Errors

@@ -1,7 +1,13 @@
 //! What is kept of a forward pass for the backward pass, block by block.
 
+use std::ops::Range;
+
+use nibble_autograd::Leaf;
 use nibble_lora::Linear;
-use nibble_tensor::Device;
+use nibble_tensor::{
+    DType, Device,
+    ops::{linear, lm_head_loss},
+};
 
 use crate::{Transformer, config::ModelConfig};
 
@@ -107,20 +113,36 @@ fn working_set(config: &ModelConfig) -> usize {
 }
 
 impl Transformer {
-    /// Bytes that a block keeps for so many tokens, by what it keeps.
+    /// Bytes that a block keeps for so many tokens, by what it keeps: results with the room behind them, log-sums of attention, and h of
+    /// the adapters.
     fn kept(&self, keep: Keep, tokens: usize) -> usize {
         let config = &self.config;
-        let (c, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (c, f, d, size) = (config.hidden_size, config.intermediate_size, config.head_dim, self.dtype.size());
         let (q, kv) = (config.num_attention_heads * d, 2 * config.num_key_value_heads * d);
-        let attention = 2 * c + 2 * q + kv;
-        let products = attention + 2 * f;
+        let room = linear::room_of(self.arena.device(), self.dtype, tokens);
+        let ranks = self.blocks.first().map_or([0; 7], |block| block.linears().map(Linear::rank));
+        let ranks = |linears: Range<usize>| ranks[linears].iter().sum::<usize>();
+        let log_sums = config.num_attention_heads * DType::F32.size() / size;
+        let attention = 2 * c + 2 * q + kv + room + log_sums + ranks(0..4);
+        let products = attention + 2 * f + room + ranks(4..7);
         let elements = match keep {
             Keep::Input => c,
             Keep::Attention => attention,
             Keep::Products => products,
-            Keep::Everything => products + 2 * c + if self.makes_gated_again(tokens) { 0 } else { f },
+            Keep::Everything => products + 2 * (c + room) + if self.makes_gated_again(tokens) { 0 } else { f + room },
         };
-        tokens * self.dtype.size() * elements
+        tokens * size * elements
+    }
+
+    /// Bytes beside what is kept: of a block that runs backward with its largest weight widened, and of the head.
+    fn working_bytes(&self, tokens: usize) -> usize {
+        let (config, size) = (&self.config, self.dtype.size());
+        let sizes = [tokens, config.hidden_size, config.vocab_size];
+        // A head that is stored in another type is widened while it is multiplied.
+        let widens = matches!(self.head(), Leaf::Frozen(head) if head.dtype() != self.dtype);
+        let head = lm_head_loss::logits_bytes(sizes, self.dtype) + if widens { sizes[1] * sizes[2] * size } else { 0 };
+        let weight = self.linears().map(|linear| linear.sizes().0 * linear.sizes().1).max().unwrap_or(0);
+        size * (tokens * working_set(config) + weight) + head
     }
 
     /// Whether the gated unit's result is never kept.
@@ -133,11 +155,9 @@ impl Transformer {
     /// the host as far as its link carries it while the kernels run; the rest is run again.
     #[must_use]
     pub fn fastest_mix(&self, tokens: usize, room: usize) -> Mix {
-        let (config, blocks) = (self.config(), self.config().num_hidden_layers);
+        let blocks = self.config().num_hidden_layers;
         let bytes = |keep| self.kept(keep, tokens);
-        let head = 1024 * config.vocab_size * self.compute_dtype().size();
-        let working = tokens * self.compute_dtype().size() * working_set(config) + head;
-        let room = room.saturating_sub(working);
+        let room = room.saturating_sub(self.working_bytes(tokens));
         let (input, products, everything) = (bytes(Keep::Input), bytes(Keep::Products), bytes(Keep::Everything));
         let within = |room: usize, each: usize| room.checked_div(each).unwrap_or(blocks).min(blocks);
         if within(room, products) == blocks {

@@ -116,7 +116,7 @@ impl Arena {
         let live = self.stats().live;
         let limit = (self.0.limit != usize::MAX).then(|| self.0.limit.saturating_sub(live));
         let (Device::Cuda(device), Some(heap)) = (self.0.device, &self.0.heap) else { return Ok(limit) };
-        let free = device.free_memory()? + heap.backed().saturating_sub(live);
+        let free = heap.backed_with(device.free_memory()?).saturating_sub(live);
         Ok(Some(limit.map_or(free, |limit| limit.min(free))))
     }
 

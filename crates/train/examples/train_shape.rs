@@ -140,11 +140,11 @@ fn main() -> Result<()> {
     let setup =
         Setup { load, adapter: Some(adapter.clone()), documents: Vec::new(), evaluation: Vec::new(), train: train.clone() };
     let setup = setup.with_documents(batch, length);
+    let limit = (options.get("memory", f64::INFINITY)? * 1e9) as usize;
     if device == "plan" {
-        return print_plan(&config, &setup);
+        return print_plan(&config, &setup, limit);
     }
-    let limit: f64 = options.get("memory", f64::INFINITY)?;
-    let arena = arena(&device, (limit * 1e9) as usize)?;
+    let arena = arena(&device, limit)?;
     let begin = Instant::now();
     let mut model = Transformer::random(config.clone(), &arena, &load, 0)?;
     let params = model.attach(&adapter, Init::Random(0))?;
@@ -197,11 +197,11 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The same without a device: what the step would take on an H200.
-fn print_plan(config: &ModelConfig, setup: &Setup) -> Result<()> {
+/// The same without a device: what the step would take on an H200, or on one with no more memory than `limit`.
+fn print_plan(config: &ModelConfig, setup: &Setup, limit: usize) -> Result<()> {
     let begin = Instant::now();
     let gpu = plan::find_gpu("H200").ok_or("no such GPU")?;
-    let found = plan::footprint(config, &gpu.device(gpu.memory()), setup)?;
+    let found = plan::footprint(config, &gpu.device(gpu.memory().min(limit)), setup)?;
     for (owner, bytes) in &found.owners {
         println!("MEMORY {owner}: {:.4} GB", *bytes as f64 / 1e9);
     }

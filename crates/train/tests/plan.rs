@@ -130,6 +130,42 @@ fn what_keeps_less_takes_less_and_a_plan_is_the_same_twice() {
     assert_eq!(needed(&model, &setup, 2, 2048), needed(&model, &setup, 2, 2048));
 }
 
+/// From what the least takes to what all takes, whatever part of a step's memory the sizes make the larger: the head of a small model, rooms
+/// behind narrow rows, a long document's activations.
+#[test]
+fn auto_fits_wherever_a_step_can_run() {
+    let qwen = model("Qwen2", [1536, 8960, 28, 12, 2, 151_936], true);
+    let smollm = model("Llama", [576, 1536, 30, 9, 3, 49_152], true);
+    let llama = llama3_8b();
+    for (model, batch, length, dtype, rank) in [
+        (&smollm, 8, 512, DType::Bf16, 16),
+        (&smollm, 1, 8192, DType::Bf16, 64),
+        (&smollm, 2, 100, DType::F32, 16),
+        (&smollm, 8, 512, DType::F16, 8),
+        (&qwen, 2, 1024, DType::Bf16, 16),
+        (&qwen, 4, 256, DType::F16, 32),
+        (&llama, 4, 2048, DType::Bf16, 16),
+        (&llama, 1, 16_384, DType::Bf16, 128),
+        (&llama, 1, 300, DType::F16, 16),
+    ] {
+        let setup = |checkpointing| {
+            let mut setup = qlora(checkpointing).with_documents(batch, length);
+            setup.load.compute_dtype = dtype;
+            setup.adapter.as_mut().unwrap().r = rank;
+            setup
+        };
+        let needed = |checkpointing| plan::needed(model, h200(), &setup(checkpointing)).unwrap().device;
+        let (least, all) = (needed(Checkpointing::Offload), needed(Checkpointing::None));
+        for step in 0..=12 {
+            let memory = least + (all + all / 20 - least) / 12 * step;
+            let found = plan::footprint(model, &h200().device(memory), &setup(Checkpointing::Auto));
+            let label = format!("{} tokens of {batch}, {dtype}, rank {rank}: {memory} of {least} to {all} bytes", batch * length);
+            let taken = found.unwrap_or_else(|error| panic!("{label}: {error}")).device;
+            assert!(step < 12 || taken == all, "{label}: {taken}");
+        }
+    }
+}
+
 #[test]
 fn every_gpu_of_the_table_can_be_planned_for() {
     for gpu in &plan::GPUS {

@@ -93,6 +93,11 @@ impl DeviceHeap {
         self.state().backed
     }
 
+    /// Bytes of physical memory that this takes in the end of a device that has so many more.
+    pub(crate) fn backed_with(&self, free: usize) -> usize {
+        self.state().backed + free / GRANULE * GRANULE
+    }
+
     /// How many times the device was asked for physical memory.
     pub(crate) fn requests(&self) -> usize {
         self.state().requests

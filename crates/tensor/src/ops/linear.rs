@@ -83,8 +83,13 @@ const MANY_TOKENS: usize = 256;
 /// How much room an op leaves behind the rows of a result that linear layers read, of the tokens and the type of its input `x`.
 #[must_use]
 pub fn room(x: &Tensor) -> usize {
-    let tokens = x.dims().first().copied().unwrap_or(0);
-    if x.device() == Device::Cpu || x.dtype() == DType::F32 || tokens < MANY_TOKENS { 0 } else { ROOM }
+    room_of(x.device(), x.dtype(), x.dims().first().copied().unwrap_or(0))
+}
+
+/// [`room`] for so many tokens.
+#[must_use]
+pub fn room_of(device: Device, dtype: DType, tokens: usize) -> usize {
+    if device == Device::Cpu || dtype == DType::F32 || tokens < MANY_TOKENS { 0 } else { ROOM }
 }
 
 /// y of each part. Products of f32 activations are in f32; of 16-bit activations, both operands are rounded to that type and

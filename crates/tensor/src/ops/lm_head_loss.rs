@@ -23,7 +23,7 @@
 use std::sync::Arc;
 
 use super::loss_scale::LossScale;
-use crate::{Arena, Device, Error, Result, Shape, Tensor, TensorMut};
+use crate::{Arena, DType, Device, Error, Result, Shape, Tensor, TensorMut};
 
 const OP: &str = "lm_head_loss";
 
@@ -154,6 +154,12 @@ pub fn backward_weight(h: &Tensor, weight: &Tensor, labels: &Labels, config: Con
         Device::Cpu => cpu::backward_weight(h, weight, labels, config, dweight.as_mut_slice()?),
         Device::Cuda(device) => cuda::backward_weight(device, h, weight, labels, config, &mut dweight),
     }
+}
+
+/// Bytes of the logits that [`forward`] has at once on a GPU, all of the tokens being trained.
+#[must_use]
+pub fn logits_bytes([tokens, channels, vocab]: [usize; 3], dtype: DType) -> usize {
+    cuda::chunk_rows(tokens, tokens * channels, vocab, dtype) * vocab * dtype.size()
 }
 
 /// The logits F32 [T, V] of every row, for generation.

@@ -78,6 +78,15 @@ impl Labels {
     }
 }
 
+/// Rows of a chunk, of so many that are trained, for `elements` of h.
+pub(super) fn chunk_rows(trained: usize, elements: usize, vocab: usize, dtype: DType) -> usize {
+    let row = vocab * dtype.size();
+    let budget = MOST_BYTES.max(4 * elements * dtype.size());
+    let most = (budget / row.max(1)).clamp(1, 8192);
+    // Even shares, in whole tiles of the products.
+    trained.div_ceil(trained.div_ceil(most).max(1)).next_multiple_of(128).min(trained).max(1)
+}
+
 /// The rows of h in chunks, and memory for their logits.
 struct Chunks<'a> {
     device: CudaDevice,
@@ -92,12 +101,7 @@ struct Chunks<'a> {
 impl<'a> Chunks<'a> {
     fn new(device: CudaDevice, h: &'a Tensor, weight: &Tensor, labels: &'a Labels, config: Config) -> Result<Self> {
         let weight = weight.to_dtype(h.dtype())?;
-        let row = weight.dims()[0] * h.dtype().size();
-        let budget = MOST_BYTES.max(4 * h.numel() * h.dtype().size());
-        let trained = labels.rows.numel();
-        let most = (budget / row.max(1)).clamp(1, 8192);
-        // Even shares, in whole tiles of the products.
-        let rows = trained.div_ceil(trained.div_ceil(most).max(1)).next_multiple_of(128).min(trained).max(1);
+        let rows = chunk_rows(labels.rows.numel(), h.numel(), weight.dims()[0], h.dtype());
         let scale = labels.gradient_scale(device)?;
         Ok(Self { device, h, weight, labels, scale, softcap: config.softcap.unwrap_or(0.0), rows })
     }
