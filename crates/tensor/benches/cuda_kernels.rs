@@ -79,40 +79,72 @@ impl Bench {
         self.limits[0] = (2usize << 30) as f64 / copy;
         self.rows.push(format!("| plain copy of 1 GiB | {:.1} | {:.0} GB/s | |", 1e6 * copy, self.limits[0] / 1e9));
         drop((source, target));
-        self.find_product_limit("at first")
+        self.find_product_limit()
     }
 
-    /// The rate of a plain product by cuBLASLt, for those that are measured next: it falls as the device warms up to its power limit.
-    fn find_product_limit(&mut self, when: &str) -> Result<()> {
+    /// The rate of a plain product by cuBLASLt.
+    fn find_product_limit(&mut self) -> Result<()> {
+        let mut plain = self.plain_product()?;
+        let seconds = self.seconds(&mut plain)?;
+        self.set_product_limit("at first", seconds);
+        Ok(())
+    }
+
+    fn plain_product(&self) -> Result<impl FnMut() -> Result<()> + use<>> {
         let (m, n, k) = LINEAR;
         let (x, plain) = (self.normal(1, [m, k])?, dense(self.normal(2, [n, k])?));
         // A bias costs nothing that can be measured, and leaves the product to the library, whose rate ours are to be held against.
         let part = Part { bias: Some(Tensor::zeros(&self.arena, DType::Bf16, [n])?), ..plain };
-        let matmul = self.seconds(|| linear::forward(&x, std::slice::from_ref(&part)).map(drop))?;
-        self.limits[1] = flops_of(LINEAR) / matmul;
+        Ok(move || linear::forward(&x, std::slice::from_ref(&part)).map(drop))
+    }
+
+    fn set_product_limit(&mut self, when: &str, seconds: f64) {
+        let (m, n, k) = LINEAR;
+        self.limits[1] = flops_of(LINEAR) / seconds;
         let rate = self.limits[1] / 1e12;
         self.rows.push(format!(
             "| plain bf16 product by cuBLASLt, {m} x {n} x {k}, {when} | {:.1} | {rate:.1} TFLOP/s | |",
-            1e6 * matmul
+            1e6 * seconds
         ));
+    }
+
+    /// As [`Bench::run`], by turns with the plain product that it is a share of: the rate of both falls and rises with the card's clock.
+    fn run_beside_plain(&mut self, name: &str, mut work: impl FnMut() -> Result<()>) -> Result<()> {
+        let (mut plain, mut times) = (self.plain_product()?, Vec::new());
+        let amount = Work::Flops(flops_of(LINEAR));
+        let median_of_work = self.measure(name, amount, |timer| {
+            times.push(timer.time(&mut plain)?.as_secs_f64());
+            timer.time(&mut work)
+        });
+        if let Some(seconds) = median_of_work {
+            self.set_product_limit("by turns with the next", median(&mut times));
+            self.report(name, amount, seconds);
+        }
         Ok(())
     }
 
     /// Measures what `work` hands to the device, gaps included.
     fn run(&mut self, name: &str, amount: Work, mut work: impl FnMut() -> Result<()>) {
-        self.measure(name, amount, |timer| timer.time(&mut work));
+        let seconds = self.measure(name, amount, |timer| timer.time(&mut work));
+        if let Some(seconds) = seconds {
+            self.report(name, amount, seconds);
+        }
     }
 
     /// Measures the kernels of `work` whose names begin with `prefix`.
     fn run_kernels(&mut self, name: &str, prefix: &str, amount: Work, mut work: impl FnMut() -> Result<()>) {
-        self.measure(name, amount, |timer| {
+        let seconds = self.measure(name, amount, |timer| {
             let times = timer.time_kernels(&mut work)?;
             let milliseconds: f64 = times.iter().filter(|time| time.name.starts_with(prefix)).map(|time| time.milliseconds).sum();
             Ok(Duration::from_secs_f64(milliseconds / 1e3))
         });
+        if let Some(seconds) = seconds {
+            self.report(name, amount, seconds);
+        }
     }
 
-    fn measure(&mut self, name: &str, amount: Work, mut once: impl FnMut(&mut KernelTimer) -> Result<Duration>) {
+    /// The median of the seconds that `once` says; nothing where the command's filter leaves it out.
+    fn measure(&mut self, name: &str, amount: Work, mut once: impl FnMut(&mut KernelTimer) -> Result<Duration>) -> Option<f64> {
         let (timer, mut times) = (&mut self.timer, Vec::new());
         let mut group = self.criterion.benchmark_group("cuda");
         group.throughput(match amount {
@@ -126,9 +158,7 @@ impl Bench {
             });
         });
         group.finish();
-        if !times.is_empty() {
-            self.report(name, amount, median(&mut times));
-        }
+        (!times.is_empty()).then(|| median(&mut times))
     }
 
     fn report(&mut self, name: &str, amount: Work, seconds: f64) {
@@ -261,16 +291,12 @@ fn losses_and_updates(bench: &mut Bench) -> Result<()> {
 fn products(bench: &mut Bench) -> Result<()> {
     let (m, n, k) = LINEAR;
     let (x, dy, part) = (bench.normal(1, [m, k])?, [bench.normal(2, [m, n])?], nf4(&bench.arena, [n, k])?);
-    let flops = Work::Flops(flops_of(LINEAR));
     let parts = std::slice::from_ref(&part);
-    bench.find_product_limit("for the next")?;
-    bench.run(&format!("linear {m} x {n} x {k}, NF4 base, forward"), flops, || linear::forward(&x, parts).map(drop));
+    bench.run_beside_plain(&format!("linear {m} x {n} x {k}, NF4 base, forward"), || linear::forward(&x, parts).map(drop))?;
     let (_, saved) = linear::forward(&x, parts)?;
-    bench.find_product_limit("for the next")?;
-    bench.run(&format!("linear {m} x {n} x {k}, NF4 base, input gradient"), flops, || {
+    bench.run_beside_plain(&format!("linear {m} x {n} x {k}, NF4 base, input gradient"), || {
         linear::backward(&dy, x.clone(), &saved, parts, vec![PartGrads::default()], true).map(drop)
-    });
-    Ok(())
+    })
 }
 
 fn attentions(bench: &mut Bench) -> Result<()> {
