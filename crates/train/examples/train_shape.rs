@@ -23,7 +23,10 @@ use nibble_lora::{AdapterConfig, Init, TargetModules};
 use nibble_model::{Checkpointing, GenerateOptions, LoadOptions, Session, Transformer, config::ModelConfig};
 use nibble_nf4::{Format, QuantConfig};
 use nibble_optim::Paging;
-use nibble_tensor::{Arena, DType, Device, Rng, cuda::KernelTime};
+use nibble_tensor::{
+    Arena, DType, Device, Rng,
+    cuda::{DeviceInfo, KernelTime},
+};
 use nibble_train::{
     TrainConfig, Trainer,
     plan::{self, Place, Setup},
@@ -183,7 +186,7 @@ fn main() -> Result<()> {
         generate(&trainer, new.min(length / 2), profile)?;
     }
     print_memory(&arena)?;
-    print_difference(&arena, &config, &setup)?;
+    print_difference(&arena, &config, &setup, limit)?;
     rates.sort_by(f64::total_cmp);
     let median = rates.get(rates.len() / 2).copied().unwrap_or_default();
     let light = options.get("flops", 790e12)? / flops;
@@ -249,10 +252,19 @@ fn resident() -> usize {
     text.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap_or(0) * PAGE
 }
 
-/// What was predicted beside what was measured.
-fn print_difference(arena: &Arena, config: &ModelConfig, setup: &Setup) -> Result<()> {
+/// What was predicted beside what was measured. A device with no more memory than `limit` fits a little less than an arena of the limit.
+fn print_difference(arena: &Arena, config: &ModelConfig, setup: &Setup, limit: usize) -> Result<()> {
     let predicted = match arena.device() {
-        Device::Cuda(device) => plan::footprint(config, device.info(), setup)?,
+        Device::Cuda(device) => {
+            let info = device.info();
+            match plan::footprint(config, &DeviceInfo { memory: info.memory.min(limit), ..info.clone() }, setup) {
+                Err(error) if error.is_out_of_memory() => {
+                    println!("PREDICTED that a device of that memory is too small: {error}");
+                    return Ok(());
+                }
+                found => found?,
+            }
+        }
         _ => Place::Cpu.needed(config, setup)?,
     };
     let measured = arena.stats().peak as f64;

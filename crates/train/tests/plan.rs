@@ -159,9 +159,12 @@ fn auto_fits_wherever_a_step_can_run() {
         for step in 0..=12 {
             let memory = least + (all + all / 20 - least) / 12 * step;
             let found = plan::footprint(model, &h200().device(memory), &setup(Checkpointing::Auto));
-            let label = format!("{} tokens of {batch}, {dtype}, rank {rank}: {memory} of {least} to {all} bytes", batch * length);
+            let label = format!("{batch} x {length}, {dtype}, rank {rank}: {memory} of {least} to {all} bytes");
             let taken = found.unwrap_or_else(|error| panic!("{label}: {error}")).device;
             assert!(step < 12 || taken == all, "{label}: {taken}");
+            // What is left is little: some blocks' worth, and a granule.
+            let block = (all - least) / model.num_hidden_layers;
+            assert!(taken == all || memory - taken <= 3 * block + (32 << 20), "{label}: {taken}");
         }
     }
 }

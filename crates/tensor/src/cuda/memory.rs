@@ -93,7 +93,7 @@ impl DeviceHeap {
         self.state().backed
     }
 
-    /// Bytes of physical memory that this takes in the end of a device that has so many more.
+    /// Bytes of physical memory taken from the device, and the whole granules that fit into `free` more.
     pub(crate) fn backed_with(&self, free: usize) -> usize {
         self.state().backed + free / GRANULE * GRANULE
     }

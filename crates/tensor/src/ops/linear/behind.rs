@@ -1,8 +1,9 @@
 //! Layers together with what comes before them, where nothing is kept for a backward pass: behind a norm, and around a gated unit.
 //!
 //! One token on a GPU is a launch for each op, most of which take longer to begin than to run. So the h = y Aᵀ of the layers' adapters
-//! comes from the kernel that makes their input y, where their A are one matrix in the activations' 16-bit type. r, y and what is
-//! made of them have the same bits as by the ops one after another, but that h is summed in another order.
+//! comes from the kernel that makes their input y, where their A are one matrix in the activations' 16-bit type, of no more rows than gain
+//! by it (two a multiprocessor behind a norm, one behind a gated unit), and y fits the kernel. r, y and what is made of them have the same
+//! bits as by the ops one after another, but that h is summed in another order.
 
 use super::{Gated, Part, check, cuda, forward, forward_gated, room};
 use crate::{

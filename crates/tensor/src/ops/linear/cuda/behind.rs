@@ -54,39 +54,38 @@ mod tests {
 
     use super::*;
     use crate::{
-        Rng, Weight,
-        ops::linear::{Adapter, behind_norm, cuda::few::tests::gpu, gated_behind_norm},
+        Device, Rng, Weight,
+        ops::linear::{Adapter, cuda::few::tests::gpu},
     };
 
-    /// A device that only counts checks each launch's arguments against the kernel's.
+    /// A device that only counts checks each launch's arguments against the kernel's. With one row of A more than pays nothing is served.
     #[test]
     fn launches_of_one_token_are_as_their_kernels_have_it() {
         let arena = gpu(ComputeCapability::HOPPER, 132);
+        let Device::Cuda(device) = arena.device() else { unreachable!("made on a GPU") };
         let zeros = |rows, cols| Tensor::zeros(&arena, DType::Bf16, [rows, cols]).unwrap();
-        let parts = |outputs: &[usize], inputs| {
-            let all = zeros(8 * outputs.len(), inputs);
-            let part = |(i, &n): (usize, &usize)| {
-                let weight = Weight::random(&arena, [n, inputs], &QuantConfig::default(), 0.02, Rng::new(1)).unwrap();
-                let (a, b) = (all.rows(8 * i, 8).unwrap(), zeros(n, 8));
-                Part { weight, bias: None, adapter: Some(Adapter { a, b, scale: 1.0, dropout: None }) }
+        let parts = |ranks: &[usize], [outputs, inputs]: [usize; 2]| {
+            let all = zeros(ranks.iter().sum(), inputs);
+            let part = |(i, &rank): (usize, &usize)| {
+                let weight = Weight::random(&arena, [outputs, inputs], &QuantConfig::default(), 0.02, Rng::new(1)).unwrap();
+                let a = all.rows(ranks[..i].iter().sum(), rank).unwrap();
+                Part { weight, bias: None, adapter: Some(Adapter { a, b: zeros(outputs, rank), scale: 1.0, dropout: None }) }
             };
-            outputs.iter().enumerate().map(part).collect::<Vec<_>>()
+            ranks.iter().enumerate().map(part).collect::<Vec<_>>()
         };
         let (x, weight) = (zeros(1, 512), Tensor::zeros(&arena, DType::F32, [512]).unwrap());
-        let (config, before) = (Config { eps: 1e-5, offset: 0.0 }, parts(&[1024, 1024], 512));
-        let (r, ys) = behind_norm(x.clone(), zeros(1, 512), &weight, config, &before).unwrap();
+        let behind_norm = |ranks: &[usize]| {
+            let config = Config { eps: 1e-5, offset: 0.0 };
+            super::behind_norm(device, [&x, &x], &weight, config, &parts(ranks, [1024, 512])).unwrap()
+        };
+        let (r, ys) = behind_norm(&[132, 132]).unwrap();
         assert_eq!([r.dims(), ys[1].dims()], [&[1, 512], &[1, 1024]]);
-        let down = parts(&[512], 1024);
-        let (_, y) = gated_behind_norm(x, zeros(1, 512), &weight, config, &before, Activation::Gelu, &down).unwrap();
-        assert_eq!(y.dims(), [1, 512]);
-        let up = zeros(1, 1016);
-        assert!(super::behind_gate(device_of(&up), [&zeros(1, 1024), &up], Activation::Silu, &down).is_err());
-    }
-
-    fn device_of(x: &Tensor) -> CudaDevice {
-        match x.device() {
-            crate::Device::Cuda(device) => device,
-            crate::Device::Cpu => unreachable!("made on a GPU"),
-        }
+        assert!(behind_norm(&[132, 133]).is_none());
+        let gate = zeros(1, 1024);
+        let behind_gate =
+            |up: &Tensor, rank| super::behind_gate(device, [&gate, up], Activation::Gelu, &parts(&[rank], [512, 1024]));
+        assert_eq!(behind_gate(&gate, 132).unwrap().unwrap()[0].dims(), [1, 512]);
+        assert!(behind_gate(&gate, 133).unwrap().is_none());
+        assert!(behind_gate(&zeros(1, 1016), 8).is_err());
     }
 }
