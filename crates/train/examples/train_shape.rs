@@ -252,12 +252,14 @@ fn resident() -> usize {
     text.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).unwrap_or(0) * PAGE
 }
 
-/// What was predicted beside what was measured. A device with no more memory than `limit` fits a little less than an arena of the limit.
+/// What was predicted beside what was measured. `auto` is predicted for a device with no more memory than `limit`, which fits a little less
+/// than an arena of that limit, and so may choose another mix.
 fn print_difference(arena: &Arena, config: &ModelConfig, setup: &Setup, limit: usize) -> Result<()> {
     let predicted = match arena.device() {
         Device::Cuda(device) => {
-            let info = device.info();
-            match plan::footprint(config, &DeviceInfo { memory: info.memory.min(limit), ..info.clone() }, setup) {
+            let (info, auto) = (device.info(), setup.train.checkpointing == Checkpointing::Auto);
+            let memory = if auto { info.memory.min(limit) } else { info.memory };
+            match plan::footprint(config, &DeviceInfo { memory, ..info.clone() }, setup) {
                 Err(error) if error.is_out_of_memory() => {
                     println!("PREDICTED that a device of that memory is too small: {error}");
                     return Ok(());
