@@ -61,6 +61,23 @@ __device__ __forceinline__ float normed(float x, float inv, float g, float offse
     return offset == 0 ? rounded<T>(x * inv) * g : x * inv * g;
 }
 
+// x, or x + a rounded to T, which stays in x; the squares of that are added to `squares`.
+template <bool RESIDUAL, typename T, int N>
+__device__ __forceinline__ void add_squares(float &squares, Held<T, N> &x, const Held<T, N> &a) {
+    float v[N];
+    x.unpack(v);
+    if (RESIDUAL) {
+        float b[N];
+        a.unpack(b);
+#pragma unroll
+        for (int j = 0; j < N; ++j) v[j] += b[j];
+        x.pack(v);
+        x.unpack(v);
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) squares += v[j] * v[j];
+}
+
 // N values at a time; a row is read again for its result.
 template <int N, bool RESIDUAL, typename T>
 __device__ __forceinline__ void forward_looped(T *r, T *y, float *inv_rms, const T *x, const T *a, const float *w, float eps,
@@ -126,18 +143,7 @@ __device__ __forceinline__ void forward_rows(T *r, T *y, float *inv_rms, const T
             const u32 c = threadIdx.x + i * blockDim.x;
             if (live && c < packs) {
                 held[i] = next_x[i];
-                float v[N];
-                held[i].unpack(v);
-                if (RESIDUAL) {
-                    float b[N];
-                    next_a[i].unpack(b);
-#pragma unroll
-                    for (int j = 0; j < N; ++j) v[j] += b[j];
-                    held[i].pack(v);
-                    held[i].unpack(v);
-                }
-#pragma unroll
-                for (int j = 0; j < N; ++j) squares += v[j] * v[j];
+                add_squares<RESIDUAL>(squares, held[i], next_a[i]);
             }
         }
         load(row + stride);
@@ -173,7 +179,7 @@ __device__ __forceinline__ void forward(T *r, T *y, float *inv_rms, const T *x, 
         forward_looped<1, RESIDUAL>(r, y, inv_rms, x, a, w, eps, offset, rows, cols, ld);
 }
 
-// Rounded as forward_rows rounds: r and y have its bits.
+// Summed and rounded as forward_rows does it: r and y have its bits.
 template <typename T>
 __device__ __forceinline__ void forward_with_h(T *r, T *y, T *h, const T *x, const T *a, const float *w, const T *lora_a, float eps,
                                                float offset, u32 cols) {
@@ -192,15 +198,7 @@ __device__ __forceinline__ void forward_with_h(T *r, T *y, T *h, const T *x, con
 #pragma unroll
     for (int i = 0; i < PER; ++i) {
         if (threadIdx.x + i * blockDim.x >= packs) break;
-        float v[N], b[N];
-        held[i].unpack(v);
-        added[i].unpack(b);
-#pragma unroll
-        for (int j = 0; j < N; ++j) v[j] += b[j];
-        held[i].pack(v);
-        held[i].unpack(v);
-#pragma unroll
-        for (int j = 0; j < N; ++j) squares += v[j] * v[j];
+        add_squares<true>(squares, held[i], added[i]);
     }
     const float inv = __frsqrt_rn(row_sum(squares, 0) * (1.0f / float(cols)) + eps);
     float sum = 0;

@@ -210,7 +210,7 @@ pub fn forward_fused<'m, const N: usize>(
     Ok(record(tape, layers, outputs(ys), input, id, parts, saved))
 }
 
-/// (x + a, the layers over its norm); of x alone without `a`.
+/// (x + a, the layers over its norm) of x and a [T, in]: [T, in], and [T, out] of each layer; of x alone without `a`.
 ///
 /// # Errors
 /// As [`linear::behind_norm`].
@@ -235,7 +235,8 @@ pub fn forward_behind_norm<'m, const N: usize>(
     Ok((Var::from(r), outputs(ys).map(Var::from)))
 }
 
-/// (x + a, the layers around a gated unit over its norm): [`forward_gated`] of RMSNorm(x + a), or of RMSNorm(x) without `a`.
+/// (x + a, the layers around a gated unit over its norm), [T, in] and [T, out]: [`forward_gated`] of RMSNorm(x + a), or of RMSNorm(x)
+/// without `a`.
 ///
 /// # Errors
 /// As [`linear::gated_behind_norm`].

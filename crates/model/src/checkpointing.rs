@@ -138,8 +138,9 @@ impl Transformer {
     fn working_bytes(&self, tokens: usize) -> usize {
         let (config, size) = (&self.config, self.dtype.size());
         let sizes = [tokens, config.hidden_size, config.vocab_size];
-        // A head that is stored in another type is widened while it is multiplied.
-        let widens = matches!(self.head(), Leaf::Frozen(head) if head.dtype() != self.dtype);
+        // On a GPU a head that is stored in another type is widened while it is multiplied.
+        let stored = |dtype| dtype != self.dtype && self.arena.device() != Device::Cpu;
+        let widens = matches!(self.head(), Leaf::Frozen(head) if stored(head.dtype()));
         let head = lm_head_loss::logits_bytes(sizes, self.dtype) + if widens { sizes[1] * sizes[2] * size } else { 0 };
         let weight = self.linears().map(|linear| linear.sizes().0 * linear.sizes().1).max().unwrap_or(0);
         size * (tokens * working_set(config) + weight) + head

@@ -86,7 +86,7 @@ pub fn room(x: &Tensor) -> usize {
     room_of(x.device(), x.dtype(), x.dims().first().copied().unwrap_or(0))
 }
 
-/// [`room`] for so many tokens.
+/// [`room`], in elements a row, for so many tokens.
 #[must_use]
 pub fn room_of(device: Device, dtype: DType, tokens: usize) -> usize {
     if device == Device::Cpu || dtype == DType::F32 || tokens < MANY_TOKENS { 0 } else { ROOM }

@@ -16,7 +16,8 @@ use crate::{
 
 const OP: &str = "linear behind a norm";
 
-/// (r, y of each part): r = x + a rounded to their type, y = h Wᵀ + … over h = RMSNorm(r).
+/// (r [T, K], y [T, N] of each part) from x and a [T, K] and the norm's weight `[K]`: r = x + a rounded to their type, y = h Wᵀ + bias + s (h Aᵀ)
+/// Bᵀ over h = RMSNorm(r).
 ///
 /// # Errors
 /// As [`rms_norm::residual_forward`] and [`forward`].
@@ -41,7 +42,8 @@ pub fn behind_norm(
     Ok((r, forward(&h, parts)?.0))
 }
 
-/// (r, y): [`behind_norm`] for the layers gate and up of `before`, the unit act(gate) · up over them, and y of the layer `behind` it.
+/// (r [T, K], y [T, N]): [`behind_norm`] for the layers gate and up [F, K] of `before`, the unit act(gate) · up [T, F] over them, and y of the
+/// layer `behind` it, [N, F].
 ///
 /// # Errors
 /// As [`behind_norm`] and [`forward_gated`]; [`Error::Argument`] for other numbers of layers.
